@@ -1,0 +1,63 @@
+"""What must go together when a structure is removed.
+
+An :class:`Axis` names one prunable dimension of a model (the heads of one attention layer, the neurons of one
+feed-forward layer, ...) and lists every slice of every tensor that belongs to each of its units. Surgery needs
+nothing else: it keeps the chosen slices of each tensor, then calls ``resize`` so that the owner rewrites its
+attributes and its config.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One tensor's share of an axis: unit ``u`` owns indices ``[u·width, (u+1)·width)`` of ``dim``.
+
+    ``parameter`` is the name as in ``model.named_parameters()``. ``grouped`` says that the tensor is laid out by
+    groups of units rather than by units (keys and values under grouped-query attention), so that it shrinks only
+    when a whole group goes.
+    """
+
+    parameter: str
+    dim: int
+    width: int
+    grouped: bool = False
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One prunable dimension: ``size`` units, in ``groups`` equal groups, and the slices that each unit owns.
+
+    kind: "head", "neuron", "expert", ...; layer: index of the layer; name: unique within the model.
+    gate: name of the module whose input's last dimension is laid out ``[size, width]`` (for heads the output
+    projection): multiplying that input by a gate per unit switches units off without surgery.
+    groups: 1 where units are independent. Under grouped-query attention the heads of one key-value head form a group;
+    a removal takes whole groups or leaves each surviving group with equally many units.
+    resize(kept): called once the tensors are sliced, with the sorted indices of the surviving units (maybe none).
+    """
+
+    kind: str
+    layer: int
+    name: str
+    size: int
+    width: int
+    gate: str
+    slices: tuple[Slice, ...]
+    resize: Callable[[list[int]], None] = field(compare=False, repr=False)
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.groups < 1 or self.size % self.groups:
+            raise ValueError(f"groups must divide size={self.size} of axis {self.name!r}, got {self.groups}")
+
+    @property
+    def group_size(self) -> int:
+        """Units in one group."""
+        return self.size // self.groups
+
+    def gate_module(self, model: nn.Module) -> nn.Module:
+        """The module whose input carries the units, looked up by name."""
+        return model.get_submodule(self.gate)
