@@ -1,0 +1,36 @@
+"""Every test runs with checked shapes and types, one thread, fixed seeds and no network."""
+
+import os
+
+# Before torch is imported: two workers on two cores must not start four threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+PACKAGES = ("moe", "sparse_attn", "pruning", "transformer", "training")
+
+# Installed at import, before any test module imports a package.
+install_import_hook(list(PACKAGES), "tests.typecheck.checked")
+torch.set_num_threads(1)
+settings.register_profile("project", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("project")
+
+
+@pytest.fixture(autouse=True)
+def _same_seed_for_every_test() -> Iterator[None]:
+    """A test's numbers depend on nothing that ran before it, and it leaves torch's defaults as they were."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(1)
