@@ -16,6 +16,8 @@ import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+import tests.typecheck  # noqa: F401  the hook looks it up as an attribute of tests
+
 PACKAGES = ("moe", "sparse_attn", "pruning", "transformer", "training")
 
 # Installed at import, before any test module imports a package.
