@@ -1,0 +1,47 @@
+# `make demo` and `make test` do everything on a fresh machine, and only their own work when nothing changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+EXTRAS := dev,hf,fairscale,tensorboard
+STEPS ?=
+OUT ?= runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench tables docs wheel-check clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: $(READY) ## create .venv with every pinned dependency
+
+# pip is the one that the interpreter ships. The stamp depends on what decides the environment, on nothing else.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	touch $@
+
+demo: $(READY) ## train, measure and prune; writes $(OUT)/report.html
+	$(BIN)/sparse-transformers demo --out $(OUT) $(if $(STEPS),--steps $(STEPS))
+
+test: $(READY) ## the whole test suite, two workers
+	$(BIN)/python -m pytest -n 2 -q
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY) ## every benchmark: parity first, then time; rows go to benchmarks/results.jsonl
+	set -e; for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench; done
+
+tables: $(READY) ## fill the README's tables from the committed records
+	$(BIN)/python benchmarks/readme_tables.py
+
+docs: $(READY) ## the documentation, strictly, into site/
+	$(BIN)/mkdocs build --strict --quiet
+
+wheel-check: $(READY) ## build a wheel, install it into an empty environment, run it there
+	sh tests/wheel_check.sh $(BIN)/python
+
+clean: ## remove the environment and everything generated
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
