@@ -1,0 +1,26 @@
+"""The model that the parts of this library build."""
+
+from transformer.attention import Attention
+from transformer.block import Block
+from transformer.config import AttentionConfig, DenseConfig, LayerConfig, MoEConfig, TransformerConfig
+from transformer.feedforward import FeedForward
+from transformer.generate import generate, stream
+from transformer.loss import chunked_cross_entropy
+from transformer.model import ModelCache, ModelOutput, Transformer
+
+__all__ = [
+    "Attention",
+    "AttentionConfig",
+    "Block",
+    "DenseConfig",
+    "FeedForward",
+    "LayerConfig",
+    "MoEConfig",
+    "ModelCache",
+    "ModelOutput",
+    "Transformer",
+    "TransformerConfig",
+    "chunked_cross_entropy",
+    "generate",
+    "stream",
+]

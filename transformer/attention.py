@@ -1,0 +1,80 @@
+"""Projections, rotary positions and grouped-query attention under any pattern."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sparse_attn import KVCache, Pattern, attend
+
+
+def rotary_angles(
+    positions: Int[Tensor, "..."], head_dim: int, *, theta: float = 10000.0
+) -> tuple[Float[Tensor, "... P"], Float[Tensor, "... P"]]:
+    """cos and sin of ``position · theta^(−2i/head_dim)`` for i in [0, head_dim/2): float32 [..., head_dim/2].
+
+    Su et al. 2021, arXiv:2104.09864, eq. 15.
+    """
+    steps = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions[..., None].float() * theta**-steps
+    return angles.cos(), angles.sin()
+
+
+def rotate(
+    x: Float[Tensor, "B H L d"], angles: tuple[Float[Tensor, "..."], Float[Tensor, "..."]]
+) -> Float[Tensor, "B H L d"]:
+    """Turn the channel pairs (i, i + d/2) of each head by their angle; the layout of Llama checkpoints.
+
+    angles: cos and sin [L, d/2] or [B, L, d/2], from :func:`rotary_angles`.
+    """
+    cos, sin = (a.to(x.dtype).unsqueeze(-3) for a in angles)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions: each query head h uses key-value head ``h // (H / H_kv)``.
+
+    dim: width in and out. num_heads, num_kv_heads, head_dim: as in :class:`AttentionConfig`. pattern: which keys a
+    query sees. Projections have no bias.
+    """
+
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, pattern: Pattern) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim, self.pattern = num_heads, num_kv_heads, head_dim, pattern
+        self.query = nn.Linear(dim, num_heads * head_dim, bias=False)
+        self.key = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
+        self.value = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
+        self.output = nn.Linear(num_heads * head_dim, dim, bias=False)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L D"],
+        angles: tuple[Tensor, Tensor],
+        *,
+        key_mask: Bool[Tensor, "B S"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B L D"]:
+        """x [B, L, dim]; angles: from :func:`rotary_angles` for these positions; key_mask: False hides a key.
+
+        cache: earlier keys and values; it receives these.
+        """
+        q = rotate(_split(self.query(x), self.head_dim), angles)
+        k = rotate(_split(self.key(x), self.head_dim), angles)
+        v = _split(self.value(x), self.head_dim)
+        key_positions = query_positions = None
+        if cache is not None:
+            query_positions = torch.arange(cache.length, cache.length + x.shape[1], device=x.device)
+            k, v, key_positions = cache.append(k, v)
+        mixed = attend(
+            q, k, v, pattern=self.pattern, key_mask=key_mask,
+            query_positions=query_positions, key_positions=key_positions,
+        )  # fmt: skip
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, pattern={self.pattern}"
+
+
+def _split(x: Float[Tensor, "B L C"], head_dim: int) -> Float[Tensor, "B H L d"]:
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)

@@ -1,0 +1,88 @@
+"""What can be removed from this library's own transformer, as axes for :mod:`pruning`."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from pruning.axes import Axis, Slice
+from transformer.attention import Attention
+from transformer.config import DenseConfig
+from transformer.feedforward import FeedForward
+
+if TYPE_CHECKING:
+    from transformer.model import Transformer
+
+
+def prunable_axes(model: "Transformer") -> list[Axis]:
+    """One "head" axis for each attention (grouped by key-value head), one "neuron" axis for each dense feed-forward."""
+    axes = []
+    for index, layer in enumerate(model.layers):
+        if isinstance(layer.attention, Attention):
+            axes.append(_head_axis(model, index, layer.attention))
+        if isinstance(layer.feedforward, FeedForward):
+            axes.append(_neuron_axis(model, index, layer.feedforward))
+    return axes
+
+
+def _head_axis(model: "Transformer", index: int, attention: Attention) -> Axis:
+    where, width = f"layers.{index}.attention", attention.head_dim
+    return Axis(
+        kind="head", layer=index, name=f"{where}.heads", size=attention.num_heads, width=width,
+        gate=f"{where}.output", groups=attention.num_kv_heads, resize=_resize_heads(model, index),
+        slices=(
+            Slice(f"{where}.query.weight", dim=0, width=width),
+            Slice(f"{where}.key.weight", dim=0, width=width, grouped=True),
+            Slice(f"{where}.value.weight", dim=0, width=width, grouped=True),
+            Slice(f"{where}.output.weight", dim=1, width=width),
+        ),
+    )  # fmt: skip
+
+
+def _neuron_axis(model: "Transformer", index: int, feedforward: FeedForward) -> Axis:
+    where = f"layers.{index}.feedforward"
+    names = ("gate", "up") if feedforward.gate is not None else ("up",)
+    return Axis(
+        kind="neuron", layer=index, name=f"{where}.neurons", size=feedforward.up.out_features, width=1,
+        gate=f"{where}.down", resize=_resize_neurons(model, index),
+        slices=(
+            *(Slice(f"{where}.{name}.weight", dim=0, width=1) for name in names),
+            Slice(f"{where}.down.weight", dim=1, width=1),
+        ),
+    )  # fmt: skip
+
+
+def _resize_heads(model: "Transformer", index: int) -> Callable[[list[int]], None]:
+    def resize(kept: list[int]) -> None:
+        block, layer = model.layers[index], model.config.layers[index]
+        if not kept:
+            block.attention = block.attention_norm = None
+            model.set_layer(index, dataclasses.replace(layer, attention=None))
+            return
+        attention, width = block.attention, block.attention.head_dim
+        attention.num_heads = len(kept)
+        attention.num_kv_heads = attention.key.weight.shape[0] // width
+        for linear in (attention.query, attention.key, attention.value, attention.output):
+            linear.out_features, linear.in_features = linear.weight.shape
+        smaller = dataclasses.replace(
+            layer.attention, num_heads=attention.num_heads, num_kv_heads=attention.num_kv_heads
+        )
+        model.set_layer(index, dataclasses.replace(layer, attention=smaller))
+
+    return resize
+
+
+def _resize_neurons(model: "Transformer", index: int) -> Callable[[list[int]], None]:
+    def resize(kept: list[int]) -> None:
+        block, layer = model.layers[index], model.config.layers[index]
+        if not kept:
+            block.feedforward = block.feedforward_norm = None
+            model.set_layer(index, dataclasses.replace(layer, feedforward=None))
+            return
+        for linear in (block.feedforward.gate, block.feedforward.up, block.feedforward.down):
+            if linear is not None:
+                linear.out_features, linear.in_features = linear.weight.shape
+        assert isinstance(layer.feedforward, DenseConfig)
+        smaller = dataclasses.replace(layer.feedforward, hidden=len(kept))
+        model.set_layer(index, dataclasses.replace(layer, feedforward=smaller))
+
+    return resize

@@ -1,0 +1,110 @@
+"""One pre-norm block: ``x + attention(norm(x))``, then ``x + feedforward(norm(x))``."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe import MoE, Routing, SwitchRouter, TopKRouter
+from sparse_attn import KVCache, parse_pattern
+from transformer.attention import Attention
+from transformer.config import AttentionConfig, DenseConfig, LayerConfig, MoEConfig
+from transformer.feedforward import FeedForward, autocast_once
+
+
+class Block(nn.Module):
+    """Attention and feed-forward with their norms; either may be absent, and then the stream passes unchanged.
+
+    dim: width; layer: its config; norm_eps, dropout: as in :class:`TransformerConfig`.
+    """
+
+    def __init__(self, dim: int, layer: LayerConfig, *, norm_eps: float, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim, eps=norm_eps) if layer.attention else None
+        self.attention = build_attention(dim, layer.attention) if layer.attention else None
+        self.feedforward_norm = nn.RMSNorm(dim, eps=norm_eps) if layer.feedforward else None
+        self.feedforward = build_feedforward(dim, layer.feedforward) if layer.feedforward else None
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L D"],
+        angles: tuple[Tensor, Tensor] | None,
+        *,
+        token_mask: Bool[Tensor, "B S"] | None = None,
+        token_ids: Int[Tensor, "B L"] | None = None,
+        cache: KVCache | None = None,
+        replay: Routing | None = None,
+    ) -> tuple[Float[Tensor, "B L D"], Routing | None]:
+        """x [B, L, dim] to the same shape, and the routing if the feed-forward is a mixture of experts.
+
+        token_mask [B, earlier + L]: False marks padding. replay: use these experts instead of choosing.
+        """
+        if self.attention is not None and self.attention_norm is not None:
+            if angles is None:
+                raise ValueError("angles must be given to a block with attention, got None")
+            normed = autocast_once(self.attention_norm(x))
+            x = x + self.dropout(self.attention(normed, angles, key_mask=token_mask, cache=cache))
+        routing = None
+        if self.feedforward is not None and self.feedforward_norm is not None:
+            normed = self.feedforward_norm(x)
+            if isinstance(self.feedforward, MoE):
+                here = None if token_mask is None else token_mask[:, -x.shape[1] :]
+                y, routing = self.feedforward(normed, token_ids=token_ids, padding_mask=here, replay=replay)
+            else:
+                y = self.feedforward(autocast_once(normed))
+            x = x + self.dropout(y)
+        return x, routing
+
+
+def recomputed(
+    run: Callable[[Tensor, Routing | None], tuple[Tensor, Routing | None]], x: Tensor, replay: Routing | None
+) -> tuple[Tensor, Routing | None]:
+    """``run(x, replay)``, keeping only x: the rest is computed again in the backward pass (arXiv:1604.06174).
+
+    The second run replays the experts that the first one chose: a gate that ties, or differs in its last bit, cannot
+    send a token elsewhere.
+    """
+    chosen: list[Routing | None] = []
+
+    def again(x: Tensor) -> tuple[Tensor, Routing | None]:
+        y, routing = run(x, chosen[0] if chosen else replay)
+        if not chosen:
+            chosen.append(routing.detach() if routing else None)
+        return y, routing
+
+    return checkpoint(again, x, use_reentrant=False)
+
+
+def build_attention(dim: int, config: AttentionConfig) -> Attention:
+    """The module that an attention config describes."""
+    pattern = parse_pattern(config.pattern)
+    return Attention(dim, config.num_heads, config.num_kv_heads, config.head_dim, pattern)
+
+
+def build_feedforward(dim: int, config: DenseConfig | MoEConfig) -> FeedForward | MoE:
+    """The module that a feed-forward config describes."""
+    if isinstance(config, DenseConfig):
+        return FeedForward(dim, config.hidden, activation=config.activation)
+    return MoE(
+        dim=dim, hidden=config.hidden, num_experts=config.num_experts, router=_build_router(dim, config),
+        activation=config.activation, capacity_factor=config.capacity_factor, shared_hidden=config.shared_hidden,
+    )  # fmt: skip
+
+
+def _build_router(dim: int, config: MoEConfig) -> TopKRouter | SwitchRouter:
+    if config.router == "switch":
+        return SwitchRouter(dim, config.num_experts, jitter=config.jitter)
+    return TopKRouter(dim, config.num_experts, k=config.k, renormalize=config.renormalize)
+
+
+def initialise(module: nn.Module, *, std: float, output_std: float, generator: torch.Generator | None = None) -> None:
+    """Normal weights: ``output_std`` for the matrices that write to the residual stream, ``std`` for the others."""
+    for name, parameter in module.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        writes = any(part in ("output", "down") for part in name.split("."))
+        with torch.no_grad():
+            parameter.normal_(0.0, output_std if writes else std, generator=generator)

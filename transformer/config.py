@@ -1,0 +1,263 @@
+"""The shape of a model: frozen records that validate themselves and survive a JSON round trip.
+
+Layers are unequal on purpose: a pruned model has its own head count, pattern and feed-forward in every layer.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from sparse_attn import parse_pattern
+
+T = TypeVar("T")
+Activation = Literal["swiglu", "gelu", "relu2"]
+RouterName = Literal["top_k", "switch"]
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """One attention layer.
+
+    num_heads: query heads. num_kv_heads: key-value heads, a divisor of num_heads (grouped-query attention).
+    head_dim: channels of one head, even (RoPE rotates pairs). pattern: which keys a query sees, as text that
+    :func:`sparse_attn.parse_pattern` reads, e.g. ``"causal() & (sliding_window(256) | sinks(4))"``.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    pattern: str = "causal()"
+
+    def __post_init__(self) -> None:
+        _at_least("num_heads", self.num_heads, 1)
+        _at_least("num_kv_heads", self.num_kv_heads, 1)
+        _at_least("head_dim", self.head_dim, 2)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads={self.num_heads}, got {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        parse_pattern(self.pattern)
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """A dense feed-forward layer of ``hidden`` neurons; ``swiglu`` has a gate matrix, ``gelu`` and ``relu2`` do not."""
+
+    hidden: int
+    activation: Activation = "swiglu"
+
+    def __post_init__(self) -> None:
+        _at_least("hidden", self.hidden, 1)
+        _one_of("activation", self.activation, Activation)
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of ``num_experts`` feed-forward layers of ``hidden`` neurons each, ``k`` of them for each token.
+
+    router: "top_k" (softmax over all experts, gates renormalised over the chosen k unless ``renormalize`` is false)
+    or "switch" (k = 1, gate = probability). capacity_factor: None keeps every assignment; a number c lets an expert
+    take ``ceil(k·T/E·c)`` of them and drops the rest. shared_hidden: neurons of a dense expert that every token uses.
+    jitter: multiplicative input noise of the switch router in training.
+    """
+
+    hidden: int
+    num_experts: int
+    k: int = 2
+    router: RouterName = "top_k"
+    renormalize: bool = True
+    capacity_factor: float | None = None
+    shared_hidden: int = 0
+    jitter: float = 0.0
+    activation: Activation = "swiglu"
+
+    def __post_init__(self) -> None:
+        _at_least("hidden", self.hidden, 1)
+        _at_least("num_experts", self.num_experts, 1)
+        _at_least("shared_hidden", self.shared_hidden, 0)
+        _one_of("activation", self.activation, Activation)
+        _one_of("router", self.router, RouterName)
+        if not 1 <= self.k <= self.num_experts:
+            raise ValueError(f"k must be in [1, num_experts={self.num_experts}], got {self.k}")
+        if self.router == "switch" and self.k != 1:
+            raise ValueError(f"the switch router sends a token to one expert: k must be 1, got {self.k}")
+        if self.capacity_factor is not None and self.capacity_factor <= 0:
+            raise ValueError(f"capacity_factor must be > 0 or None, got {self.capacity_factor}")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter must be in [0, 1), got {self.jitter}")
+        if self.jitter and self.router != "switch":
+            raise ValueError(f"jitter belongs to the switch router, got jitter={self.jitter} with {self.router!r}")
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One block: attention, then feed-forward. None: pruned away, the residual stream passes unchanged."""
+
+    attention: AttentionConfig | None
+    feedforward: DenseConfig | MoEConfig | None
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """A transformer: token embedding, ``layers``, final norm, output head.
+
+    vocab_size, dim: rows and width of the embedding. max_length: longest sequence (positions) the model is meant for;
+    longer inputs are refused. rope_theta: base of the rotary frequencies. tied: the head shares the embedding.
+    dropout: rate after each sub-layer in training. causal: False makes an encoder, whose patterns may look ahead.
+    """
+
+    vocab_size: int
+    dim: int
+    layers: tuple[LayerConfig, ...]
+    max_length: int = 1024
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    tied: bool = True
+    dropout: float = 0.0
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        for name in ("vocab_size", "dim", "max_length"):
+            _at_least(name, getattr(self, name), 1)
+        if self.rope_theta <= 0 or self.norm_eps <= 0:
+            raise ValueError(f"rope_theta and norm_eps must be > 0, got {self.rope_theta} and {self.norm_eps}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        for index, layer in enumerate(self.layers):
+            if self.causal and layer.attention and not parse_pattern(layer.attention.pattern).is_causal:
+                raise ValueError(
+                    f"layer {index}: pattern {layer.attention.pattern!r} sees the future; "
+                    f"combine it with causal() or set causal=False"
+                )
+
+    @classmethod
+    def uniform(
+        cls,
+        *,
+        vocab_size: int,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        pattern: str | None = None,
+        feedforward: DenseConfig | MoEConfig | None = None,
+        max_length: int = 1024,
+        rope_theta: float = 10000.0,
+        norm_eps: float = 1e-6,
+        tied: bool = True,
+        dropout: float = 0.0,
+        causal: bool = True,
+    ) -> Self:
+        """All layers alike.
+
+        Defaults: num_kv_heads = num_heads; head_dim = dim / num_heads; pattern = ``causal()`` (``full()`` for an
+        encoder); feedforward = SwiGLU of 8/3·dim neurons rounded up to a multiple of 64.
+        Raises ValueError where a size does not fit (name, bound, value).
+        """
+        _at_least("num_layers", num_layers, 0)
+        _at_least("num_heads", num_heads, 1)
+        if head_dim is None:
+            if dim % num_heads:
+                raise ValueError(f"num_heads must divide dim={dim} unless head_dim is given, got {num_heads}")
+            head_dim = dim // num_heads
+        attention = AttentionConfig(
+            num_heads, num_kv_heads or num_heads, head_dim, pattern or ("causal()" if causal else "full()")
+        )
+        feedforward = feedforward or DenseConfig(-(-8 * dim // 3 // 64) * 64)
+        return cls(
+            vocab_size=vocab_size, dim=dim, layers=(LayerConfig(attention, feedforward),) * num_layers,
+            max_length=max_length, rope_theta=rope_theta, norm_eps=norm_eps, tied=tied, dropout=dropout, causal=causal,
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers; a feed-forward carries its ``kind``."""
+        record = dataclasses.asdict(self)
+        for layer, written in zip(self.layers, record["layers"], strict=True):
+            if layer.feedforward is not None:
+                written["feedforward"]["kind"] = _kind(type(layer.feedforward))
+        record["layers"] = list(record["layers"])
+        return {"model_type": "sparse-transformers", **record}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Self:
+        """The inverse of :meth:`to_dict`. Raises ValueError on an unknown key (naming the nearest) or a wrong type."""
+        record = dict(record)
+        if record.pop("model_type", "sparse-transformers") != "sparse-transformers":
+            raise ValueError("model_type must be 'sparse-transformers'; this config is another library's")
+        if not isinstance(record.get("layers"), list | tuple):
+            raise ValueError(f"layers must be a list of tables, got {record.get('layers')!r}")
+        record["layers"] = tuple(_layer(layer, f"layers[{i}]") for i, layer in enumerate(record["layers"]))
+        return _build(cls, record, "config")
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what :meth:`save` wrote. Raises ValueError when the file is no JSON or has wrong keys."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON ({error}); was the copy cut short?") from error
+
+
+_FEEDFORWARDS: dict[str, type[DenseConfig] | type[MoEConfig]] = {"dense": DenseConfig, "moe": MoEConfig}
+
+
+def _kind(record_type: type) -> str:
+    return next(name for name, candidate in _FEEDFORWARDS.items() if candidate is record_type)
+
+
+def _layer(record: dict[str, Any], where: str) -> LayerConfig:
+    attention, feedforward = record.get("attention"), record.get("feedforward")
+    if attention is not None:
+        attention = _build(AttentionConfig, attention, f"{where}.attention")
+    if feedforward is not None:
+        feedforward = dict(feedforward)
+        kind = feedforward.pop("kind", "dense")
+        if kind not in _FEEDFORWARDS:
+            raise ValueError(f"{where}.feedforward.kind must be one of {sorted(_FEEDFORWARDS)}, got {kind!r}")
+        feedforward = _build(_FEEDFORWARDS[kind], feedforward, f"{where}.feedforward")
+    return _build(LayerConfig, {**record, "attention": attention, "feedforward": feedforward}, where)
+
+
+def _build(record_type: type[T], values: dict[str, Any], where: str) -> T:
+    fields = {f.name: f for f in dataclasses.fields(record_type)}  # type: ignore[arg-type]
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(fields)}"
+            raise ValueError(f"unknown key {key!r} in {where}{hint}")
+        _check_type(f"{where}.{key}", value, fields[key].type)
+    missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    return record_type(**values)
+
+
+def _check_type(name: str, value: object, declared: Any) -> None:
+    allowed = typing.get_args(declared) if isinstance(declared, types.UnionType) else (declared,)
+    plain = tuple(t for t in allowed if isinstance(t, type))
+    if not plain or dataclasses.is_dataclass(plain[0]):
+        return
+    fits = isinstance(value, plain) or (float in plain and isinstance(value, int))
+    if not fits or (isinstance(value, bool) and bool not in plain):
+        raise ValueError(f"{name} must be {' or '.join(t.__name__ for t in plain)}, got {value!r}")
+
+
+def _at_least(name: str, value: int, bound: int) -> None:
+    if value < bound:
+        raise ValueError(f"{name} must be >= {bound}, got {value}")
+
+
+def _one_of(name: str, value: str, literal: Any) -> None:
+    if value not in typing.get_args(literal):
+        raise ValueError(f"{name} must be one of {', '.join(typing.get_args(literal))}, got {value!r}")

@@ -1,0 +1,49 @@
+"""Dense feed-forward layers."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """max(x, 0)² (So et al. 2021, arXiv:2109.08668)."""
+    return F.relu(x).square()
+
+
+_UNGATED: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu2": relu_squared}
+
+
+class FeedForward(nn.Module):
+    """``down(silu(gate x) · up x)`` for swiglu (Shazeer 2020, arXiv:2002.05202), else ``down(act(up x))``; no biases.
+
+    dim: width in and out; hidden: neurons; activation: "swiglu", "gelu" (exact) or "relu2".
+    Raises ValueError for another activation.
+    """
+
+    def __init__(self, dim: int, hidden: int, *, activation: str = "swiglu") -> None:
+        super().__init__()
+        if activation != "swiglu" and activation not in _UNGATED:
+            raise ValueError(f"activation must be one of swiglu, {', '.join(_UNGATED)}, got {activation!r}")
+        self.activation = activation
+        self.gate = nn.Linear(dim, hidden, bias=False) if activation == "swiglu" else None
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """x [..., dim] to the same shape."""
+        if self.gate is None:
+            return self.down(_UNGATED[self.activation](self.up(x)))
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"activation={self.activation}"
+
+
+def autocast_once(x: Tensor) -> Tensor:
+    """x in the autocast type, where autocast is on: several matrix products then share one conversion."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

@@ -1,0 +1,127 @@
+"""Sampling with a cache: greedy, temperature, top-k, nucleus; whole sequences or a stream."""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from transformer.model import Transformer
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    input_ids: Int[Tensor, "B L"],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    eos_id: int | None = None,
+    attention_mask: Bool[Tensor, "B L"] | Int[Tensor, "B L"] | None = None,
+) -> Int[Tensor, "B M"]:
+    """The prompt followed by up to ``max_new_tokens`` sampled tokens, [B, L + n]; the options are :func:`stream`'s.
+
+    Ends early once every row has produced ``eos_id``; a finished row goes on with ``eos_id``.
+    """
+    tokens = stream(
+        model, input_ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        generator=generator, eos_id=eos_id, attention_mask=attention_mask,
+    )  # fmt: skip
+    return torch.cat([input_ids, *(token[:, None] for token in tokens)], dim=1)
+
+
+def stream(
+    model: Transformer,
+    input_ids: Int[Tensor, "B L"],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    eos_id: int | None = None,
+    attention_mask: Bool[Tensor, "B L"] | Int[Tensor, "B L"] | None = None,
+) -> Iterator[Int[Tensor, "B"]]:
+    """Yield the next token of every row, [B], one step at a time.
+
+    temperature: 0 takes the most likely token; otherwise logits are divided by it and sampled. top_k: only the k most
+    likely; top_p: only the smallest set of tokens whose probabilities reach p (Holtzman et al. 2020, arXiv:1904.09751).
+    generator: makes sampling repeatable. attention_mask: 0 marks padding on the left of shorter prompts.
+    Raises ValueError, at the call, for options out of range, an empty prompt, a prompt plus new tokens beyond
+    max_length, an encoder, or padding that is not on the left.
+    """
+    _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, attention_mask)
+    return _steps(model, input_ids, max_new_tokens, (temperature, top_k, top_p), generator, eos_id, attention_mask)
+
+
+def _steps(model, ids, max_new_tokens, shape, generator, eos_id, mask) -> Iterator[Tensor]:
+    cache, was_training = model.new_cache(), model.training
+    finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    model.eval()
+    try:
+        for _ in range(max_new_tokens):
+            with torch.no_grad():
+                hidden, _ = model.hidden_states(ids, attention_mask=mask, cache=cache)
+                logits = torch.nn.functional.linear(hidden[:, -1], model.head_weight)
+                token = choose(logits, *shape, generator=generator)
+            if eos_id is not None:
+                token = token.where(~finished, eos_id)
+                finished |= token == eos_id
+            yield token
+            if eos_id is not None and finished.all():
+                return
+            ids, mask = token[:, None], None
+    finally:
+        model.train(was_training)
+
+
+def choose(
+    logits: Float[Tensor, "B V"],
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    *,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, "B"]:
+    """One token for each row of logits. Exactly ``top_k`` candidates remain under ties, lowest ids first."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is None and top_p is None:
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        ordered[:, top_k:] = float("-inf")
+    if top_p is not None:
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        ordered = ordered.masked_fill(before >= top_p, float("-inf"))
+    drawn = torch.multinomial(ordered.softmax(-1), 1, generator=generator)
+    return ids.gather(1, drawn).squeeze(1)
+
+
+def _check(model, ids, max_new_tokens, temperature, top_k, top_p, mask) -> None:
+    if not model.config.causal:
+        raise ValueError("generation needs a causal model, got an encoder (causal=False)")
+    if ids.shape[1] < 1:
+        raise ValueError("the prompt must hold at least 1 token, got 0")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
+    # the last token that is sampled is never fed back
+    longest = ids.shape[1] + max(0, max_new_tokens - 1)
+    if longest > model.config.max_length:
+        raise ValueError(
+            f"prompt and new tokens must fit max_length={model.config.max_length}, "
+            f"got {ids.shape[1]} + {max_new_tokens}"
+        )
+    if temperature < 0:
+        raise ValueError(f"temperature must be >= 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be >= 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if mask is not None and not bool((mask.bool().cummax(1).values == mask.bool()).all() and mask[:, -1].all()):
+        raise ValueError("attention_mask must be 0 on the left and 1 on the right of every prompt")

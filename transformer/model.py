@@ -1,0 +1,205 @@
+"""The language model: embedding, blocks, norm, head."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moe import Routing
+from pruning.axes import Axis
+from sparse_attn import KVCache
+from transformer import accounting, axes, storage
+from transformer.attention import rotary_angles
+from transformer.block import Block, initialise, recomputed
+from transformer.config import LayerConfig, TransformerConfig
+from transformer.loss import IGNORE, chunked_cross_entropy
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a forward pass gives.
+
+    logits [B, L, V] (None when only the loss was asked for); loss: mean next-token cross-entropy in nats, without side
+    losses, where labels were given; hidden [B, L, D] after the final norm; routings: one entry a layer, None for layers
+    without experts.
+    """
+
+    logits: Float[Tensor, "B L V"] | None
+    loss: Float[Tensor, ""] | None
+    hidden: Float[Tensor, "B L D"]
+    routings: tuple[Routing | None, ...]
+
+
+@dataclass
+class ModelCache:
+    """Keys and values of every layer (None where a layer has no attention) and the positions seen so far.
+
+    token_mask [B, length]: False marks padding; None when no token was padding.
+    """
+
+    layers: list[KVCache | None]
+    length: int = 0
+    token_mask: Bool[Tensor, "B S"] | None = None
+
+
+class Transformer(nn.Module):
+    """A transformer language model (or, with ``causal=False``, an encoder) from a :class:`TransformerConfig`.
+
+    >>> config = TransformerConfig.uniform(vocab_size=256, dim=64, num_layers=2, num_heads=4, num_kv_heads=2)
+    >>> model = Transformer(config)
+    >>> model(torch.zeros(1, 8, dtype=torch.long)).logits.shape
+    torch.Size([1, 8, 256])
+    """
+
+    def __init__(self, config: TransformerConfig, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(
+            Block(config.dim, layer, norm_eps=config.norm_eps, dropout=config.dropout) for layer in config.layers
+        )
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self._checkpointing = False
+        # 0.02 and depth-scaled outputs: GPT-2's choice (Radford et al. 2019, section 2.3)
+        initialise(self, std=0.02, output_std=0.02 / math.sqrt(2 * max(1, len(config.layers))), generator=generator)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B L"],
+        *,
+        attention_mask: Bool[Tensor, "B S"] | Int[Tensor, "B S"] | None = None,
+        labels: Int[Tensor, "B L"] | None = None,
+        cache: ModelCache | None = None,
+        replay: tuple[Routing | None, ...] | None = None,
+    ) -> ModelOutput:
+        """Token ids [B, L] to logits [B, L, V].
+
+        attention_mask: 0 marks padding, [B, L] or, with a cache, [B, earlier + L] or [B, L] for the new tokens alone.
+        labels: targets at their own positions (``labels=input_ids`` is usual); the model compares position i with label
+        i + 1 and skips −100. An encoder compares position i with label i. cache: from :meth:`new_cache`, updated in
+        place. replay: routings of an earlier pass; their experts are used again.
+        Raises ValueError for ids outside the vocabulary, a sequence over max_length, or shapes that do not agree.
+        """
+        hidden, routings = self.hidden_states(input_ids, attention_mask=attention_mask, cache=cache, replay=replay)
+        loss = None
+        if labels is not None:
+            if labels.shape != input_ids.shape:
+                raise ValueError(f"labels must have shape {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
+            shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE) if self.config.causal else labels
+            loss = chunked_cross_entropy(hidden.flatten(0, 1), self.head_weight, shifted.flatten())
+        return ModelOutput(F.linear(hidden, self.head_weight), loss, hidden, routings)
+
+    def hidden_states(
+        self,
+        input_ids: Int[Tensor, "B L"],
+        *,
+        attention_mask: Bool[Tensor, "B S"] | Int[Tensor, "B S"] | None = None,
+        cache: ModelCache | None = None,
+        replay: tuple[Routing | None, ...] | None = None,
+    ) -> tuple[Float[Tensor, "B L D"], tuple[Routing | None, ...]]:
+        """Hidden states [B, L, D] after the final norm, and the routings: everything but the logits."""
+        start = cache.length if cache else 0
+        self._check(input_ids, start, replay)
+        token_mask = _token_mask(attention_mask, input_ids, cache)
+        angles = self._angles(start, input_ids.shape[1], input_ids.device)
+        x = self.embedding(input_ids)
+        routings: list[Routing | None] = []
+        for index, layer in enumerate(self.layers):
+            attention = self.config.layers[index].attention
+            run = partial(
+                _run_block, layer, angles[attention.head_dim] if attention else None, token_mask, input_ids,
+                cache.layers[index] if cache else None,
+            )  # fmt: skip
+            again = self._checkpointing and torch.is_grad_enabled() and cache is None
+            chosen = replay[index] if replay else None
+            x, routing = recomputed(run, x, chosen) if again else run(x, chosen)
+            routings.append(routing)
+        if cache is not None:
+            cache.length, cache.token_mask = start + input_ids.shape[1], token_mask
+        return self.norm(x), tuple(routings)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "V D"]:
+        """The matrix that turns hidden states into logits: the head's own, or the embedding when tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def new_cache(self) -> ModelCache:
+        """An empty cache for incremental decoding; each layer keeps only what its pattern can still see."""
+        return ModelCache([KVCache(layer.attention.pattern) if layer.attention else None for layer in self.layers])
+
+    def gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Keep only each block's input in training and compute the block again in the backward pass."""
+        self._checkpointing = enabled
+
+    def num_parameters(self, *, active: bool = False) -> int:
+        """Number of weights; with ``active``, only those that one token uses (k of E experts)."""
+        return accounting.num_parameters(self, active=active)
+
+    def flops_per_token(self, length: int, *, active: bool = True) -> float:
+        """Forward matrix-product FLOPs a token, averaged over a sequence of ``length``; see :mod:`accounting`."""
+        return accounting.flops_per_token(self.config, length, active=active)
+
+    def prunable_axes(self) -> list[Axis]:
+        """What :mod:`pruning` may remove: the heads of each attention, the neurons of each dense feed-forward."""
+        return axes.prunable_axes(self)
+
+    def set_layer(self, index: int, layer: LayerConfig) -> None:
+        """Record in the config what layer ``index`` has become."""
+        layers = self.config.layers
+        self.config = dataclasses.replace(self.config, layers=(*layers[:index], layer, *layers[index + 1 :]))
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write config.json and model.safetensors (atomically); returns the folder."""
+        return storage.save_pretrained(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> Self:
+        """Read what :meth:`save_pretrained` wrote, in evaluation mode.
+
+        Raises FileNotFoundError or ValueError naming the file and what is wrong with it.
+        """
+        return storage.from_pretrained(cls, Path(folder), dtype=dtype)
+
+    def _angles(self, start: int, length: int, device: torch.device) -> dict[int, tuple[Tensor, Tensor]]:
+        positions = torch.arange(start, start + length, device=device)
+        sizes = {layer.attention.head_dim for layer in self.config.layers if layer.attention}
+        return {size: rotary_angles(positions, size, theta=self.config.rope_theta) for size in sizes}
+
+    def _check(self, input_ids: Tensor, start: int, replay: tuple[Routing | None, ...] | None) -> None:
+        end = start + input_ids.shape[1]
+        if end > self.config.max_length:
+            raise ValueError(f"sequence must be at most max_length={self.config.max_length} tokens, got {end}")
+        if replay is not None and len(replay) != len(self.layers):
+            raise ValueError(f"replay must have one entry for each of the {len(self.layers)} layers, got {len(replay)}")
+        # a bad id is an illegal memory access on a GPU: there the check would cost a synchronisation
+        if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in input_ids.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(f"input_ids must be in [0, vocab_size={self.config.vocab_size}), got {low}…{high}")
+
+
+def _run_block(block, angles, token_mask, token_ids, cache, x, replay):
+    return block(x, angles, token_mask=token_mask, token_ids=token_ids, cache=cache, replay=replay)
+
+
+def _token_mask(mask: Tensor | None, input_ids: Tensor, cache: ModelCache | None) -> Tensor | None:
+    earlier = cache.length if cache else 0
+    batch, length = input_ids.shape
+    known = cache.token_mask if cache else None
+    if mask is None and known is None:
+        return None
+    mask = input_ids.new_ones(batch, length).bool() if mask is None else mask.bool()
+    if mask.shape == (batch, length) and earlier:
+        known = input_ids.new_ones(batch, earlier).bool() if known is None else known
+        mask = torch.cat((known, mask), dim=1)
+    if mask.shape != (batch, earlier + length):
+        raise ValueError(f"attention_mask must have shape {(batch, earlier + length)}, got {tuple(mask.shape)}")
+    return mask

@@ -1,0 +1,64 @@
+"""A model as a folder: config.json and model.safetensors."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from transformer.config import TransformerConfig
+
+if TYPE_CHECKING:
+    from transformer.model import Transformer
+
+Model = TypeVar("Model", bound="Transformer")
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def save_pretrained(model: "Transformer", folder: Path) -> Path:
+    """Write both files under temporary names, then rename: a reader never sees half a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pending = {name: folder / f".{name}.{os.getpid()}" for name in (WEIGHTS, CONFIG)}
+    try:
+        tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(tensors, pending[WEIGHTS], metadata={"format": "pt"})
+        model.config.save(pending[CONFIG])
+        for name, path in pending.items():
+            path.replace(folder / name)
+    finally:
+        for path in pending.values():
+            path.unlink(missing_ok=True)
+    return folder
+
+
+def from_pretrained(model_type: type[Model], folder: Path, *, dtype: torch.dtype | None = None) -> Model:
+    """Build the model that config.json describes and give it the weights, refusing any that lack or are left over."""
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing: a model folder holds {CONFIG} and {WEIGHTS}")
+    config = TransformerConfig.load(folder / CONFIG)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged or cut short ({error}); copy or save it again") from error
+    with torch.device("meta"):
+        model = model_type(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != found:
+        raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG}: {_differences(expected, found)}")
+    model.load_state_dict({n: t if dtype is None else t.to(dtype) for n, t in tensors.items()}, assign=True)
+    return model.requires_grad_(True).eval()
+
+
+def _differences(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], limit: int = 5) -> str:
+    lines = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    lines += [f"{name} is unknown" for name in found.keys() - expected.keys()]
+    lines += [
+        f"{name} must be {list(expected[name])}, got {list(found[name])}"
+        for name in expected.keys() & found.keys()
+        if expected[name] != found[name]
+    ]
+    return "; ".join(sorted(lines)[:limit]) + (f" and {len(lines) - limit} more" if len(lines) > limit else "")
