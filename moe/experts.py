@@ -1,0 +1,45 @@
+"""The experts of one layer, their weights stacked."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moe.grouped import Activation, activate, expert_mixture, projections
+from moe.routing import Routing
+
+
+class Experts(nn.Module):
+    """E feed-forward networks: f_e(x) = act(x · up_e) · down_e.
+
+    up [E, D, G·F]: G = 2 for swiglu, silu(gate) ⊙ value with the gate in the first F columns; G = 1 for gelu and relu2.
+    down [E, F, D]. No biases.
+    """
+
+    def __init__(self, dim: int, hidden: int, num_experts: int, *, activation: Activation = "swiglu") -> None:
+        super().__init__()
+        for name, size in (("dim", dim), ("hidden", hidden), ("num_experts", num_experts)):
+            if size < 1:
+                raise ValueError(f"{name} must be >= 1, got {size}")
+        self.dim, self.hidden, self.num_experts, self.activation = dim, hidden, num_experts, activation
+        self.up = nn.Parameter(torch.empty(num_experts, dim, projections(activation) * hidden))
+        self.down = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """U(±fan_in^-1/2) for each expert, as nn.Linear draws."""
+        nn.init.uniform_(self.up, -(self.dim**-0.5), self.dim**-0.5)
+        nn.init.uniform_(self.down, -(self.hidden**-0.5), self.hidden**-0.5)
+
+    def forward(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
+        """y_t = Σ over the assignments of t of weight · f_expert(x_t); 0 for a token without assignment."""
+        return expert_mixture(x, routing.token, routing.expert, routing.weight, self.up, self.down, self.activation)
+
+    def forward_one(self, expert: int, rows: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
+        """f_expert on rows, unweighted. Raises: IndexError for an expert outside [0, num_experts)."""
+        if not 0 <= expert < self.num_experts:
+            raise IndexError(f"expert must be in [0, num_experts={self.num_experts}), got {expert}")
+        return activate(rows @ self.up[expert], self.activation) @ self.down[expert]
+
+    def extra_repr(self) -> str:
+        sizes = f"dim={self.dim}, hidden={self.hidden}, num_experts={self.num_experts}"
+        return f"{sizes}, activation={self.activation!r}"

@@ -1,0 +1,106 @@
+"""The mixture-of-experts layer: route → dispatch → experts → combine."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moe.dispatch import expert_capacity, limit_capacity
+from moe.experts import Experts
+from moe.grouped import Activation
+from moe.routing import Routing
+
+
+class MoE(nn.Module):
+    """y = Σ_e weight_e(x) · f_e(x) over the experts that the router chose, plus an optional shared expert.
+
+    router: a module x [T, dim] → Routing, for the same dim and num_experts.
+    capacity_factor: each expert keeps at most ceil(N / E · factor) of the N assignments, in token order; the others
+    contribute nothing, so that their tokens pass by the residual connection. None, the default, drops nothing.
+    shared_hidden: width of a feed-forward network that every token passes (DeepSeekMoE, arXiv:2401.06066); 0 for none.
+    name: says in errors which layer it was.
+
+    >>> layer = MoE(8, 16, 4, TopKRouter(8, 4, k=2))
+    >>> y, routing = layer(torch.randn(2, 5, 8))
+    >>> y.shape, int(routing.loads().sum())
+    (torch.Size([2, 5, 8]), 20)
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        num_experts: int,
+        router: nn.Module,
+        *,
+        activation: Activation = "swiglu",
+        capacity_factor: float | None = None,
+        shared_hidden: int = 0,
+        name: str = "moe",
+    ) -> None:
+        super().__init__()
+        _check_router(router, dim, num_experts)
+        if shared_hidden < 0:
+            raise ValueError(f"shared_hidden must be >= 0, got {shared_hidden}")
+        if capacity_factor is not None:
+            expert_capacity(0, num_experts, capacity_factor)
+        self.dim, self.num_experts, self.capacity_factor, self.name = dim, num_experts, capacity_factor, name
+        self.router = router
+        self.experts = Experts(dim, hidden, num_experts, activation=activation)
+        self.shared = Experts(dim, shared_hidden, 1, activation=activation) if shared_hidden else None
+
+    def forward(
+        self,
+        x: Float[Tensor, "*batch D"],
+        *,
+        token_ids: Int[Tensor, "*batch"] | None = None,
+        padding_mask: Bool[Tensor, "*batch"] | None = None,
+        replay: Routing | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch D"], Routing]:
+        """The mixture of x, and the routing that made it.
+
+        padding_mask: True marks real tokens; padding is never routed and gets zeros from the routed experts.
+        replay: a recorded routing of these tokens: its choices are reused, its weights recomputed (activation
+        checkpointing and debugging). generator: for routers that draw noise.
+        Raises: ValueError for a wrong width; FloatingPointError, with the layer's name, for non-finite router logits.
+        """
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"{self.name}: x must have width dim={self.dim}, got {x.shape[-1]}")
+        rows = x.reshape(-1, self.dim)
+        routing = self._route(rows, _flat(token_ids), _flat(padding_mask), replay, generator)
+        y = self.experts(rows, routing)
+        if self.shared is not None:
+            y = y + self.shared.forward_one(0, rows)
+        return y.reshape(x.shape), routing
+
+    def _route(
+        self,
+        rows: Float[Tensor, "T D"],
+        token_ids: Int[Tensor, "T"] | None,
+        padding_mask: Bool[Tensor, "T"] | None,
+        replay: Routing | None,
+        generator: torch.Generator | None,
+    ) -> Routing:
+        try:
+            routing = self.router(
+                rows, token_ids=token_ids, padding_mask=padding_mask, replay=replay, generator=generator
+            )
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{self.name}: {error}") from error
+        if self.capacity_factor is None or replay is not None:
+            return routing
+        return limit_capacity(routing, self.capacity_factor)
+
+    def extra_repr(self) -> str:
+        return f"name={self.name!r}, capacity_factor={self.capacity_factor}"
+
+
+def _flat(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.reshape(-1)
+
+
+def _check_router(router: nn.Module, dim: int, num_experts: int) -> None:
+    for name, wanted in (("dim", dim), ("num_experts", num_experts)):
+        given = getattr(router, name, wanted)
+        if given != wanted:
+            raise ValueError(f"router.{name} must be {name}={wanted}, got {given}")

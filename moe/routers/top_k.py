@@ -1,0 +1,206 @@
+"""Routers that take the k most probable experts of a softmax: plain top-k and Switch."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moe.dispatch import expert_capacity, limit_capacity
+from moe.routing import Routing
+
+
+class TopKRouter(nn.Module):
+    """p = softmax(W x) in float32; each token goes to its k best experts.
+
+    weight = p_e, divided by the sum over the k choices when ``renormalize`` (Mixtral), as it is otherwise (OLMoE).
+    A renormalised top-1 weight is always 1 and gives the router no gradient: use :class:`SwitchRouter` for k = 1.
+    Raises: ValueError for k outside [1, num_experts]; FloatingPointError for NaN or infinite logits of a real token
+    (one reduction over the logits, a device synchronisation on CUDA; asynchronous under torch.compile).
+
+    >>> routing = TopKRouter(8, 4, k=2)(torch.randn(3, 8))
+    >>> routing.token.tolist()
+    [0, 0, 1, 1, 2, 2]
+    """
+
+    def __init__(self, dim: int, num_experts: int, *, k: int, renormalize: bool = True) -> None:
+        super().__init__()
+        _check_sizes(dim=dim, num_experts=num_experts)
+        if not 1 <= k <= num_experts:
+            raise ValueError(f"k must be in [1, num_experts={num_experts}], got {k}")
+        self.dim, self.num_experts, self.k, self.renormalize = dim, num_experts, k, renormalize
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw W from the normal distribution of deviation dim^-1/2, so that unit-variance states give unit logits."""
+        nn.init.normal_(self.weight, std=self.dim**-0.5)
+
+    def forward(
+        self,
+        x: Float[Tensor, "T D"],
+        *,
+        token_ids: Int[Tensor, "T"] | None = None,
+        padding_mask: Bool[Tensor, "T"] | None = None,
+        replay: Routing | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Routing:
+        """Route x. token_ids and generator are not used: the choice depends on x alone, and nothing is drawn."""
+        logits = router_logits(x, self.weight, padding_mask)
+        return choose_top_k(logits, self.k, renormalize=self.renormalize, real=padding_mask, replay=replay)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_experts={self.num_experts}, k={self.k}, renormalize={self.renormalize}"
+
+
+class SwitchRouter(nn.Module):
+    """Each token goes to its single best expert, weighted by p_e itself. Fedus et al. 2021 (arXiv:2101.03961).
+
+    capacity_factor: an expert keeps at most ceil(T / E · factor) tokens, in token order; None drops nothing.
+    jitter ε: in training the router sees x · U(1 − ε, 1 + ε); its seed is drawn from ``generator`` and recorded.
+    Raises: as :class:`TopKRouter`; ValueError for jitter outside [0, 1) or a capacity_factor that is not positive.
+    """
+
+    def __init__(
+        self, dim: int, num_experts: int, *, capacity_factor: float | None = None, jitter: float = 0.0
+    ) -> None:
+        super().__init__()
+        _check_sizes(dim=dim, num_experts=num_experts)
+        if not 0.0 <= jitter < 1.0:
+            raise ValueError(f"jitter must be in [0, 1), got {jitter}")
+        if capacity_factor is not None:
+            expert_capacity(0, num_experts, capacity_factor)
+        self.dim, self.num_experts, self.k = dim, num_experts, 1
+        self.capacity_factor, self.jitter = capacity_factor, jitter
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw W from the normal distribution of deviation dim^-1/2."""
+        nn.init.normal_(self.weight, std=self.dim**-0.5)
+
+    def forward(
+        self,
+        x: Float[Tensor, "T D"],
+        *,
+        token_ids: Int[Tensor, "T"] | None = None,
+        padding_mask: Bool[Tensor, "T"] | None = None,
+        replay: Routing | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Routing:
+        """Route x. token_ids is not used; generator seeds the jitter (default: torch's global CPU generator)."""
+        seed = self._noise_seed(replay, generator)
+        if seed is not None:
+            x = x * uniform_noise(x, self.jitter, seed)
+        logits = router_logits(x, self.weight, padding_mask)
+        routing = choose_top_k(logits, 1, renormalize=False, real=padding_mask, replay=replay, noise_seed=seed)
+        if self.capacity_factor is None or replay is not None:
+            return routing
+        return limit_capacity(routing, self.capacity_factor)
+
+    def _noise_seed(self, replay: Routing | None, generator: torch.Generator | None) -> int | None:
+        if replay is not None:
+            return replay.noise_seed
+        if not self.training or self.jitter == 0.0:
+            return None
+        device = "cpu" if generator is None else generator.device
+        return int(torch.randint(2**62, (), generator=generator, device=device))
+
+    def extra_repr(self) -> str:
+        sizes = f"dim={self.dim}, num_experts={self.num_experts}"
+        return f"{sizes}, capacity_factor={self.capacity_factor}, jitter={self.jitter}"
+
+
+def router_logits(
+    x: Float[Tensor, "T D"], weight: Float[Tensor, "E D"], real: Bool[Tensor, "T"] | None = None
+) -> Float[Tensor, "T E"]:
+    """W x in float32, or float64 if x is, whatever autocast says: bf16 ties would change the chosen expert.
+
+    Raises: ValueError for an x or a mask of another shape; FloatingPointError where a real token's logits are not finite.
+    """
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x must have width dim={weight.shape[1]}, got {x.shape[1]}")
+    if real is not None and real.shape[0] != x.shape[0]:
+        raise ValueError(f"padding_mask must have one entry for each of {x.shape[0]} tokens, got {real.shape[0]}")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        logits = F.linear(x.to(dtype), weight.to(dtype))
+    _require_finite(logits, real)
+    return logits
+
+
+def choose_top_k(
+    logits: Float[Tensor, "T E"],
+    k: int,
+    *,
+    renormalize: bool,
+    real: Bool[Tensor, "T"] | None = None,
+    replay: Routing | None = None,
+    noise_seed: int | None = None,
+) -> Routing:
+    """The k best experts of each real token, or those of ``replay``, weighted by softmax(logits).
+
+    A replay keeps the recorded assignments, dropped ones included, and takes the weights from these logits,
+    so that gradients flow. Raises: ValueError for a replay of another number of tokens or experts.
+    """
+    scores = logits.softmax(-1)
+    if replay is not None:
+        return _replayed(logits, scores, replay, renormalize, noise_seed)
+    num_tokens, num_experts = logits.shape
+    # chosen on logits: distinct logits can underflow to equal probabilities
+    expert = logits.detach().topk(k, dim=-1).indices
+    weight = scores.gather(1, expert)
+    if renormalize:
+        weight = weight / weight.sum(-1, keepdim=True)
+    token = torch.arange(num_tokens, device=logits.device)[:, None].expand(-1, k)
+    if real is not None:
+        token, expert, weight = token[real], expert[real], weight[real]
+    nothing = token.new_zeros(0, 2)
+    return Routing(
+        token.reshape(-1), expert.reshape(-1), weight.reshape(-1), logits, scores, num_experts, num_tokens,
+        dropped=nothing, real=real, noise_seed=noise_seed,
+    )  # fmt: skip
+
+
+def _replayed(
+    logits: Float[Tensor, "T E"],
+    scores: Float[Tensor, "T E"],
+    replay: Routing,
+    renormalize: bool,
+    noise_seed: int | None,
+) -> Routing:
+    recorded = (replay.num_tokens, replay.num_experts)
+    if recorded != tuple(logits.shape):
+        raise ValueError(f"replay must hold (tokens, experts)={tuple(logits.shape)}, got {recorded}")
+    weight = scores[replay.token, replay.expert]
+    if renormalize:
+        lost = replay.dropped[:, 0]
+        total = scores.new_zeros(replay.num_tokens).index_add(0, replay.token, weight)
+        total = total.index_add(0, lost, scores[lost, replay.dropped[:, 1]])
+        weight = weight / total[replay.token]
+    return Routing(
+        replay.token, replay.expert, weight, logits, scores, replay.num_experts, replay.num_tokens,
+        dropped=replay.dropped, real=replay.real, noise_seed=noise_seed,
+    )  # fmt: skip
+
+
+def uniform_noise(x: Float[Tensor, "T D"], width: float, seed: int) -> Float[Tensor, "T D"]:
+    """U(1 − width, 1 + width) in the shape, dtype and device of x, the same for the same seed."""
+    generator = torch.Generator(device=x.device).manual_seed(seed)
+    return torch.empty_like(x, requires_grad=False).uniform_(1.0 - width, 1.0 + width, generator=generator)
+
+
+def _check_sizes(*, dim: int, num_experts: int) -> None:
+    for name, size in (("dim", dim), ("num_experts", num_experts)):
+        if size < 1:
+            raise ValueError(f"{name} must be >= 1, got {size}")
+
+
+def _require_finite(logits: Float[Tensor, "T E"], real: Bool[Tensor, "T"] | None) -> None:
+    finite = logits.detach().isfinite().all(-1)
+    if real is not None:
+        finite = finite | ~real
+    if torch.compiler.is_compiling():
+        torch._assert_async(finite.all(), "router logits must be finite, got NaN or infinity")
+    elif not finite.all():
+        bad = int((~finite).sum())
+        raise FloatingPointError(f"router logits must be finite, got NaN or infinity for {bad} of {len(finite)} tokens")
