@@ -38,7 +38,7 @@ tables: $(READY) ## fill the README's tables from the committed records
 	$(BIN)/python benchmarks/readme_tables.py
 
 docs: $(READY) ## the documentation, strictly, into site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 wheel-check: $(READY) ## build a wheel, install it into an empty environment, run it there
 	sh tests/wheel_check.sh $(BIN)/python
