@@ -31,7 +31,7 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(READY) ## every benchmark: parity first, then time; rows go to benchmarks/results.jsonl
+bench: $(READY) ## every benchmark: parity first, then time; rows go to runs/benchmarks.jsonl
 	set -e; for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench; done
 
 tables: $(READY) ## fill the README's tables from the committed records

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+PACKAGES = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
 
 
 def _canonical(requirement: str) -> str:
@@ -20,7 +21,7 @@ def _canonical(requirement: str) -> str:
 
 def _pins() -> dict[str, str]:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return dict((_canonical(line), line.split("==")[1]) for line in lines if not line.startswith("#"))
+    return {_canonical(line): line.split("==")[1] for line in lines if not line.startswith("#")}
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +50,8 @@ def test_the_wheel_names_its_command_and_carries_its_licence(wheel):
 
 
 def test_every_dependency_is_pinned():
-    wanted = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]
-    assert not {_canonical(line) for line in wanted} - set(_pins())
+    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    assert not {_canonical(line) for group in groups for line in group} - set(_pins())
 
 
 def test_the_torch_pin_takes_the_build_of_the_machine():
