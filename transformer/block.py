@@ -12,20 +12,25 @@ from sparse_attn import KVCache, parse_pattern
 from transformer.attention import Attention
 from transformer.config import AttentionConfig, DenseConfig, LayerConfig, MoEConfig
 from transformer.feedforward import FeedForward, autocast_once
+from transformer.norm import RMSNorm
 
 
 class Block(nn.Module):
     """Attention and feed-forward with their norms; either may be absent, and then the stream passes unchanged.
 
-    dim: width; layer: its config; norm_eps, dropout: as in :class:`TransformerConfig`.
+    dim: width; layer: its config; norm_eps, dropout: as in :class:`TransformerConfig`; name: says in errors which it is.
     """
 
-    def __init__(self, dim: int, layer: LayerConfig, *, norm_eps: float, dropout: float) -> None:
+    def __init__(
+        self, dim: int, layer: LayerConfig, *, norm_eps: float = 1e-6, dropout: float = 0.0, name: str = "block"
+    ) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(dim, eps=norm_eps) if layer.attention else None
+        self.attention_norm = RMSNorm(dim, eps=norm_eps) if layer.attention else None
         self.attention = build_attention(dim, layer.attention) if layer.attention else None
-        self.feedforward_norm = nn.RMSNorm(dim, eps=norm_eps) if layer.feedforward else None
-        self.feedforward = build_feedforward(dim, layer.feedforward) if layer.feedforward else None
+        self.feedforward_norm = RMSNorm(dim, eps=norm_eps) if layer.feedforward else None
+        self.feedforward = (
+            build_feedforward(dim, layer.feedforward, name=f"{name}.feedforward") if layer.feedforward else None
+        )
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(
@@ -84,13 +89,14 @@ def build_attention(dim: int, config: AttentionConfig) -> Attention:
     return Attention(dim, config.num_heads, config.num_kv_heads, config.head_dim, pattern)
 
 
-def build_feedforward(dim: int, config: DenseConfig | MoEConfig) -> FeedForward | MoE:
-    """The module that a feed-forward config describes."""
+def build_feedforward(dim: int, config: DenseConfig | MoEConfig, *, name: str = "moe") -> FeedForward | MoE:
+    """The module that a feed-forward config describes; ``name`` appears in its errors."""
     if isinstance(config, DenseConfig):
         return FeedForward(dim, config.hidden, activation=config.activation)
     return MoE(
         dim=dim, hidden=config.hidden, num_experts=config.num_experts, router=_build_router(dim, config),
         activation=config.activation, capacity_factor=config.capacity_factor, shared_hidden=config.shared_hidden,
+        name=name,
     )  # fmt: skip
 
 

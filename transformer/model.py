@@ -20,6 +20,7 @@ from transformer.attention import rotary_angles
 from transformer.block import Block, initialise, recomputed
 from transformer.config import LayerConfig, TransformerConfig
 from transformer.loss import IGNORE, chunked_cross_entropy
+from transformer.norm import RMSNorm
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,10 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(
-            Block(config.dim, layer, norm_eps=config.norm_eps, dropout=config.dropout) for layer in config.layers
+            Block(config.dim, layer, norm_eps=config.norm_eps, dropout=config.dropout, name=f"layers.{index}")
+            for index, layer in enumerate(config.layers)
         )
-        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
         self._checkpointing = False
         # 0.02 and depth-scaled outputs: GPT-2's choice (Radford et al. 2019, section 2.3)

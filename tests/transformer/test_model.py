@@ -1,0 +1,187 @@
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moe import load_balancing_loss, router_z_loss
+from sparse_attn import parse_pattern
+from tests.tolerances import close
+from tests.transformer import reference
+from transformer import AttentionConfig, DenseConfig, LayerConfig, MoEConfig, Transformer, TransformerConfig
+
+CAUSAL, WINDOW = "causal()", "causal() & (sliding_window(3) | sinks(1))"
+MIXTURE = MoEConfig(hidden=6, num_experts=4, k=2)
+
+
+def uniform(**options):
+    defaults = {"vocab_size": 13, "dim": 12, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
+    return TransformerConfig.uniform(**{**defaults, **options})
+
+
+def unequal():
+    """Every layer different, as in a pruned model."""
+    return TransformerConfig(
+        vocab_size=13, dim=12, tied=False, max_length=64,
+        layers=(
+            LayerConfig(AttentionConfig(4, 2, 6, CAUSAL), DenseConfig(10)),
+            LayerConfig(None, MIXTURE),
+            LayerConfig(AttentionConfig(1, 1, 4, WINDOW), None),
+            LayerConfig(AttentionConfig(3, 3, 2, WINDOW), DenseConfig(7, "gelu")),
+            LayerConfig(None, None),
+        ),
+    )  # fmt: skip
+
+
+def model_of(config, dtype=torch.float32):
+    model = Transformer(config, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.no_grad():  # larger weights than at initialisation, so that every term shows in the logits
+        for name, parameter in model.named_parameters():
+            parameter.mul_(10) if parameter.dim() > 1 else parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu2"])
+@pytest.mark.parametrize("pattern", [CAUSAL, WINDOW])
+@pytest.mark.parametrize("length", [1, 7])
+def test_logits_equal_the_loops(activation, pattern, length):
+    model = model_of(uniform(pattern=pattern, feedforward=DenseConfig(10, activation), tied=activation == "gelu"))
+    ids = torch.randint(13, (2, length))
+    shown = parse_pattern(pattern)
+    expected = [
+        reference.logits(model, row.tolist(), sees=lambda i, j: bool(shown.visible(torch.tensor(i), torch.tensor(j))))
+        for row in ids
+    ]
+    close(model(ids).logits, torch.stack(expected), dtype=torch.float32)
+
+
+def test_an_encoder_sees_both_ways():
+    model = model_of(uniform(causal=False, feedforward=DenseConfig(10)))
+    ids = torch.randint(13, (1, 6))
+    close(model(ids).logits[0], reference.logits(model, ids[0].tolist(), sees=lambda i, j: True), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("config", [uniform(), uniform(feedforward=MIXTURE, pattern=WINDOW), unequal()])
+def test_a_later_token_changes_nothing_before_it(config):
+    model = model_of(config, torch.float64)
+    ids = torch.randint(13, (1, 9))
+    changed = ids.clone()
+    changed[0, 5] = (ids[0, 5] + 1) % 13
+    before, after = model(ids).logits, model(changed).logits
+    close(before[:, :5], after[:, :5])
+    assert (before[:, 5] - after[:, 5]).abs().max() > 1e-3
+
+
+def test_loss_is_next_token_cross_entropy_and_skips_ignored_labels():
+    model = model_of(uniform(), torch.float64)
+    ids = torch.randint(13, (3, 8))
+    labels = ids.clone()
+    labels[0, 3] = -100
+    out = model(ids, labels=labels)
+    expected = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    close(out.loss, expected)
+
+
+def test_padding_on_the_right_or_left_changes_no_real_logit():
+    model = model_of(uniform(feedforward=MIXTURE, pattern="causal() & sliding_window(4)"), torch.float64)
+    ids = torch.randint(13, (1, 6))
+    plain = model(ids)
+    for padded, real in ((F.pad(ids, (0, 3)), slice(0, 6)), (F.pad(ids, (3, 0)), slice(3, 9))):
+        mask = torch.zeros_like(padded)
+        mask[:, real] = 1
+        out = model(padded, attention_mask=mask)
+        close(out.logits[:, real], plain.logits)
+        assert out.routings[0].loads().sum() == plain.routings[0].loads().sum()
+
+
+@pytest.mark.parametrize("config", [uniform(feedforward=MIXTURE), unequal()])
+def test_recomputation_gives_the_same_loss_gradients_and_experts(config):
+    model = model_of(config, torch.float64).train()
+    ids = torch.randint(13, (2, 9))
+    results = []
+    for again in (False, True):
+        model.gradient_checkpointing(again)
+        out = model(ids, labels=ids)
+        routed = [r for r in out.routings if r is not None]
+        (out.loss + sum(load_balancing_loss(r) + router_z_loss(r) for r in routed)).backward()
+        results.append([out.loss.detach(), *(p.grad.clone() for p in model.parameters())])
+        model.zero_grad()
+    for plain, again in zip(*results, strict=True):
+        close(again, plain)
+
+
+def test_recomputation_does_not_route_again(monkeypatch):
+    """Between the two runs the router turns around: only a replay keeps the experts of the first run."""
+    model = model_of(uniform(feedforward=MIXTURE, num_layers=1), torch.float64).train()
+    model.gradient_checkpointing(True)
+    router = model.layers[0].feedforward.router
+    seen = []
+    monkeypatch.setattr(router, "forward", lambda *a, f=router.forward, **o: seen.append(f(*a, **o)) or seen[-1])
+    ids = torch.randint(13, (2, 5))
+    loss = model(ids, labels=ids).loss
+    with torch.no_grad():
+        router.weight.neg_()
+    loss.backward()
+    assert len(seen) == 2 and seen[0].expert.equal(seen[1].expert)
+
+
+def test_jitter_is_the_same_in_the_recomputation():
+    config = uniform(feedforward=MoEConfig(6, 4, k=1, router="switch", jitter=0.3, capacity_factor=1.0))
+    model = model_of(config, torch.float64).train()
+    ids = torch.randint(13, (2, 9))
+    gradients = []
+    for again in (False, True):
+        model.gradient_checkpointing(again)
+        torch.manual_seed(3)
+        model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    for plain, again in zip(*gradients, strict=True):
+        close(again, plain)
+
+
+def test_replay_uses_the_recorded_experts():
+    model = model_of(uniform(feedforward=MIXTURE), torch.float64)
+    ids = torch.randint(13, (1, 7))
+    first = model(ids)
+    flipped = tuple(dataclasses.replace(r, expert=(r.expert + 1) % 4) for r in first.routings)
+    out = model(ids, replay=flipped)
+    assert all(a.expert.equal(b.expert) for a, b in zip(out.routings, flipped, strict=True))
+    assert (out.logits - first.logits).abs().max() > 1e-4
+
+
+def test_dropout_works_in_training_only():
+    model = model_of(uniform(dropout=0.5))
+    ids = torch.randint(13, (1, 7))
+    assert not torch.equal(model.train()(ids).logits, model(ids).logits)
+    close(model.eval()(ids).logits, model(ids).logits)
+
+
+def test_same_generator_same_weights():
+    weights = [Transformer(uniform(), generator=torch.Generator().manual_seed(5)).state_dict() for _ in range(2)]
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        (torch.full((1, 3), 13), {}, r"input_ids must be in \[0, vocab_size=13\)"),
+        (torch.zeros(1, 65, dtype=torch.long), {}, "at most max_length=64 tokens, got 65"),
+        (torch.zeros(1, 3, dtype=torch.long), {"labels": torch.zeros(1, 2, dtype=torch.long)}, "labels must have shape"),
+        (torch.zeros(1, 3, dtype=torch.long), {"attention_mask": torch.ones(1, 2)}, "attention_mask must have shape"),
+        (torch.zeros(1, 3, dtype=torch.long), {"replay": ()}, "one entry for each of the 5 layers, got 0"),
+    ],
+)
+def test_bad_input(ids, options, message):
+    if "attention_mask" in options:
+        options = {"attention_mask": options["attention_mask"].long()}
+    with pytest.raises(ValueError, match=message):
+        Transformer(unequal())(ids, **options)
+
+
+def test_nan_names_the_layer():
+    model = Transformer(uniform(feedforward=MIXTURE))
+    with torch.no_grad():
+        model.layers[1].feedforward.router.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="layers.1.feedforward"):
+        model(torch.zeros(1, 3, dtype=torch.long))
