@@ -34,8 +34,8 @@ lint: $(READY) ## ruff and mypy
 bench: $(READY) ## every benchmark: parity first, then time; rows go to runs/benchmarks.jsonl
 	set -e; for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench; done
 
-tables: $(READY) ## fill the README's tables from the committed records
-	$(BIN)/python benchmarks/readme_tables.py
+tables: $(READY) ## fill the README's tables from benchmarks/records/ (RECORDS=new: first copy them from runs/)
+	$(BIN)/python benchmarks/readme_tables.py $(if $(RECORDS),--collect)
 
 docs: $(READY) ## the documentation, strictly, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
