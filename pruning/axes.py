@@ -14,17 +14,18 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Slice:
-    """One tensor's share of an axis: unit ``u`` owns indices ``[u·width, (u+1)·width)`` of ``dim``.
+    """One tensor's share of an axis: unit ``u`` owns indices ``offset + [u·width, (u+1)·width)`` of ``dim``.
 
     ``parameter`` is the name as in ``model.named_parameters()``. ``grouped`` says that the tensor is laid out by
     groups of units rather than by units (keys and values under grouped-query attention), so that it shrinks only
-    when a whole group goes.
+    when a whole group goes. ``offset``: first index of unit 0, for tensors that fuse several parts along ``dim``.
     """
 
     parameter: str
     dim: int
     width: int
     grouped: bool = False
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Axis:
     projection): multiplying that input by a gate per unit switches units off without surgery.
     groups: 1 where units are independent. Under grouped-query attention the heads of one key-value head form a group;
     a removal takes whole groups or leaves each surviving group with equally many units.
+    orphans: parameters that ``resize([])`` drops besides, for they serve nothing without the axis (the norm before it).
     resize(kept): called once the tensors are sliced, with the sorted indices of the surviving units (maybe none).
     """
 
@@ -48,6 +50,7 @@ class Axis:
     slices: tuple[Slice, ...]
     resize: Callable[[list[int]], None] = field(compare=False, repr=False)
     groups: int = 1
+    orphans: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.groups < 1 or self.size % self.groups:

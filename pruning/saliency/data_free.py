@@ -1,0 +1,42 @@
+"""Scores that need no data: magnitude and chance."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pruning.axes import Axis
+from pruning.saliency.record import AxisScores, Normalize, record
+
+
+def magnitude(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """abs(w), for each weight."""
+    return weight.detach().abs()
+
+
+def random_scores(weight: Float[Tensor, "..."], *, generator: torch.Generator | None = None) -> Float[Tensor, "..."]:
+    """Uniform on [0, 1), float32, drawn on the CPU so that a seed means the same everywhere: the baseline."""
+    return torch.rand(weight.shape, generator=generator).to(weight.device)
+
+
+def magnitude_importance(model: nn.Module, axes: Sequence[Axis], *, normalize: Normalize = None) -> AxisScores:
+    """‖every weight that the unit owns alone‖₂, for each unit of each axis.
+
+    Tensors shared by a group of units (keys and values under grouped queries) count for none of its units."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    values = {}
+    for axis in axes:
+        squares = torch.zeros(axis.size, dtype=torch.float64)
+        for piece in (piece for piece in axis.slices if not piece.grouped):
+            rows = parameters[piece.parameter].detach().movedim(piece.dim, 0)
+            rows = rows[piece.offset : piece.offset + axis.size * piece.width]
+            squares += rows.reshape(axis.size, -1).double().square().sum(1).cpu()
+        values[axis.name] = squares.sqrt()
+    return record(axes, values, method="magnitude", normalize=normalize)
+
+
+def random_importance(axes: Sequence[Axis], *, generator: torch.Generator | None = None) -> AxisScores:
+    """Uniform on [0, 1) for each unit: the baseline that every importance must beat."""
+    values = {axis.name: torch.rand(axis.size, generator=generator, dtype=torch.float64) for axis in axes}
+    return record(axes, values, method="random")

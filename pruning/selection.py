@@ -1,0 +1,122 @@
+"""Which units stay: scores of whole axes and a number of removals → the units to keep, under grouped-query rules."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pruning.axes import Axis
+
+
+@dataclass(frozen=True)
+class Option:
+    """One feasible way to shrink an axis: `groups` groups survive with `units` units each; `score` is what goes."""
+
+    removed: int
+    score: float
+    groups: int
+    units: int
+
+
+def select_units(
+    scores: Mapping[str, Tensor], axes: Sequence[Axis], *, count: int, min_units: int = 0
+) -> dict[str, list[int]]:
+    """Axis name → sorted units to keep, after the removal of `count` units over all axes together.
+
+    Of all feasible removals the largest count that does not exceed `count` is taken, and among these the least total
+    score. Feasible: an axis of independent units loses any of them; a grouped axis loses whole groups, and every
+    surviving group the same number of units; each axis keeps at least min(min_units, size). Independent units are
+    sorted (lowest score first; equal scores by position: earlier axis, then earlier unit, goes first). Grouped axes
+    are solved exactly, as a knapsack over the best (groups, units) choice of each axis for each count.
+    scores: [size] for each axis. Raises: ValueError if a score is missing, misshapen or not finite."""
+    check_scores(scores, axes)
+    if min_units < 0:
+        raise ValueError(f"min_units must be >= 0, got {min_units}")
+    if all(axis.groups == 1 or axis.group_size == 1 for axis in axes):
+        return _lowest(scores, axes, count, min_units)
+    tables = {axis.name: _table(scores[axis.name], axis) for axis in axes}
+    options = [_options(tables[axis.name], min(min_units, axis.size)) for axis in axes]
+    chosen = _knapsack(options, count)
+    return {axis.name: _keep(tables[axis.name], option)[1] for axis, option in zip(axes, chosen, strict=True)}
+
+
+def check_scores(scores: Mapping[str, Tensor], axes: Sequence[Axis]) -> None:
+    """Raises: ValueError unless each axis has one finite score for each of its units."""
+    for axis in axes:
+        if axis.name not in scores:
+            raise ValueError(f"scores must name axis {axis.name!r}, got {sorted(scores)}")
+        values = scores[axis.name]
+        if list(values.shape) != [axis.size]:
+            raise ValueError(
+                f"scores of {axis.name!r} must have shape [{axis.size}], got {list(values.shape)}; "
+                "score the model again after it was pruned"
+            )
+        if not torch.isfinite(values).all():
+            raise ValueError(f"scores of {axis.name!r} must be finite, got {values.tolist()}")
+
+
+def _lowest(scores: Mapping[str, Tensor], axes: Sequence[Axis], count: int, min_units: int) -> dict[str, list[int]]:
+    candidates = []
+    for position, axis in enumerate(axes):
+        values = scores[axis.name].double().cpu()
+        spare = torch.argsort(values, stable=True)[: axis.size - min(min_units, axis.size)]
+        candidates += [(values[unit].item(), position, unit) for unit in spare.tolist()]
+    gone = {(position, unit) for _, position, unit in sorted(candidates)[:count]}
+    return {
+        axis.name: [unit for unit in range(axis.size) if (position, unit) not in gone]
+        for position, axis in enumerate(axes)
+    }
+
+
+def _table(scores: Tensor, axis: Axis) -> np.ndarray:
+    return scores.double().cpu().numpy().reshape(axis.groups, axis.group_size)
+
+
+def _keep(table: np.ndarray, option: Option) -> tuple[float, list[int]]:
+    """Score kept and units kept, the best for this many groups and units: top units of each group, then top groups."""
+    size = table.shape[1]
+    top = np.sort(np.argsort(table, axis=1, kind="stable")[:, size - option.units :], axis=1)
+    sums = np.take_along_axis(table, top, axis=1).sum(axis=1)
+    groups = np.sort(np.argsort(sums, kind="stable")[len(sums) - option.groups :])
+    units = (top[groups] + groups[:, None] * size).reshape(-1)
+    return float(sums[groups].sum()), units.tolist()
+
+
+def _options(table: np.ndarray, least: int) -> list[Option]:
+    """The cheapest option for each feasible number of removals, in ascending order of that number."""
+    total_groups, size = table.shape
+    best: dict[int, Option] = {}
+    for groups in range(total_groups + 1):
+        for units in range(1, size + 1) if groups else [0]:
+            removed = table.size - groups * units
+            kept, _ = _keep(table, Option(removed, 0.0, groups, units))
+            option = Option(removed, float(table.sum()) - kept, groups, units)
+            # on equal scores fewer groups win: they free keys and values too
+            if groups * units >= least and (removed not in best or option.score < best[removed].score):
+                best[removed] = option
+    return [best[removed] for removed in sorted(best)]
+
+
+def _knapsack(options: Sequence[Sequence[Option]], count: int) -> list[Option]:
+    """One option of each axis: the most removals that are at most `count`, at the least total score."""
+    best = np.full(count + 1, np.inf)
+    best[0] = 0.0
+    picks = []
+    for choices in options:
+        total, pick = np.full(count + 1, np.inf), np.zeros(count + 1, dtype=np.int64)
+        for index, option in enumerate(choices):
+            if option.removed <= count:
+                candidate = best[: count + 1 - option.removed] + option.score
+                better = candidate < total[option.removed :]
+                total[option.removed :][better] = candidate[better]
+                pick[option.removed :][better] = index
+        best = total
+        picks.append(pick)
+    left = int(np.flatnonzero(np.isfinite(best)).max())
+    chosen = []
+    for choices, pick in zip(reversed(options), reversed(picks), strict=True):
+        chosen.append(choices[pick[left]])
+        left -= chosen[-1].removed
+    return chosen[::-1]

@@ -1,0 +1,124 @@
+"""Heads and neurons removed for good: scores → choice → surgery → report."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from pruning.axes import Axis
+from pruning.model_axes import axes_of
+from pruning.saliency.data_free import magnitude_importance
+from pruning.selection import select_units
+from pruning.structure import removal_count
+from pruning.surgery import count_parameters, predict_parameters, shrink
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What a structured removal did. kept and removed: axis name → units, by their indices before the removal.
+
+    asked and achieved are shares of the units; `parameters_predicted` and `bytes_predicted` were computed from the axes
+    before surgery, `parameters_after` and `bytes_after` counted after it (tied tensors once; bytes of tensor data)."""
+
+    kind: str
+    asked: float
+    achieved: float
+    kept: dict[str, tuple[int, ...]]
+    removed: dict[str, tuple[int, ...]]
+    parameters_before: int
+    parameters_predicted: int
+    parameters_after: int
+    bytes_before: int
+    bytes_predicted: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        gone, total = sum(map(len, self.removed.values())), sum(map(len, self.kept.values()))
+        lines = [f"removed {gone} of {gone + total} {self.kind}s ({self.achieved:.1%}; asked {self.asked:.1%})"]
+        for name, units in self.removed.items():
+            if units:
+                lines.append(f"  {name}: {len(units) + len(self.kept[name])} -> {len(self.kept[name])}{_listed(units)}")
+        lines.append(
+            f"parameters {self.parameters_before:,} -> {self.parameters_after:,} "
+            f"({self.parameters_after / self.parameters_before - 1:+.1%}), "
+            f"{self.bytes_before / 1e6:.2f} MB -> {self.bytes_after / 1e6:.2f} MB"
+        )
+        return "\n".join(lines)
+
+
+def _listed(units: Sequence[int]) -> str:
+    return f", without {', '.join(map(str, units))}" if len(units) <= 16 else ""
+
+
+def prune_heads(
+    model: nn.Module,
+    scores: Mapping[str, Tensor],
+    *,
+    fraction: float,
+    layerwise: bool = False,
+    min_heads: int = 0,
+    axes: Sequence[Axis] | None = None,
+) -> PruneReport:
+    """Remove ⌊fraction · heads⌋ attention heads from `model`, in place, lowest scores first; the model gets smaller.
+
+    The count is taken over all layers together, or over each layer if `layerwise`; each layer keeps at least
+    min(min_heads, its heads), and with 0 a layer may lose all. Of equal scores the earlier head goes first. Under
+    grouped queries a layer loses whole key-value groups, or every surviving group the same number of heads: the choice
+    is the exact optimum, least total score at the largest feasible count that does not exceed the one asked
+    (`selection.select_units`); the report says what was asked and what was achieved.
+    Optimisers hold the old parameters: make a new one.
+
+    >>> print(prune_heads(model, head_importance(model, batches), fraction=0.3))
+    Raises: ValueError if fraction is outside [0, 1), or scores do not fit the model's heads."""
+    return _prune(model, "head", scores, axes_of(model, "head", axes), fraction, layerwise, min_heads)
+
+
+def prune_neurons(
+    model: nn.Module,
+    scores: Mapping[str, Tensor] | None = None,
+    *,
+    fraction: float,
+    layerwise: bool = False,
+    min_neurons: int = 1,
+    axes: Sequence[Axis] | None = None,
+) -> PruneReport:
+    """Remove ⌊fraction · neurons⌋ feed-forward neurons from `model`, in place, as `prune_heads` does with heads.
+
+    scores: None ranks by magnitude (‖weights of the neuron‖₂); `neuron_importance` ranks by gate gradients.
+    Raises: as `prune_heads`."""
+    chosen = axes_of(model, "neuron", axes)
+    scores = magnitude_importance(model, chosen) if scores is None else scores
+    return _prune(model, "neuron", scores, chosen, fraction, layerwise, min_neurons)
+
+
+def _prune(
+    model: nn.Module,
+    kind: str,
+    scores: Mapping[str, Tensor],
+    axes: Sequence[Axis],
+    fraction: float,
+    layerwise: bool,
+    least: int,
+) -> PruneReport:
+    kept: dict[str, list[int]] = {}
+    for part in [[axis] for axis in axes] if layerwise else [axes]:
+        count = removal_count(fraction, sum(axis.size for axis in part))
+        kept |= select_units(scores, part, count=count, min_units=least)
+    before, predicted = count_parameters(model), predict_parameters(model, axes, kept)
+    shrink(model, axes, kept)
+    after = count_parameters(model)
+    gone = {axis.name: tuple(sorted(set(range(axis.size)) - set(kept[axis.name]))) for axis in axes}
+    total = sum(axis.size for axis in axes)
+    return PruneReport(
+        kind=kind,
+        asked=fraction,
+        achieved=sum(map(len, gone.values())) / total,
+        kept={name: tuple(units) for name, units in kept.items()},
+        removed=gone,
+        parameters_before=before[0],
+        parameters_predicted=predicted[0],
+        parameters_after=after[0],
+        bytes_before=before[1],
+        bytes_predicted=predicted[1],
+        bytes_after=after[1],
+    )
