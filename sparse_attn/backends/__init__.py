@@ -1,0 +1,1 @@
+"""Ways to compute the same attention: reference (the oracle), sdpa (dense, by torch), folded (block-sparse)."""
