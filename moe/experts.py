@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moe.grouped import Activation, activate, expert_mixture, projections
+from moe.grouped import expert_mixture
+from moe.nonlinearity import Activation, activate, projections
 from moe.routing import Routing
 
 

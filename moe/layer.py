@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from moe.dispatch import expert_capacity, limit_capacity
 from moe.experts import Experts
-from moe.grouped import Activation
+from moe.nonlinearity import Activation
 from moe.routing import Routing
 
 
@@ -66,25 +66,28 @@ class MoE(nn.Module):
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"{self.name}: x must have width dim={self.dim}, got {x.shape[-1]}")
+        routing = self.route(x, token_ids=token_ids, padding_mask=padding_mask, replay=replay, generator=generator)
         rows = x.reshape(-1, self.dim)
-        routing = self._route(rows, _flat(token_ids), _flat(padding_mask), replay, generator)
         y = self.experts(rows, routing)
         if self.shared is not None:
             y = y + self.shared.forward_one(0, rows)
         return y.reshape(x.shape), routing
 
-    def _route(
+    def route(
         self,
-        rows: Float[Tensor, "T D"],
-        token_ids: Int[Tensor, "T"] | None,
-        padding_mask: Bool[Tensor, "T"] | None,
-        replay: Routing | None,
-        generator: torch.Generator | None,
+        x: Float[Tensor, "*batch D"],
+        *,
+        token_ids: Int[Tensor, "*batch"] | None = None,
+        padding_mask: Bool[Tensor, "*batch"] | None = None,
+        replay: Routing | None = None,
+        generator: torch.Generator | None = None,
     ) -> Routing:
+        """What :meth:`forward` would decide for x, capacity included, without running an expert."""
         try:
             routing = self.router(
-                rows, token_ids=token_ids, padding_mask=padding_mask, replay=replay, generator=generator
-            )
+                x.reshape(-1, self.dim), token_ids=_flat(token_ids), padding_mask=_flat(padding_mask),
+                replay=replay, generator=generator,
+            )  # fmt: skip
         except FloatingPointError as error:
             raise FloatingPointError(f"{self.name}: {error}") from error
         if self.capacity_factor is None or replay is not None:

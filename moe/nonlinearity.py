@@ -1,0 +1,66 @@
+"""The experts' nonlinearities: as one differentiable expression, and as the in-place steps of the lean function."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+Activation = Literal["swiglu", "gelu", "relu2"]
+aten = torch.ops.aten
+
+
+def projections(activation: Activation) -> int:
+    """Input projections that the activation takes: 2 for swiglu, 1 for gelu and relu2. Raises: ValueError otherwise."""
+    if activation not in ("swiglu", "gelu", "relu2"):
+        raise ValueError(f"activation must be 'swiglu', 'gelu' or 'relu2', got {activation!r}")
+    return 2 if activation == "swiglu" else 1
+
+
+def activate(a: Float[Tensor, "n A"], activation: Activation) -> Float[Tensor, "n F"]:
+    """silu(gate) ⊙ value of the halves of a; exact gelu(a); or relu(a)²."""
+    if activation == "swiglu":
+        gate, value = a.chunk(2, dim=-1)
+        return F.silu(gate) * value
+    return F.gelu(a) if activation == "gelu" else F.relu(a).square()
+
+
+def activate_into(a: Float[Tensor, "n A"], activation: Activation, h: Float[Tensor, "n F"]) -> None:
+    """h ← activate(a), nothing allocated."""
+    if activation == "swiglu":
+        gate, value = a.chunk(2, dim=-1)
+        aten.silu.out(gate, out=h)
+        h.mul_(value)
+    elif activation == "gelu":
+        aten.gelu.out(a, out=h)
+    else:
+        torch.clamp_min(a, 0.0, out=h)
+        h.mul_(h)
+
+
+def differentiate_into(
+    a: Float[Tensor, "n A"],
+    d_h: Float[Tensor, "n F"],
+    activation: Activation,
+    *,
+    h: Float[Tensor, "n F"],
+    d_a: Float[Tensor, "n A"],
+    dot: Float[Tensor, "n"],
+) -> None:
+    """h ← activate(a), d_a ← ∂⟨d_h, h⟩/∂a, dot ← ⟨d_h, h⟩ row by row, in dot's precision. d_h is overwritten."""
+    if activation == "swiglu":
+        gate, value = a.chunk(2, dim=-1)
+        d_gate, d_value = d_a.chunk(2, dim=-1)
+        # d_gate lends its memory first to silu(gate), then to the products of the dot
+        torch.mul(aten.silu.out(gate, out=d_gate), value, out=h)
+        torch.mul(d_h, d_gate, out=d_value)
+        torch.sum(torch.mul(d_h, h, out=d_gate), -1, dtype=dot.dtype, out=dot)
+        aten.silu_backward.grad_input(d_h.mul_(value), gate, grad_input=d_gate)
+        return
+    activate_into(a, activation, h)
+    torch.sum(torch.mul(d_h, h, out=d_a), -1, dtype=dot.dtype, out=dot)
+    if activation == "gelu":
+        aten.gelu_backward.grad_input(d_h, a, grad_input=d_a)
+    else:
+        torch.mul(torch.clamp_min(a, 0.0, out=d_a), d_h, out=d_a).mul_(2.0)
