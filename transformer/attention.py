@@ -51,24 +51,23 @@ class Attention(nn.Module):
         x: Float[Tensor, "B L D"],
         angles: tuple[Tensor, Tensor],
         *,
-        key_mask: Bool[Tensor, "B S"] | None = None,
+        token_mask: Bool[Tensor, "B L"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B L D"]:
-        """x [B, L, dim]; angles: from :func:`rotary_angles` for these positions; key_mask: False hides a key.
-
-        cache: earlier keys and values; it receives these.
+        """x [B, L, dim]; angles: from :func:`rotary_angles` for these positions; token_mask: False marks padding,
+        which no query sees. cache: earlier keys and values; it receives these.
         """
         q = rotate(_split(self.query(x), self.head_dim), angles)
         k = rotate(_split(self.key(x), self.head_dim), angles)
         v = _split(self.value(x), self.head_dim)
-        key_positions = query_positions = None
-        if cache is not None:
-            query_positions = torch.arange(cache.length, cache.length + x.shape[1], device=x.device)
-            k, v, key_positions = cache.append(k, v)
-        mixed = attend(
-            q, k, v, pattern=self.pattern, key_mask=key_mask,
-            query_positions=query_positions, key_positions=key_positions,
-        )  # fmt: skip
+        if cache is None:
+            mixed = attend(q, k, v, pattern=self.pattern, key_mask=token_mask)
+        else:
+            positions = torch.arange(cache.length, cache.length + x.shape[1], device=x.device)
+            k, v, held = cache.append(k, v, key_mask=token_mask)
+            mixed = attend(
+                q, k, v, pattern=self.pattern, query_positions=positions, key_positions=held, key_mask=cache.key_mask
+            )
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:

@@ -18,7 +18,7 @@ from transformer.norm import RMSNorm
 class Block(nn.Module):
     """Attention and feed-forward with their norms; either may be absent, and then the stream passes unchanged.
 
-    dim: width; layer: its config; norm_eps, dropout: as in :class:`TransformerConfig`; name: says in errors which it is.
+    dim: width; layer: its config; norm_eps, dropout: as in :class:`TransformerConfig`; name: for errors.
     """
 
     def __init__(
@@ -38,26 +38,30 @@ class Block(nn.Module):
         x: Float[Tensor, "B L D"],
         angles: tuple[Tensor, Tensor] | None,
         *,
-        token_mask: Bool[Tensor, "B S"] | None = None,
+        token_mask: Bool[Tensor, "B L"] | None = None,
         token_ids: Int[Tensor, "B L"] | None = None,
         cache: KVCache | None = None,
         replay: Routing | None = None,
+        choose_first: bool = False,
     ) -> tuple[Float[Tensor, "B L D"], Routing | None]:
         """x [B, L, dim] to the same shape, and the routing if the feed-forward is a mixture of experts.
 
-        token_mask [B, earlier + L]: False marks padding. replay: use these experts instead of choosing.
+        token_mask: False marks padding. replay: use these experts instead of choosing.
+        choose_first: choose the experts apart, then replay that choice, for :func:`recomputed`.
         """
         if self.attention is not None and self.attention_norm is not None:
             if angles is None:
                 raise ValueError("angles must be given to a block with attention, got None")
             normed = autocast_once(self.attention_norm(x))
-            x = x + self.dropout(self.attention(normed, angles, key_mask=token_mask, cache=cache))
+            x = x + self.dropout(self.attention(normed, angles, token_mask=token_mask, cache=cache))
         routing = None
         if self.feedforward is not None and self.feedforward_norm is not None:
             normed = self.feedforward_norm(x)
             if isinstance(self.feedforward, MoE):
-                here = None if token_mask is None else token_mask[:, -x.shape[1] :]
-                y, routing = self.feedforward(normed, token_ids=token_ids, padding_mask=here, replay=replay)
+                if choose_first and replay is None:
+                    with torch.no_grad():
+                        replay = self.feedforward.route(normed, token_ids=token_ids, padding_mask=token_mask)
+                y, routing = self.feedforward(normed, token_ids=token_ids, padding_mask=token_mask, replay=replay)
             else:
                 y = self.feedforward(autocast_once(normed))
             x = x + self.dropout(y)
@@ -70,7 +74,8 @@ def recomputed(
     """``run(x, replay)``, keeping only x: the rest is computed again in the backward pass (arXiv:1604.06174).
 
     The second run replays the experts that the first one chose: a gate that ties, or differs in its last bit, cannot
-    send a token elsewhere.
+    send a token elsewhere. ``run`` must choose first and then replay in the first run too, so that both save the same
+    tensors.
     """
     chosen: list[Routing | None] = []
 

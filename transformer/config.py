@@ -10,13 +10,13 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, TypeVar
 
 from sparse_attn import parse_pattern
 
 T = TypeVar("T")
-Activation = Literal["swiglu", "gelu", "relu2"]
-RouterName = Literal["top_k", "switch"]
+ACTIVATIONS = ("swiglu", "gelu", "relu2")
+ROUTERS = ("top_k", "switch")
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class DenseConfig:
     """A dense feed-forward layer of ``hidden`` neurons; ``swiglu`` has a gate matrix, ``gelu`` and ``relu2`` do not."""
 
     hidden: int
-    activation: Activation = "swiglu"
+    activation: str = "swiglu"
 
     def __post_init__(self) -> None:
         _at_least("hidden", self.hidden, 1)
-        _one_of("activation", self.activation, Activation)
+        _one_of("activation", self.activation, ACTIVATIONS)
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,19 @@ class MoEConfig:
     hidden: int
     num_experts: int
     k: int = 2
-    router: RouterName = "top_k"
+    router: str = "top_k"
     renormalize: bool = True
     capacity_factor: float | None = None
     shared_hidden: int = 0
     jitter: float = 0.0
-    activation: Activation = "swiglu"
+    activation: str = "swiglu"
 
     def __post_init__(self) -> None:
         _at_least("hidden", self.hidden, 1)
         _at_least("num_experts", self.num_experts, 1)
         _at_least("shared_hidden", self.shared_hidden, 0)
-        _one_of("activation", self.activation, Activation)
-        _one_of("router", self.router, RouterName)
+        _one_of("activation", self.activation, ACTIVATIONS)
+        _one_of("router", self.router, ROUTERS)
         if not 1 <= self.k <= self.num_experts:
             raise ValueError(f"k must be in [1, num_experts={self.num_experts}], got {self.k}")
         if self.router == "switch" and self.k != 1:
@@ -154,7 +154,7 @@ class TransformerConfig:
         tied: bool = True,
         dropout: float = 0.0,
         causal: bool = True,
-    ) -> Self:
+    ) -> "TransformerConfig":
         """All layers alike.
 
         Defaults: num_kv_heads = num_heads; head_dim = dim / num_heads; pattern = ``causal()`` (``full()`` for an
@@ -186,7 +186,7 @@ class TransformerConfig:
         return {"model_type": "sparse-transformers", **record}
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> Self:
+    def from_dict(cls, record: dict[str, Any]) -> "TransformerConfig":
         """The inverse of :meth:`to_dict`. Raises ValueError on an unknown key (naming the nearest) or a wrong type."""
         record = dict(record)
         if record.pop("model_type", "sparse-transformers") != "sparse-transformers":
@@ -201,7 +201,7 @@ class TransformerConfig:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path) -> "TransformerConfig":
         """Read what :meth:`save` wrote. Raises ValueError when the file is no JSON or has wrong keys."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text()))
@@ -258,6 +258,6 @@ def _at_least(name: str, value: int, bound: int) -> None:
         raise ValueError(f"{name} must be >= {bound}, got {value}")
 
 
-def _one_of(name: str, value: str, literal: Any) -> None:
-    if value not in typing.get_args(literal):
-        raise ValueError(f"{name} must be one of {', '.join(typing.get_args(literal))}, got {value!r}")
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -5,7 +5,6 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -40,14 +39,10 @@ class ModelOutput:
 
 @dataclass
 class ModelCache:
-    """Keys and values of every layer (None where a layer has no attention) and the positions seen so far.
-
-    token_mask [B, length]: False marks padding; None when no token was padding.
-    """
+    """Keys and values of every layer (None where a layer has no attention) and the positions seen so far."""
 
     layers: list[KVCache | None]
     length: int = 0
-    token_mask: Bool[Tensor, "B S"] | None = None
 
 
 class Transformer(nn.Module):
@@ -77,14 +72,14 @@ class Transformer(nn.Module):
         self,
         input_ids: Int[Tensor, "B L"],
         *,
-        attention_mask: Bool[Tensor, "B S"] | Int[Tensor, "B S"] | None = None,
+        attention_mask: Bool[Tensor, "B L"] | Int[Tensor, "B L"] | None = None,
         labels: Int[Tensor, "B L"] | None = None,
         cache: ModelCache | None = None,
         replay: tuple[Routing | None, ...] | None = None,
     ) -> ModelOutput:
         """Token ids [B, L] to logits [B, L, V].
 
-        attention_mask: 0 marks padding, [B, L] or, with a cache, [B, earlier + L] or [B, L] for the new tokens alone.
+        attention_mask [B, L]: 0 marks padding among these tokens; a cache remembers the padding before them.
         labels: targets at their own positions (``labels=input_ids`` is usual); the model compares position i with label
         i + 1 and skips −100. An encoder compares position i with label i. cache: from :meth:`new_cache`, updated in
         place. replay: routings of an earlier pass; their experts are used again.
@@ -103,29 +98,33 @@ class Transformer(nn.Module):
         self,
         input_ids: Int[Tensor, "B L"],
         *,
-        attention_mask: Bool[Tensor, "B S"] | Int[Tensor, "B S"] | None = None,
+        attention_mask: Bool[Tensor, "B L"] | Int[Tensor, "B L"] | None = None,
         cache: ModelCache | None = None,
         replay: tuple[Routing | None, ...] | None = None,
     ) -> tuple[Float[Tensor, "B L D"], tuple[Routing | None, ...]]:
         """Hidden states [B, L, D] after the final norm, and the routings: everything but the logits."""
         start = cache.length if cache else 0
         self._check(input_ids, start, replay)
-        token_mask = _token_mask(attention_mask, input_ids, cache)
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must have shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
+            )
+        token_mask = None if attention_mask is None else attention_mask.bool()
         angles = self._angles(start, input_ids.shape[1], input_ids.device)
         x = self.embedding(input_ids)
         routings: list[Routing | None] = []
+        again = self._checkpointing and torch.is_grad_enabled() and cache is None
         for index, layer in enumerate(self.layers):
             attention = self.config.layers[index].attention
             run = partial(
                 _run_block, layer, angles[attention.head_dim] if attention else None, token_mask, input_ids,
-                cache.layers[index] if cache else None,
+                cache.layers[index] if cache else None, again,
             )  # fmt: skip
-            again = self._checkpointing and torch.is_grad_enabled() and cache is None
             chosen = replay[index] if replay else None
             x, routing = recomputed(run, x, chosen) if again else run(x, chosen)
             routings.append(routing)
         if cache is not None:
-            cache.length, cache.token_mask = start + input_ids.shape[1], token_mask
+            cache.length = start + input_ids.shape[1]
         return self.norm(x), tuple(routings)
 
     @property
@@ -160,10 +159,10 @@ class Transformer(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write config.json and model.safetensors (atomically); returns the folder."""
-        return storage.save_pretrained(self, Path(folder))
+        return storage.save_pretrained(self, self.config, Path(folder))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> Self:
+    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> "Transformer":
         """Read what :meth:`save_pretrained` wrote, in evaluation mode.
 
         Raises FileNotFoundError or ValueError naming the file and what is wrong with it.
@@ -188,20 +187,8 @@ class Transformer(nn.Module):
                 raise ValueError(f"input_ids must be in [0, vocab_size={self.config.vocab_size}), got {low}…{high}")
 
 
-def _run_block(block, angles, token_mask, token_ids, cache, x, replay):
-    return block(x, angles, token_mask=token_mask, token_ids=token_ids, cache=cache, replay=replay)
+def _run_block(block, angles, token_mask, token_ids, cache, choose_first, x, replay):
+    return block(
+        x, angles, token_mask=token_mask, token_ids=token_ids, cache=cache, replay=replay, choose_first=choose_first
+    )
 
-
-def _token_mask(mask: Tensor | None, input_ids: Tensor, cache: ModelCache | None) -> Tensor | None:
-    earlier = cache.length if cache else 0
-    batch, length = input_ids.shape
-    known = cache.token_mask if cache else None
-    if mask is None and known is None:
-        return None
-    mask = input_ids.new_ones(batch, length).bool() if mask is None else mask.bool()
-    if mask.shape == (batch, length) and earlier:
-        known = input_ids.new_ones(batch, earlier).bool() if known is None else known
-        mask = torch.cat((known, mask), dim=1)
-    if mask.shape != (batch, earlier + length):
-        raise ValueError(f"attention_mask must have shape {(batch, earlier + length)}, got {tuple(mask.shape)}")
-    return mask

@@ -1,30 +1,29 @@
 """A model as a folder: config.json and model.safetensors."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from transformer.config import TransformerConfig
 
-if TYPE_CHECKING:
-    from transformer.model import Transformer
-
-Model = TypeVar("Model", bound="Transformer")
+Model = TypeVar("Model", bound=nn.Module)
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def save_pretrained(model: "Transformer", folder: Path) -> Path:
+def save_pretrained(model: nn.Module, config: TransformerConfig, folder: Path) -> Path:
     """Write both files under temporary names, then rename: a reader never sees half a file."""
     folder.mkdir(parents=True, exist_ok=True)
     pending = {name: folder / f".{name}.{os.getpid()}" for name in (WEIGHTS, CONFIG)}
     try:
         tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
         save_file(tensors, pending[WEIGHTS], metadata={"format": "pt"})
-        model.config.save(pending[CONFIG])
+        config.save(pending[CONFIG])
         for name, path in pending.items():
             path.replace(folder / name)
     finally:
@@ -33,7 +32,9 @@ def save_pretrained(model: "Transformer", folder: Path) -> Path:
     return folder
 
 
-def from_pretrained(model_type: type[Model], folder: Path, *, dtype: torch.dtype | None = None) -> Model:
+def from_pretrained(
+    build: Callable[[TransformerConfig], Model], folder: Path, *, dtype: torch.dtype | None = None
+) -> Model:
     """Build the model that config.json describes and give it the weights, refusing any that lack or are left over."""
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -44,7 +45,7 @@ def from_pretrained(model_type: type[Model], folder: Path, *, dtype: torch.dtype
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged or cut short ({error}); copy or save it again") from error
     with torch.device("meta"):
-        model = model_type(config)
+        model = build(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != found:

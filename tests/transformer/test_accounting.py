@@ -3,7 +3,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_attn import parse_pattern
-from tests.transformer.test_model import MIXTURE, WINDOW, uniform, unequal
+from tests.transformer.test_model import MIXTURE, WINDOW, unequal, uniform
 from transformer import DenseConfig, MoEConfig, Transformer
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.tolerances import close
-from tests.transformer.test_model import MIXTURE, WINDOW, model_of, uniform, unequal
+from tests.transformer.test_model import MIXTURE, WINDOW, model_of, unequal, uniform
 from transformer import Transformer, generate, stream
 from transformer.generate import choose
 

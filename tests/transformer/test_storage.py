@@ -51,7 +51,7 @@ def test_weights_of_another_shape_are_refused(saved):
     record["layers"][0]["feedforward"]["hidden"] = 11
     record["layers"].append({"attention": None, "feedforward": {"kind": "dense", "hidden": 3}})
     (folder / "config.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"layers.0.feedforward.down.weight must be \[12, 11\], got \[12, 10\]") as error:
+    with pytest.raises(ValueError, match=r"layers.0.feedforward.down.weight must be \[12, 11\]") as error:
         Transformer.from_pretrained(folder)
     assert "layers.5.feedforward.down.weight is missing" in str(error.value)
 
