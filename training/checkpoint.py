@@ -1,0 +1,232 @@
+"""Checkpoints that are whole or absent, and resume exactly.
+
+``ROOT/step-00000100/`` holds config.json, model.safetensors and tokenizer.json (a folder that
+``Transformer.from_pretrained`` reads), optimizer.safetensors, state.safetensors, state.json, and manifest.json with
+the size and hash of each. ``ROOT/latest`` names the newest. Tensors are safetensors, the rest JSON: nothing unpickles.
+
+A checkpoint is written in a hidden folder, flushed, renamed, and only then is ``latest`` replaced: a kill or a full
+disk at any moment leaves the previous checkpoint as it was.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import Tensor, nn
+
+from training.durable import replace_durably, sync_folder, write_durably
+from training.state import join_tensors, split_tensors
+from training.tokenizer import Tokenizer
+from transformer import Transformer
+
+LATEST, MANIFEST = "latest", "manifest.json"
+MODEL, OPTIMIZER, STATE, STATE_TENSORS = "model.safetensors", "optimizer.safetensors", "state.json", "state.safetensors"
+Write = Callable[[Path, bytes], None]
+
+
+def save_checkpoint(
+    root: Path,
+    *,
+    step: int,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Tokenizer,
+    state: Mapping[str, Any],
+    keep: int = 2,
+    write: Write = write_durably,
+) -> Path:
+    """Write the checkpoint of ``step`` and make it the latest; keep the newest ``keep`` up to it, remove older ones.
+
+    state: nested dicts and lists of tensors and JSON values. write(path, content) puts a file on the disk.
+    Returns its folder. Raises: OSError, naming the checkpoint that is still good, if the disk is full or fails.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
+    root.mkdir(parents=True, exist_ok=True)
+    folder, aside = root / f"step-{step:08d}", root / f".writing-{step:08d}"
+    _remove_unfinished(root)
+    try:
+        aside.mkdir()
+        _write_files(aside, model, optimizer, tokenizer, state, write)
+        _put_in_place(aside, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise _failed_to_write(error, folder, latest_checkpoint(root)) from error
+    replace_durably(root / LATEST, folder.name.encode())
+    for old in [other for other in checkpoints(root) if other.name <= folder.name][:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_checkpoint(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put a checkpoint's weights and optimiser state in place, and return its ``state``.
+
+    Raises: ValueError, naming the file and what to do, if a file is missing, cut short or changed, or the weights have
+    other shapes than the model's. Nothing is changed then.
+    """
+    verify(folder)
+    weights = _read_tensors(folder, MODEL)
+    check_shapes(weights, model, folder / MODEL)
+    slots = _read_tensors(folder, OPTIMIZER)
+    model.load_state_dict(weights)
+    load_optimizer(optimizer, slots, model=model)
+    return join_tensors(json.loads((folder / STATE).read_text()), _read_tensors(folder, STATE_TENSORS))
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The newest checkpoint that was completed, or None."""
+    pointer = root / LATEST
+    if not pointer.is_file():
+        return None
+    folder = root / pointer.read_text().strip()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{pointer} names {folder.name}, which is not there: {_instead(folder)}")
+    return folder
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints below ``root``, oldest first."""
+    return sorted(path for path in root.glob("step-*") if path.is_dir())
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with the manifest. Raises: ValueError naming the first that differs and what to do."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise ValueError(f"{manifest} is missing: {folder.name} is not a whole checkpoint; {_instead(folder)}")
+    for name, written in json.loads(manifest.read_text())["files"].items():
+        file = folder / name
+        size = file.stat().st_size if file.is_file() else 0
+        if size != written["bytes"]:
+            raise ValueError(f"{file} has {size} bytes of {written['bytes']}: it was cut short; {_instead(folder)}")
+        if _hash(file) != written["blake2b"]:
+            raise ValueError(f"{file} is not what was written (hash differs); {_instead(folder)}")
+
+
+def check_shapes(weights: Mapping[str, Tensor], model: nn.Module, file: Path) -> None:
+    """Raises: ValueError if names or shapes differ from the model's, naming the first."""
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in weights.items()}
+    for name in [*wanted, *found]:
+        if wanted.get(name) != found.get(name):
+            raise ValueError(
+                f"{file} is of another shape: {name} is {found.get(name, 'absent')}, this run's model has"
+                f" {wanted.get(name, 'none')}: resume with the [model] and [data] settings that made it,"
+                " or start a new --out"
+            )
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, *, model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of the optimiser's state as ``slot:parameter name``."""
+    return {
+        f"{slot}:{name}": value
+        for name, parameter in model.named_parameters()
+        for slot, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], *, model: nn.Module) -> None:
+    """The inverse of :func:`optimizer_tensors`. Raises: ValueError if a tensor belongs to no parameter."""
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        slot, _, name = key.partition(":")
+        if name not in parameters:
+            raise ValueError(f"the optimiser state {key!r} belongs to no parameter of this model")
+        parameter = parameters[name]
+        device = parameter.device if value.shape == parameter.shape else value.device
+        optimizer.state[parameter][slot] = value.to(device)
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """About how large a checkpoint is: weights and two moments of AdamW for each."""
+    return 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _write_files(
+    folder: Path,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Tokenizer,
+    state: Mapping[str, Any],
+    write: Write,
+) -> None:
+    plain, tensors = split_tensors(state)
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+    write(folder / OPTIMIZER, safetensors.save(optimizer_tensors(optimizer, model=model)))
+    write(folder / STATE_TENSORS, safetensors.save(tensors))
+    write(folder / STATE, json.dumps(plain).encode())
+    files = {p.name: {"bytes": p.stat().st_size, "blake2b": _hash(p)} for p in sorted(folder.iterdir())}
+    write(folder / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1).encode())
+    for path in folder.iterdir():
+        _flush(path)
+
+
+def _put_in_place(aside: Path, folder: Path) -> None:
+    sync_folder(aside)
+    retired = folder.with_name(f".retired-{folder.name}")
+    if folder.exists():  # the same step again, after resuming from an earlier one
+        folder.rename(retired)
+    aside.rename(folder)
+    sync_folder(folder.parent)
+    if retired.exists():
+        shutil.rmtree(retired)
+
+
+def _remove_unfinished(root: Path) -> None:
+    for pattern in (".writing-*", ".retired-*"):
+        for path in root.glob(pattern):
+            shutil.rmtree(path)
+
+
+def _failed_to_write(error: Exception, folder: Path, good: Path | None) -> OSError:
+    kept = f"{good} is intact: resume from it" if good else "no checkpoint was complete before it"
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    if full:
+        free = shutil.disk_usage(folder.parent).free
+        message = f"disk full ({free / 2**20:.0f} MiB free) while writing {folder}; free some space; {kept}"
+        return OSError(errno.ENOSPC, message)
+    return OSError(getattr(error, "errno", None) or errno.EIO, f"could not write {folder}: {error}; {kept}")
+
+
+def _instead(folder: Path) -> str:
+    for other in reversed(checkpoints(folder.parent)):
+        if other != folder and _is_whole(other):
+            return f"resume from the one before with --checkpoint {other}"
+    return "there is no other whole checkpoint: start again with --overwrite, or in a new --out"
+
+
+def _is_whole(folder: Path) -> bool:
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return False
+    files = json.loads(manifest.read_text())["files"].items()
+    return all((folder / n).is_file() and (folder / n).stat().st_size == f["bytes"] for n, f in files)
+
+
+def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    try:
+        return safetensors.load_file(folder / name)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / name} is not readable ({error}); {_instead(folder)}") from error
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

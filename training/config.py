@@ -1,0 +1,365 @@
+"""What a run is: frozen records read from TOML, every field also a flag."""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from training.optim import Schedule
+from training.precision import DTypeName
+from transformer import AttentionConfig, DenseConfig, LayerConfig, MoEConfig, TransformerConfig
+
+Activation = Literal["swiglu", "gelu", "relu2"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text."""
+
+    corpus: str = "stdlib"
+    """'stdlib' (the interpreter's own library); a file, folder or glob (one document a file, .gz unpacked, .jsonl one
+    document a line); or 'hf:NAME[:CONFIG]', a Hugging Face dataset ('hf:json:FILES' for local files)."""
+    length: int = 256
+    """Tokens in a sequence."""
+    tokenizer: str = "bpe"
+    """'bpe' (learnt from the training documents), 'bytes', or the path of a saved tokenizer.json."""
+    vocab_size: int = 4096
+    """Tokens of a learnt bpe, the 256 bytes and the separator included."""
+    held_out: float = 0.05
+    """Share of the documents kept for evaluation."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    text_field: str = "text"
+    """Field that holds the text, in a Hugging Face dataset or .jsonl."""
+    max_documents: int | None = None
+    """Use at most so many documents."""
+    streaming: bool = False
+    """Read only the first max_documents of a Hugging Face dataset, without downloading the rest."""
+    cache: Path | None = Path("runs/cache")
+    """Folder that keeps tokenizers and token ids between runs."""
+
+
+@dataclass(frozen=True)
+class LayerOverride:
+    """One layer that differs from the others: every field but 'at' may be left out."""
+
+    at: int
+    """Index of the layer, from 0."""
+    heads: int | None = None
+    """Query heads of this layer."""
+    kv_heads: int | None = None
+    """Key-value heads of this layer."""
+    pattern: str | None = None
+    """Attention pattern of this layer."""
+    feedforward: Literal["moe", "dense"] | None = None
+    """Kind of feed-forward of this layer."""
+    hidden: int | None = None
+    """Neurons of each expert, or of the dense feed-forward."""
+    num_experts: int | None = None
+    """Experts of this layer."""
+    k: int | None = None
+    """Experts that a token uses in this layer."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model; the tokenizer gives its vocabulary. [[model.layer]] tables change single layers."""
+
+    dim: int = 256
+    """Width of the residual stream."""
+    layers: int = 4
+    """Number of layers."""
+    heads: int = 4
+    """Query heads of each layer."""
+    kv_heads: int | None = None
+    """Key-value heads (grouped-query attention); as many as heads if left out."""
+    head_dim: int | None = None
+    """Channels of a head; dim / heads if left out."""
+    pattern: str = "causal()"
+    """Which keys a query sees, e.g. 'causal() & (sliding_window(256) | sinks(4))'."""
+    feedforward: Literal["moe", "dense"] = "moe"
+    """Mixture of experts, or one dense feed-forward."""
+    hidden: int = 256
+    """Neurons of each expert, or of the dense feed-forward."""
+    activation: Activation = "swiglu"
+    """Activation of the feed-forward."""
+    num_experts: int = 8
+    """Experts of each layer."""
+    k: int = 2
+    """Experts that a token uses."""
+    router: Literal["top_k", "switch"] = "top_k"
+    """How experts are chosen."""
+    renormalize: bool = True
+    """Whether the weights of a token's k experts are scaled to sum to 1 (top_k)."""
+    capacity_factor: float | None = None
+    """Tokens that an expert takes, as a multiple of an equal share; without it nothing is dropped."""
+    shared_hidden: int = 0
+    """Neurons of an expert that every token uses, beside the routed ones."""
+    jitter: float = 0.0
+    """Multiplicative noise on the input of a switch router, in training."""
+    tied: bool = True
+    """Whether the output head shares the embedding's weights."""
+    dropout: float = 0.0
+    """Dropout rate."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in each norm."""
+    max_length: int | None = None
+    """Longest sequence that the model accepts; data.length if left out."""
+    layer: tuple[LayerOverride, ...] = ()
+    """Layers that differ."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 2e-3
+    """Peak learning rate."""
+    router_lr: float = 1.0
+    """Factor on it for the routers."""
+    weight_decay: float = 0.1
+    """Decay of weight matrices (experts too); never of embeddings, norms or biases."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
+    eps: float = 1e-8
+    """Added to the root of AdamW's second moment."""
+    schedule: Schedule = "cosine"
+    """'cosine', 'wsd' (warm-up, stable, linear decay), or 'constant'."""
+    warmup: int = 50
+    """Steps of linear warm-up (never more than the run has)."""
+    final: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+    decay_fraction: float = 0.2
+    """Share of the steps in which wsd decays."""
+    clip: float = 1.0
+    """Largest L2 norm of the whole gradient."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 1000
+    """Optimiser steps."""
+    batch: int = 16
+    """Sequences in a step."""
+    accumulation: int = 1
+    """Micro-batches that a step is split into, to save memory; the gradient is the whole batch's."""
+    aux: float = 0.01
+    """Coefficient of the load-balancing loss."""
+    z: float = 0.001
+    """Coefficient of the router z-loss."""
+    dtype: DTypeName = "auto"
+    """Format of the matrix products: 'float32', 'bfloat16', or 'auto' (bfloat16 where it measures faster)."""
+    device: str = "auto"
+    """'cpu', 'cuda', 'cuda:1', …, or 'auto' (the first GPU if there is one)."""
+    threads: int | None = None
+    """CPU threads of torch."""
+    checkpointing: bool = False
+    """Recompute each block in the backward pass, to save memory."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 200
+    """Steps between evaluations on held-out text (also at the end)."""
+    eval_batches: int | None = None
+    """Batches of an evaluation; all held-out text if left out."""
+    save_every: int = 200
+    """Steps between checkpoints (also at the end and on Ctrl-C)."""
+    keep: int = 2
+    """Checkpoints kept."""
+    sample_every: int | None = None
+    """Steps between generated samples; none if left out."""
+    sample_tokens: int = 64
+    """Tokens of a sample."""
+    prompt: str = "def "
+    """What samples start from."""
+    tensorboard: bool = False
+    """Also write TensorBoard scalars (needs the extra 'tensorboard')."""
+    stop_at: int | None = None
+    """Stop and save after this step, as if interrupted; the schedule still runs to 'steps'."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run."""
+
+    out: Path = Path("runs/train")
+    """Folder for metrics, checkpoints and the config used."""
+    seed: int = 0
+    """Seed of the weights, the order of the data, dropout and samples."""
+    init: Path | None = None
+    """Start from the model saved in this folder or run (its shape, weights and tokenizer) instead of [model]."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a TOML file.
+
+    Raises: FileNotFoundError; ValueError for bad TOML, an unknown key (with the nearest known one), or a value of
+    another type or out of range.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no config at {path}: see examples/configs")
+    try:
+        record = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
+    return from_dict(RunConfig, record, where=str(path))
+
+
+def from_dict(record_type: type, values: dict[str, Any], *, where: str, section: str = "") -> Any:
+    """Build a record of this module, checking names and types. where, section: for the error text."""
+    known = typing.get_type_hints(record_type)
+    place = f"[{section}] of {where}" if section else where
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r} in {place}: {_suggestion(key, known)}")
+    required = {f.name for f in dataclasses.fields(record_type) if _has_no_default(f)}
+    if missing := required - set(values):
+        raise ValueError(f"{place} needs {', '.join(sorted(missing))}")
+    path = f"{section}." if section else ""
+    built = {k: _convert(known[k], v, where=where, section=f"{path}{k}") for k, v in values.items()}
+    return record_type(**built)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Nested dicts of JSON values; :func:`from_dict` reads them back."""
+    return _plain(dataclasses.asdict(config))
+
+
+def model_config(model: ModelConfig, *, vocab_size: int, length: int) -> TransformerConfig:
+    """The transformer that a [model] section describes.
+
+    Raises: ValueError if sizes do not fit together or an override names a layer that is not there.
+    """
+    overrides = {}
+    for override in model.layer:
+        if not 0 <= override.at < model.layers:
+            raise ValueError(f"model.layer.at must be in [0, layers={model.layers}), got {override.at}")
+        overrides[override.at] = override
+    return TransformerConfig(
+        vocab_size=vocab_size,
+        dim=model.dim,
+        layers=tuple(_layer(model, overrides.get(index)) for index in range(model.layers)),
+        max_length=model.max_length or length,
+        rope_theta=model.rope_theta,
+        norm_eps=model.norm_eps,
+        tied=model.tied,
+        dropout=model.dropout,
+    )
+
+
+def _layer(model: ModelConfig, override: LayerOverride | None) -> LayerConfig:
+    if override is not None:
+        changed = {k: v for k, v in dataclasses.asdict(override).items() if k != "at" and v is not None}
+        model = dataclasses.replace(model, **changed)
+    if model.head_dim is None and model.dim % model.heads:
+        raise ValueError(f"model.heads must divide dim={model.dim}, got {model.heads}: or set model.head_dim")
+    head_dim = model.head_dim or model.dim // model.heads
+    attention = AttentionConfig(model.heads, model.kv_heads or model.heads, head_dim, model.pattern)
+    return LayerConfig(attention, _feedforward(model))
+
+
+def _feedforward(model: ModelConfig) -> DenseConfig | MoEConfig:
+    if model.feedforward == "dense":
+        return DenseConfig(model.hidden, model.activation)
+    return MoEConfig(
+        hidden=model.hidden,
+        num_experts=model.num_experts,
+        k=model.k,
+        router=model.router,
+        renormalize=model.renormalize,
+        capacity_factor=model.capacity_factor,
+        shared_hidden=model.shared_hidden,
+        jitter=model.jitter,
+        activation=model.activation,
+    )
+
+
+def _check(config: RunConfig) -> None:
+    train, data, optim = config.train, config.data, config.optim
+    positive = {
+        "train.steps": train.steps,
+        "train.batch": train.batch,
+        "train.accumulation": train.accumulation,
+        "train.log_every": train.log_every,
+        "train.eval_every": train.eval_every,
+        "train.save_every": train.save_every,
+        "train.keep": train.keep,
+        "data.length": data.length,
+        "model.layers": config.model.layers,
+        "optim.lr": optim.lr,
+        "optim.clip": optim.clip,
+    }
+    for name, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    if train.batch % train.accumulation:
+        raise ValueError(f"train.accumulation must divide batch={train.batch}, got {train.accumulation}")
+    if config.model.max_length is not None and config.model.max_length < data.length:
+        raise ValueError(f"model.max_length must be at least data.length={data.length}, got {config.model.max_length}")
+    if optim.warmup < 0:
+        raise ValueError(f"optim.warmup must be at least 0, got {optim.warmup}")
+
+
+def _convert(kind: Any, value: Any, *, where: str, section: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if isinstance(value, dict):
+            return from_dict(kind, value, where=where, section=section)
+    elif origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where=where, section=section)
+    elif origin is Literal:
+        if value in arguments:
+            return value
+        raise ValueError(f"{section} in {where} must be one of {', '.join(arguments)}, got {value!r}")
+    elif origin is tuple:
+        if isinstance(value, list) and (arguments[-1] is Ellipsis or len(value) == len(arguments)):
+            inner = arguments[0]
+            return tuple(_convert(inner, item, where=where, section=section) for item in value)
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif kind is Path and isinstance(value, str):
+        return Path(value)
+    elif type(value) is kind:
+        return value
+    raise ValueError(f"{section} in {where} must be {_name(kind)}, got {value!r}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _suggestion(key: str, known: dict[str, Any]) -> str:
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {nearest[0]!r}?" if nearest else f"known keys are {', '.join(known)}"
+
+
+def _has_no_default(entry: dataclasses.Field[Any]) -> bool:
+    return entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+
+
+def _name(kind: Any) -> str:
+    if dataclasses.is_dataclass(kind):
+        return "a table"
+    return getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)

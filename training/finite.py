@@ -1,0 +1,55 @@
+"""Where a NaN or infinity came from."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient is NaN or infinite; nothing was updated."""
+
+
+def first_non_finite(model: nn.Module, run: Callable[[], Any]) -> str:
+    """Run again and name what first became NaN or infinite.
+
+    In this order: a parameter; the first module to finish whose output is not finite (its own operations made it, as
+    the modules inside it finished before); a gradient, the one of the latest parameter in the model, since the
+    backward pass starts from there. run(): the same forward and backward passes.
+    """
+    for name, parameter in model.named_parameters():
+        if not _finite(parameter):
+            return f"parameter {name} is not finite before the step"
+    model.zero_grad()
+    found = _outputs(model, run)
+    if found:
+        return f"first in the output of {found[0]}"
+    spoilt = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
+    if spoilt:
+        return f"every layer's output is finite; first in the gradient of {spoilt[-1]}"
+    return "not seen when the step was run again"
+
+
+def _outputs(model: nn.Module, run: Callable[[], Any]) -> list[str]:
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            values = output if isinstance(output, tuple | list) else [output]
+            if any(isinstance(value, Tensor) and not _finite(value) for value in values):
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

@@ -1,0 +1,62 @@
+"""Numbers of a run as they come: JSON lines, and TensorBoard if asked for."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from training.durable import replace_durably
+
+FILE_NAME = "metrics.jsonl"
+
+
+class Metrics:
+    """Writes ``metrics.jsonl``, each line flushed as it is written, and TensorBoard scalars beside it.
+
+    A run that resumes at ``step`` first removes the lines after that step (and a line cut short by a kill), so that
+    every step is there once.
+    """
+
+    def __init__(self, folder: Path, *, step: int = 0, tensorboard: bool = False) -> None:
+        """Raises: ImportError naming the install line if tensorboard is asked for and absent."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / FILE_NAME
+        replace_durably(path, "".join(lines_up_to(path, step)).encode())
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _board(folder, step) if tensorboard else None
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Add one line; ``line["step"]`` is its step."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in line.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._board.add_scalar(name, value, line["step"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def lines_up_to(path: Path, step: int) -> list[str]:
+    """The whole lines of a metrics file that belong to steps up to ``step``."""
+    if not path.is_file():
+        return []
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in whole if json.loads(line)["step"] <= step]
+
+
+def _board(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("tensorboard is not installed: pip install 'sparse-transformers[tensorboard]'") from error
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

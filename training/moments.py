@@ -1,0 +1,53 @@
+"""The named moments of a training step at which sparse methods take part."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+
+@runtime_checkable
+class Sparsifier(Protocol):
+    """A method that takes part in training: a mask that is held, a schedule, dynamic sparsity, a router's bias."""
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Gradients are complete and not yet clipped. False vetoes the optimiser's step."""
+        ...
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimiser has stepped, or was vetoed: masks go on weights, counts on biases, proximal steps are taken."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and JSON values, in dicts with text keys and lists: all that resuming needs."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Any:
+        """Go on from a saved state."""
+        ...
+
+
+@runtime_checkable
+class Parametriser(Protocol):
+    """A sparsifier whose forward pass uses other weights than the optimiser's (movement, L0, Top-KAST)."""
+
+    def parametrise(self) -> AbstractContextManager[Any]:
+        """The context in which a step's forward and backward passes run."""
+        ...
+
+
+@contextmanager
+def parametrised(sparsifiers: Sequence[Sparsifier]) -> Iterator[None]:
+    """The contexts of all sparsifiers that have one, entered in order."""
+    with ExitStack() as stack:
+        for sparsifier in sparsifiers:
+            if isinstance(sparsifier, Parametriser):
+                stack.enter_context(sparsifier.parametrise())
+        yield
+
+
+def all_agree(sparsifiers: Sequence[Sparsifier], optimizer: torch.optim.Optimizer) -> bool:
+    """Ask every sparsifier, even after a veto: each may read this step's gradients."""
+    answers = [sparsifier.before_step(optimizer) for sparsifier in sparsifiers]
+    return all(answers)

@@ -1,0 +1,173 @@
+"""From a config to a finished run."""
+
+import dataclasses
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from training.allocator import keep_freed_memory
+from training.checkpoint import LATEST, checkpoints, latest_checkpoint
+from training.config import DataConfig, RunConfig, model_config, to_dict
+from training.corpora import Corpus, load_corpus
+from training.data import Data, prepare
+from training.durable import replace_durably
+from training.tokenizer import FILE_NAME as TOKENIZER
+from training.trainer import CHECKPOINTS, Outcome, Trainer
+from transformer import Transformer
+
+CONFIG = "run.json"
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    checkpoint: Path | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Outcome:
+    """Build corpus, tokenizer, model and trainer from a config, train, and leave all in ``config.out``.
+
+    resume: go on from the latest checkpoint there, or from ``checkpoint``. overwrite: start anew
+    where a run already is.
+    Raises: ValueError or OSError, in one line that says what to do, before work starts where that is possible.
+    """
+    console = console or Console(quiet=True)
+    start = starting_point(config.out, resume=resume, checkpoint=checkpoint, overwrite=overwrite)
+    keep_freed_memory()
+    trainer = make_trainer(config)
+    if start is not None:
+        trainer.resume(start)
+    replace_durably(config.out / CONFIG, json.dumps(to_dict(config), indent=1).encode())
+    console.print(describe(trainer), highlight=False)
+    return trainer.run(console=console)
+
+
+def make_trainer(config: RunConfig) -> Trainer:
+    """Everything that a run needs, at its first step; global generators are seeded."""
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    data_config = config.data
+    if config.init is not None:
+        data_config = _with_tokenizer_of(data_config, model_folder(config.init))
+    data = load_data(data_config)
+    seed_everything(config.seed)
+    model = make_model(config, vocab_size=data.tokenizer.vocab_size)
+    return Trainer(
+        model,
+        data,
+        out=config.out,
+        length=config.data.length,
+        optim=config.optim,
+        train=config.train,
+        seed=config.seed,
+    )
+
+
+def make_model(config: RunConfig, *, vocab_size: int) -> Transformer:
+    """A fresh model of the [model] section, or the one in ``config.init``.
+
+    Raises: ValueError if the vocabulary or length of ``config.init`` does not fit the data.
+    """
+    if config.init is None:
+        return Transformer(model_config(config.model, vocab_size=vocab_size, length=config.data.length))
+    model = Transformer.from_pretrained(model_folder(config.init))
+    if model.config.vocab_size < vocab_size:
+        raise ValueError(f"{config.init} knows {model.config.vocab_size} tokens, the tokenizer has {vocab_size}")
+    if model.config.max_length < config.data.length:
+        raise ValueError(f"data.length must be at most {model.config.max_length} for {config.init}")
+    return model
+
+
+def load_data(config: DataConfig) -> Data:
+    """The tokenised corpus of a [data] section."""
+    return prepare(
+        read_corpus(config),
+        length=config.length,
+        tokenizer=config.tokenizer,
+        vocab_size=config.vocab_size,
+        cache=config.cache,
+    )
+
+
+def read_corpus(config: DataConfig) -> Corpus:
+    """The documents of a [data] section."""
+    return load_corpus(
+        config.corpus,
+        held_out=config.held_out,
+        split=config.split,
+        field=config.text_field,
+        max_documents=config.max_documents,
+        streaming=config.streaming,
+    )
+
+
+def starting_point(out: Path, *, resume: bool, checkpoint: Path | None, overwrite: bool) -> Path | None:
+    """The checkpoint to go on from, or None to start at step 0.
+
+    Raises: ValueError if ``out`` holds a run and neither resume nor overwrite was asked for, or both were;
+    FileNotFoundError if there is nothing to resume.
+    """
+    resume = resume or checkpoint is not None
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+    root = out / CHECKPOINTS
+    found = checkpoint or (latest_checkpoint(root) if resume or not overwrite else None)
+    if resume:
+        if found is None or not found.is_dir():
+            raise FileNotFoundError(f"no checkpoint at {found or root}: leave out --resume to start at step 0")
+        return found
+    if overwrite:
+        for old in checkpoints(root):
+            shutil.rmtree(old)
+        (root / LATEST).unlink(missing_ok=True)
+    elif found is not None:
+        raise ValueError(f"{out} holds a run up to {found.name}: add --resume to go on, --overwrite to start anew")
+    return None
+
+
+def model_folder(path: Path) -> Path:
+    """The folder of a saved model: ``path`` itself, or the latest checkpoint of the run there.
+
+    Raises: FileNotFoundError if there is neither.
+    """
+    if (path / "config.json").is_file():
+        return path
+    found = latest_checkpoint(path / CHECKPOINTS)
+    if found is None:
+        raise FileNotFoundError(f"no model in {path}: give a folder with config.json, or a run with checkpoints")
+    return found
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of torch, NumPy and Python, from which weights and dropout are drawn."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def describe(trainer: Trainer) -> str:
+    """What is about to run, in two lines."""
+    model, data, precision = trainer.model, trainer.data, trainer.precision
+    total, active = model.num_parameters(), model.num_parameters(active=True)
+    tokens = len(data.train)
+    precision_name = str(precision.dtype).removeprefix("torch.")
+    return (
+        f"{total:,} parameters ({active:,} active), {tokens:,} training tokens"
+        f" ({data.train_bytes / 2**20:.1f} MiB), {data.held_out_bytes / 2**20:.2f} MiB held out,"
+        f" vocabulary {data.tokenizer.vocab_size}\n"
+        f"{trainer.device}, {torch.get_num_threads()} threads, matrix products in {precision_name}"
+        f" ({precision.reason}); step {trainer.step} of {trainer.train.steps}, into {trainer.out}"
+    )
+
+
+def _with_tokenizer_of(config: DataConfig, folder: Path) -> DataConfig:
+    """The tokenizer saved with a model goes with it, unless another file is named."""
+    if config.tokenizer != "bpe" or not (folder / TOKENIZER).is_file():
+        return config
+    return dataclasses.replace(config, tokenizer=str(folder / TOKENIZER))

@@ -1,0 +1,287 @@
+"""The training loop."""
+
+import errno
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from moe import MoE
+from training.checkpoint import Write, checkpoint_bytes, latest_checkpoint, load_checkpoint, save_checkpoint
+from training.config import OptimConfig, TrainConfig
+from training.data import Batch, Batches, Data
+from training.durable import write_durably
+from training.evaluation import Evaluation, evaluate
+from training.finite import NonFiniteError, first_non_finite
+from training.metrics import Metrics
+from training.moments import Sparsifier, all_agree, parametrised
+from training.optim import adamw, clip, gradient_norm, lr_multiplier, set_lr
+from training.precision import choose_precision
+from training.progress import ProgressBar, interruptions
+from training.state import random_state, set_random_state
+from training.step import StepOutput, accumulate, routing_stats
+from transformer import Transformer, generate
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. stopped: None at the last step, else the signal's name or ``stop_at``."""
+
+    step: int
+    tokens: int
+    seconds: float
+    loss: float
+    evaluation: Evaluation | None
+    checkpoint: Path
+    stopped: str | None
+
+
+class Trainer:
+    """Trains a model on tokenised data, step by step.
+
+    out: folder for metrics.jsonl and checkpoints/. length: tokens of a sequence. sparsifiers: take part in each step
+    (see :mod:`training.moments`). write: puts checkpoint files on the disk.
+    Raises: OSError before any work if the disk has no room for a checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        data: Data,
+        *,
+        out: Path,
+        length: int,
+        optim: OptimConfig,
+        train: TrainConfig,
+        seed: int = 0,
+        sparsifiers: Sequence[Sparsifier] = (),
+        write: Write = write_durably,
+    ) -> None:
+        self.out, self.length, self.optim, self.train, self.data = out, length, optim, train, data
+        self.device = choose_device(train.device)
+        self.precision = choose_precision(train.dtype, device=self.device)
+        self.model = model.to(self.device)
+        self.model.gradient_checkpointing(train.checkpointing)
+        if train.compile:
+            for layer in self.model.layers:
+                layer.compile()
+        self.optimizer = adamw(
+            self.model,
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            betas=optim.betas,
+            eps=optim.eps,
+            router_lr=optim.router_lr,
+        )
+        self.batches = Batches(data.train, batch=train.batch, length=length, seed=seed)
+        self.sparsifiers, self.seed, self._write = tuple(sparsifiers), seed, write
+        self.moe_layers = sum(isinstance(module, MoE) for module in self.model.modules())
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        require_room(out, checkpoint_bytes(self.model))
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on exactly where a checkpoint was written: weights, optimiser, generators, data position, sparsifiers.
+
+        Raises: ValueError, naming what to do, if the checkpoint is damaged or belongs to another model or other data.
+        """
+        state = load_checkpoint(checkpoint, model=self.model, optimizer=self.optimizer)
+        if state["fingerprint"] != self.data.fingerprint:
+            raise ValueError(f"{checkpoint} was trained on other text or with another tokenizer: start a new --out")
+        if len(state["sparsifiers"]) != len(self.sparsifiers):
+            saved, now = len(state["sparsifiers"]), len(self.sparsifiers)
+            raise ValueError(f"{checkpoint} has the state of {saved} sparsifiers, this run has {now}")
+        self.batches.load_state_dict(state["data"])
+        for sparsifier, saved_state in zip(self.sparsifiers, state["sparsifiers"], strict=True):
+            sparsifier.load_state_dict(saved_state)
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        set_random_state(state["random"])
+
+    def run(self, *, console: Console | None = None) -> Outcome:
+        """Train to the last step, or until interrupted; save, and return how it ended.
+
+        Raises: NonFiniteError if a loss or gradient is not finite (nothing is updated, the checkpoints stay);
+        OSError if the disk fails.
+        """
+        console = console or Console(quiet=True)
+        last = min(self.train.steps, self.train.stop_at or self.train.steps)
+        loss, result, checkpoint, saved_at = math.nan, None, latest_checkpoint(self.out / CHECKPOINTS), -1
+        self.model.train()
+        with (
+            Metrics(self.out, step=self.step, tensorboard=self.train.tensorboard) as metrics,
+            ProgressBar(console, step=self.step, steps=self.train.steps) as bar,
+            interruptions() as interruption,
+        ):
+            while self.step < last and interruption.name is None:
+                line = self.train_step()
+                loss = line["loss"]
+                bar.show(line)
+                if self._due(self.train.log_every):
+                    metrics.write(line)
+                if self._due(self.train.eval_every):
+                    result = self.evaluate()
+                    metrics.write(_evaluation_line(self.step, result))
+                    console.print(f"step {self.step}: held-out {result.bits_per_byte:.4f} bits per byte")
+                if self.train.sample_every and self.step % self.train.sample_every == 0:
+                    text = self.sample()
+                    metrics.write({"step": self.step, "sample": text})
+                    console.print(text, markup=False, highlight=False)
+                if self.step % self.train.save_every == 0:
+                    checkpoint, saved_at = self.save(), self.step
+        if saved_at != self.step or checkpoint is None:
+            checkpoint = self.save()
+        stopped = interruption.name or ("stop_at" if self.step < self.train.steps else None)
+        return Outcome(self.step, self.tokens, self.seconds, loss, result, checkpoint, stopped)
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimiser step; returns its line of metrics.jsonl.
+
+        Raises: NonFiniteError, before anything is updated, if the loss or the gradient's norm is not finite.
+        """
+        started = time.perf_counter()
+        lr = self.optim.lr * self._lr_multiplier()
+        set_lr(self.optimizer, lr)
+        generators = random_state()
+        batch = self.batches.next().to(self.device)
+        output = self._forward_backward(batch)
+        loss, norm = output.ce.item(), gradient_norm(self.model.parameters())
+        if not (math.isfinite(output.loss.item()) and math.isfinite(norm.item())):
+            set_random_state(generators)
+            raise self._non_finite(output.loss.item(), norm.item(), batch)
+        if all_agree(self.sparsifiers, self.optimizer):
+            clip(self.model.parameters(), norm, limit=self.optim.clip)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        for sparsifier in self.sparsifiers:
+            sparsifier.after_step(self.optimizer)
+        seconds = time.perf_counter() - started
+        self.step, self.tokens, self.seconds = self.step + 1, self.tokens + batch.inputs.numel(), self.seconds + seconds
+        return self._line(output, loss=loss, lr=lr, norm=norm.item(), rate=batch.inputs.numel() / seconds)
+
+    def evaluate(self) -> Evaluation:
+        """Loss on the held-out text."""
+        return evaluate(
+            self.model,
+            self.data.held_out,
+            self.data.tokenizer,
+            length=self.length,
+            batch=self.train.batch,
+            max_batches=self.train.eval_batches,
+            autocast=self.precision.autocast(self.device),
+        )
+
+    def sample(self) -> str:
+        """The prompt continued by a few tokens, drawn with a generator of its own (the run's own numbers stay)."""
+        ids = torch.tensor([self.data.tokenizer.encode(self.train.prompt)], device=self.device)
+        generator = torch.Generator(self.device).manual_seed(self.seed + self.step)
+        room = self.model.config.max_length - ids.shape[1]
+        new = min(self.train.sample_tokens, room)
+        out = generate(self.model, ids, max_new_tokens=new, temperature=0.8, top_p=0.95, generator=generator)
+        self.model.train()
+        return self.data.tokenizer.decode(out[0].tolist())
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present step."""
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "data": self.batches.state_dict(),
+            "fingerprint": self.data.fingerprint,
+            "random": random_state(),
+            "sparsifiers": [sparsifier.state_dict() for sparsifier in self.sparsifiers],
+        }
+        return save_checkpoint(
+            self.out / CHECKPOINTS,
+            step=self.step,
+            model=self.model,
+            optimizer=self.optimizer,
+            tokenizer=self.data.tokenizer,
+            state=state,
+            keep=self.train.keep,
+            write=self._write,
+        )
+
+    def _forward_backward(self, batch: Batch) -> StepOutput:
+        with parametrised(self.sparsifiers):
+            return accumulate(
+                self.model,
+                batch,
+                micro_batches=self.train.accumulation,
+                aux=self.train.aux,
+                z=self.train.z,
+                autocast=self.precision.autocast(self.device),
+            )
+
+    def _lr_multiplier(self) -> float:
+        return lr_multiplier(
+            self.step,
+            steps=self.train.steps,
+            kind=self.optim.schedule,
+            warmup=min(self.optim.warmup, self.train.steps),
+            final=self.optim.final,
+            decay_fraction=self.optim.decay_fraction,
+        )
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.train.steps
+
+    def _line(self, output: StepOutput, *, loss: float, lr: float, norm: float, rate: float) -> dict[str, Any]:
+        stats = routing_stats(output.routings, layers=self.moe_layers)
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "time": round(self.seconds, 4),
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens_per_s": round(rate, 1),
+            "loads": stats.loads,
+            "entropy": stats.entropy,
+            "dropped": stats.dropped,
+            "aux": output.balance.item(),
+            "z": output.z_loss.item(),
+        }
+
+    def _non_finite(self, loss: float, norm: float, batch: Batch) -> NonFiniteError:
+        where = first_non_finite(self.model, lambda: self._forward_backward(batch))
+        self.optimizer.zero_grad()
+        good = latest_checkpoint(self.out / CHECKPOINTS)
+        kept = f"the last good checkpoint is {good}" if good else "no checkpoint had been written yet"
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
+        return NonFiniteError(
+            f"step {self.step + 1}: {what}, {where}; nothing was updated and {kept}:"
+            " resume with a lower --optim.lr or --train.dtype float32"
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the first GPU if there is one, else the CPU. Raises: ValueError if the device is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices are visible")
+    return device
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """Raises: OSError if the disk of ``folder`` has less than ``needed`` bytes free."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"{folder} has {free / 2**20:.0f} MiB free, a checkpoint needs about {needed / 2**20:.0f}: free some space",
+        )
+
+
+def _evaluation_line(step: int, result: Evaluation) -> dict[str, Any]:
+    return {"step": step, "eval_loss": result.loss, "bits_per_byte": result.bits_per_byte}
