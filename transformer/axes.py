@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pruning.axes import Axis, Slice
 from transformer.attention import Attention
+from transformer.block import Block
 from transformer.config import DenseConfig
 from transformer.feedforward import FeedForward
 
@@ -35,6 +36,7 @@ def _head_axis(model: "Transformer", index: int, attention: Attention) -> Axis:
             Slice(f"{where}.value.weight", dim=0, width=width, grouped=True),
             Slice(f"{where}.output.weight", dim=1, width=width),
         ),
+        orphans=(f"layers.{index}.attention_norm.weight",),
     )  # fmt: skip
 
 
@@ -48,21 +50,20 @@ def _neuron_axis(model: "Transformer", index: int, feedforward: FeedForward) -> 
             *(Slice(f"{where}.{name}.weight", dim=0, width=1) for name in names),
             Slice(f"{where}.down.weight", dim=1, width=1),
         ),
+        orphans=(f"layers.{index}.feedforward_norm.weight",),
     )  # fmt: skip
 
 
 def _resize_heads(model: "Transformer", index: int) -> Callable[[list[int]], None]:
     def resize(kept: list[int]) -> None:
-        block, layer = model.layers[index], model.config.layers[index]
-        if not kept:
+        block, layer = cast(Block, model.layers[index]), model.config.layers[index]
+        if not kept or block.attention is None or layer.attention is None:
             block.attention = block.attention_norm = None
             model.set_layer(index, dataclasses.replace(layer, attention=None))
             return
-        attention, width = block.attention, block.attention.head_dim
+        attention = block.attention
         attention.num_heads = len(kept)
-        attention.num_kv_heads = attention.key.weight.shape[0] // width
-        for linear in (attention.query, attention.key, attention.value, attention.output):
-            linear.out_features, linear.in_features = linear.weight.shape
+        attention.num_kv_heads = attention.key.out_features // attention.head_dim
         smaller = dataclasses.replace(
             layer.attention, num_heads=attention.num_heads, num_kv_heads=attention.num_kv_heads
         )
@@ -73,15 +74,11 @@ def _resize_heads(model: "Transformer", index: int) -> Callable[[list[int]], Non
 
 def _resize_neurons(model: "Transformer", index: int) -> Callable[[list[int]], None]:
     def resize(kept: list[int]) -> None:
-        block, layer = model.layers[index], model.config.layers[index]
-        if not kept:
+        block, layer = cast(Block, model.layers[index]), model.config.layers[index]
+        if not kept or not isinstance(layer.feedforward, DenseConfig):
             block.feedforward = block.feedforward_norm = None
             model.set_layer(index, dataclasses.replace(layer, feedforward=None))
             return
-        for linear in (block.feedforward.gate, block.feedforward.up, block.feedforward.down):
-            if linear is not None:
-                linear.out_features, linear.in_features = linear.weight.shape
-        assert isinstance(layer.feedforward, DenseConfig)
         smaller = dataclasses.replace(layer.feedforward, hidden=len(kept))
         model.set_layer(index, dataclasses.replace(layer, feedforward=smaller))
 

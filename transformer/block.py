@@ -1,6 +1,7 @@
 """One pre-norm block: ``x + attention(norm(x))``, then ``x + feedforward(norm(x))``."""
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -100,7 +101,7 @@ def build_feedforward(dim: int, config: DenseConfig | MoEConfig, *, name: str = 
         return FeedForward(dim, config.hidden, activation=config.activation)
     return MoE(
         dim=dim, hidden=config.hidden, num_experts=config.num_experts, router=_build_router(dim, config),
-        activation=config.activation, capacity_factor=config.capacity_factor, shared_hidden=config.shared_hidden,
+        activation=cast(Any, config.activation), capacity_factor=config.capacity_factor, shared_hidden=config.shared_hidden,
         name=name,
     )  # fmt: skip
 

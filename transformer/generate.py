@@ -57,7 +57,15 @@ def stream(
     return _steps(model, input_ids, max_new_tokens, (temperature, top_k, top_p), generator, eos_id, attention_mask)
 
 
-def _steps(model, ids, max_new_tokens, shape, generator, eos_id, mask) -> Iterator[Tensor]:
+def _steps(
+    model: Transformer,
+    ids: Tensor,
+    max_new_tokens: int,
+    shape: tuple[float, int | None, float | None],
+    generator: torch.Generator | None,
+    eos_id: int | None,
+    mask: Tensor | None,
+) -> Iterator[Tensor]:
     cache, was_training = model.new_cache(), model.training
     finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     model.eval()
@@ -103,7 +111,15 @@ def choose(
     return ids.gather(1, drawn).squeeze(1)
 
 
-def _check(model, ids, max_new_tokens, temperature, top_k, top_p, mask) -> None:
+def _check(
+    model: Transformer,
+    ids: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    mask: Tensor | None,
+) -> None:
     if not model.config.causal:
         raise ValueError("generation needs a causal model, got an encoder (causal=False)")
     if ids.shape[1] < 1:

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +135,8 @@ class Transformer(nn.Module):
 
     def new_cache(self) -> ModelCache:
         """An empty cache for incremental decoding; each layer keeps only what its pattern can still see."""
-        return ModelCache([KVCache(layer.attention.pattern) if layer.attention else None for layer in self.layers])
+        attentions = [cast(Block, layer).attention for layer in self.layers]
+        return ModelCache([KVCache(attention.pattern) if attention else None for attention in attentions])
 
     def gradient_checkpointing(self, enabled: bool = True) -> None:
         """Keep only each block's input in training and compute the block again in the backward pass."""
