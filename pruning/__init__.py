@@ -1,7 +1,9 @@
 """Which parameters stay: scores of heads, neurons and weights, masks that hold, and surgery that shrinks."""
 
+from pruning.allocation import global_ranking, uniform
 from pruning.axes import Axis, Slice
 from pruning.gates import gated, masked
+from pruning.masking import Masks
 from pruning.saliency import (
     AxisScores,
     gate_importance,
@@ -14,30 +16,46 @@ from pruning.saliency import (
     random_scores,
     taylor,
 )
+from pruning.schedules import cubic, linear, one_shot
 from pruning.selection import select_units
+from pruning.sparsifier import Sparsifier, select_masks, sparsify
+from pruning.structure import n_of_m, unstructured
 from pruning.structured import PruneReport, prune_heads, prune_neurons
 from pruning.surgery import count_parameters, predict_parameters, shrink
+from pruning.weights import prunable_weights
 
 __all__ = [
     "Axis",
     "AxisScores",
+    "Masks",
     "PruneReport",
     "Slice",
+    "Sparsifier",
     "count_parameters",
+    "cubic",
     "gate_importance",
     "gated",
+    "global_ranking",
     "head_importance",
     "leave_one_out",
+    "linear",
     "magnitude",
     "magnitude_importance",
     "masked",
+    "n_of_m",
     "neuron_importance",
+    "one_shot",
     "predict_parameters",
+    "prunable_weights",
     "prune_heads",
     "prune_neurons",
     "random_importance",
     "random_scores",
+    "select_masks",
     "select_units",
     "shrink",
+    "sparsify",
     "taylor",
+    "uniform",
+    "unstructured",
 ]

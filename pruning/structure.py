@@ -12,11 +12,13 @@ Structure = Callable[[Tensor, int], Tensor]
 
 
 def removal_count(fraction: float, total: int) -> int:
-    """⌊fraction · total⌋ on the decimal that is written: 0.29 of 100 is 29, though 0.29 · 100 < 29 in floats.
+    """⌊fraction · total⌋ on the ratio that is meant: 0.29 of 100 is 29, though 0.29 · 100 < 29 in floats.
+
+    The ratio is the nearest one with a denominator of at most 10⁹, so that 1/3 of 27 is 9.
 
     Raises: ValueError if fraction is outside [0, 1)."""
     check_fraction("fraction", fraction)
-    return math.floor(Fraction(str(float(fraction))) * total)
+    return math.floor(Fraction(fraction).limit_denominator(10**9) * total)
 
 
 def check_fraction(name: str, value: float) -> None:

@@ -1,0 +1,97 @@
+"""Masks: which weights stay, held by parameter name, re-applied, saved and loaded."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pruning.weights import prunable_weights
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Parameter name (as in `model.named_parameters()`) → bool tensor of its shape: True stays, False is held at 0."""
+
+    kept: dict[str, Bool[Tensor, "..."]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Masks":
+        """The zeros that the model's prunable weights have now: a pruned model tells its own masks."""
+        return cls({name: weight.detach() != 0 for name, weight in prunable_weights(model).items()})
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> None:
+        """Set the pruned weights of `model` to 0, in place; also where they were NaN.
+
+        Raises: ValueError if a parameter is missing or has another shape; then nothing has changed."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, mask in self.kept.items():
+            if name not in parameters:
+                raise ValueError(f"masks name parameter {name!r}, which the model does not have")
+            if parameters[name].shape != mask.shape:
+                raise ValueError(
+                    f"mask of {name!r} must have shape {list(parameters[name].shape)}, got {list(mask.shape)}"
+                )
+        for name, mask in self.kept.items():
+            parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
+
+    @property
+    def zeros(self) -> int:
+        """Number of weights held at 0."""
+        return sum(int((~mask).sum()) for mask in self.kept.values())
+
+    @property
+    def total(self) -> int:
+        """Number of weights covered, kept ones included."""
+        return sum(mask.numel() for mask in self.kept.values())
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over all covered weights."""
+        return self.zeros / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{self.zeros:,} of {self.total:,} weights are zero ({self.sparsity:.2%})"]
+        lines += [
+            f"  {name} {list(m.shape)}: {int((~m).sum()) / max(m.numel(), 1):.2%}" for name, m in self.kept.items()
+        ]
+        return "\n".join(lines)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The masks by parameter name, for a checkpoint."""
+        return dict(self.kept)
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> "Masks":
+        """What `state_dict` gave. Raises: ValueError for a tensor that is not boolean."""
+        for name, mask in state.items():
+            if mask.dtype != torch.bool:
+                raise ValueError(f"mask of {name!r} must be boolean, got {mask.dtype}")
+        return cls(dict(state))
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file (one byte a weight), whole or not at all; returns the path."""
+        path = Path(path)
+        pending = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file({name: mask.contiguous() for name, mask in self.kept.items()}, pending)
+            pending.replace(path)
+        finally:
+            pending.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Masks":
+        """Read what `save` wrote. Raises: FileNotFoundError; ValueError if the file is damaged or holds no masks."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} is missing: expected masks saved by Masks.save")
+        try:
+            return cls.from_state_dict(load_file(path))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or cut short ({error}); copy or save it again") from error

@@ -1,0 +1,58 @@
+"""Which tensors weight pruning works on, and the matrices they are made of."""
+
+from collections.abc import Mapping, Sequence
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+HEADS = ("head", "lm_head")
+
+
+def prunable_weights(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
+    """Name → weight: every nn.Linear weight and every stack of expert matrices (3-D), a tied weight once.
+
+    Dense stay embeddings and what is tied to them, the output head (`get_output_embeddings()`, or a Linear named head
+    or lm_head), routers (a module named router, or of a class so named), norms and biases. `names` chooses instead,
+    from all parameters of two or three dimensions.
+    Raises: ValueError for names that are unknown or have another number of dimensions, and if nothing is left."""
+    if names is not None:
+        return _named(model, names)
+    dense = {id(parameter) for module in _dense_modules(model) for parameter in module.parameters()}
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    found = {name: p for name, p in model.named_parameters()
+             if id(p) not in dense and (p.ndim == 3 or (p.ndim == 2 and id(p) in linear))}  # fmt: skip
+    if not found:
+        raise ValueError(f"{type(model).__name__} must have prunable weights, got none; pass weights=")
+    return found
+
+
+def _named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in names:
+        if name not in parameters:
+            raise ValueError(f"weights must name parameters of the model, got {name!r}")
+        if parameters[name].ndim not in (2, 3):
+            raise ValueError(f"weights must have 2 or 3 dimensions, got {list(parameters[name].shape)} for {name!r}")
+    distinct = {id(parameters[name]): name for name in reversed(names)}
+    return {name: parameters[name] for name in names if distinct[id(parameters[name])] == name}
+
+
+def _dense_modules(model: nn.Module) -> list[nn.Module]:
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    dense = [] if output is None else [output]
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        is_router = last == "router" or "router" in type(module).__name__.lower()
+        if isinstance(module, nn.Embedding) or is_router or (isinstance(module, nn.Linear) and last in HEADS):
+            dense.append(module)
+    return dense
+
+
+def matrices(tensors: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "out in"]]:
+    """Each matrix [out, in] as it is; each stack of experts [E, in, out] as E matrices [out, in] named "name[e]".
+
+    Views, no copies. Selection works on these, so that experts are ranked and counted one by one."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        found |= {name: tensor} if tensor.ndim == 2 else {f"{name}[{e}]": part.mT for e, part in enumerate(tensor)}
+    return found
