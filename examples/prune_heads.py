@@ -36,7 +36,7 @@ def train(model: Transformer, text: Tensor, steps: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     model.train()
     for _ in range(steps):
-        batch = batch_of(text, 16, generator)
+        batch = batch_of(text, 8, generator)
         model(batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -1,6 +1,18 @@
 """The type checker that the import hook of conftest.py applies to every function and record of the packages."""
 
+from collections.abc import Callable
+from typing import Any, Self, TypeVar
+
 from beartype import BeartypeConf, beartype
 
+F = TypeVar("F", bound=Callable[..., Any])
 # is_pep484_tower: an int is a float, as for every other Python type checker.
-checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+_CONF = BeartypeConf(is_pep484_tower=True)
+
+
+def checked(function: F) -> F:
+    """beartype, which must not meet ``Self``: the hook decorates methods one by one, outside their class."""
+    hints = getattr(function, "__annotations__", {})
+    for name in [name for name, hint in hints.items() if hint is Self]:
+        hints[name] = Any
+    return beartype(conf=_CONF)(function)
