@@ -4,6 +4,7 @@ from pruning.allocation import global_ranking, uniform
 from pruning.axes import Axis, Slice
 from pruning.gates import gated, masked
 from pruning.masking import Masks
+from pruning.model_axes import prunable_axes
 from pruning.saliency import (
     AxisScores,
     gate_importance,
@@ -46,6 +47,7 @@ __all__ = [
     "neuron_importance",
     "one_shot",
     "predict_parameters",
+    "prunable_axes",
     "prunable_weights",
     "prune_heads",
     "prune_neurons",
