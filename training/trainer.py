@@ -85,6 +85,7 @@ class Trainer:
         self.sparsifiers, self.seed, self._write = tuple(sparsifiers), seed, write
         self.moe_layers = sum(isinstance(module, MoE) for module in self.model.modules())
         self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.saved: tuple[int, Path] | None = None
         require_room(out, checkpoint_bytes(self.model))
 
     def resume(self, checkpoint: Path) -> None:
@@ -103,6 +104,7 @@ class Trainer:
             sparsifier.load_state_dict(saved_state)
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         set_random_state(state["random"])
+        self.saved = (self.step, checkpoint)
 
     def run(self, *, console: Console | None = None) -> Outcome:
         """Train to the last step, or until interrupted; save, and return how it ended.
@@ -112,7 +114,7 @@ class Trainer:
         """
         console = console or Console(quiet=True)
         last = min(self.train.steps, self.train.stop_at or self.train.steps)
-        loss, result, checkpoint, saved_at = math.nan, None, latest_checkpoint(self.out / CHECKPOINTS), -1
+        loss, result = math.nan, None
         self.model.train()
         with (
             Metrics(self.out, step=self.step, tensorboard=self.train.tensorboard) as metrics,
@@ -134,9 +136,8 @@ class Trainer:
                     metrics.write({"step": self.step, "sample": text})
                     console.print(text, markup=False, highlight=False)
                 if self.step % self.train.save_every == 0:
-                    checkpoint, saved_at = self.save(), self.step
-        if saved_at != self.step or checkpoint is None:
-            checkpoint = self.save()
+                    self.save()
+        checkpoint = self.saved[1] if self.saved and self.saved[0] == self.step else self.save()
         stopped = interruption.name or ("stop_at" if self.step < self.train.steps else None)
         return Outcome(self.step, self.tokens, self.seconds, loss, result, checkpoint, stopped)
 
@@ -198,7 +199,7 @@ class Trainer:
             "random": random_state(),
             "sparsifiers": [sparsifier.state_dict() for sparsifier in self.sparsifiers],
         }
-        return save_checkpoint(
+        folder = save_checkpoint(
             self.out / CHECKPOINTS,
             step=self.step,
             model=self.model,
@@ -208,6 +209,8 @@ class Trainer:
             keep=self.train.keep,
             write=self._write,
         )
+        self.saved = (self.step, folder)
+        return folder
 
     def _forward_backward(self, batch: Batch) -> StepOutput:
         with parametrised(self.sparsifiers):

@@ -1,0 +1,208 @@
+"""The command ``sparse-transformers``: text to configs and functions."""
+
+import runpy
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from training.commands import (
+    EvaluateArguments,
+    GenerateArguments,
+    PruneArguments,
+    describe_evaluation,
+    evaluate_command,
+    generate_command,
+    prune_command,
+)
+from training.config import RunConfig, load_config
+from training.finite import NonFiniteError
+from training.run import train
+
+PROGRAM = "sparse-transformers"
+INTERRUPTED = 128
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Train a language model.
+
+    CONFIG.toml gives the settings, flags change them; without a file the flags change the defaults.
+    Ctrl-C saves a checkpoint and prints the command that goes on from it.
+    """
+
+    run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+    resume: bool = False
+    """Go on from the latest checkpoint in --out."""
+    checkpoint: Path | None = None
+    """Go on from this checkpoint."""
+    overwrite: bool = False
+    """Start anew where --out holds a run already; its checkpoints are removed."""
+
+
+@dataclass(frozen=True)
+class ReportArguments:
+    """One self-contained HTML page with the figures and tables of a run."""
+
+    folder: tyro.conf.Positional[Path]
+    """The run's folder."""
+    output: Path | None = None
+    """Where to write the page; report.html in the run's folder if left out."""
+
+
+@dataclass(frozen=True)
+class BenchArguments:
+    """Time the library against its peers (from a source checkout)."""
+
+    name: tyro.conf.Positional[str] = "all"
+    """One of the benchmarks, without 'bench_', or 'all'."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a subcommand and exit. Errors are one line; ``--debug`` shows where they came from."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        print(_overview())
+        sys.exit(0)
+    try:
+        sys.exit(_dispatch(arguments[0], arguments[1:]))
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted: work since the last checkpoint is lost, checkpoints are whole", file=sys.stderr)
+        sys.exit(INTERRUPTED + signal.SIGINT)
+    except (ValueError, OSError, ImportError, NonFiniteError) as error:
+        if debug:
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _dispatch(name: str, argv: list[str]) -> int:
+    if name not in COMMANDS:
+        raise ValueError(f"unknown command {name!r}: one of {', '.join(COMMANDS)}")
+    return COMMANDS[name](argv)
+
+
+def _train(argv: list[str]) -> int:
+    file = Path(argv[0]) if argv and not argv[0].startswith("-") else None
+    flags = argv if file is None else argv[1:]
+    default = TrainArguments(run=RunConfig() if file is None else load_config(file))
+    arguments = tyro.cli(TrainArguments, args=flags, default=default, prog=f"{PROGRAM} train [CONFIG.toml]")
+    console = Console()
+    outcome = train(
+        arguments.run,
+        resume=arguments.resume,
+        checkpoint=arguments.checkpoint,
+        overwrite=arguments.overwrite,
+        console=console,
+    )
+    console.print(f"step {outcome.step}, saved in {outcome.checkpoint}", highlight=False, soft_wrap=True)
+    if outcome.evaluation is not None:
+        console.print(describe_evaluation(outcome.evaluation), highlight=False, soft_wrap=True)
+    if outcome.stopped is None:
+        return 0
+    command = shlex.join([PROGRAM, "train", *_without_start(argv), "--resume"])
+    console.print(f"stopped by {outcome.stopped}; go on with:\n  {command}", highlight=False, soft_wrap=True)
+    return 0 if outcome.stopped == "stop_at" else INTERRUPTED + signal.Signals[outcome.stopped]
+
+
+def _evaluate(argv: list[str]) -> int:
+    evaluate_command(tyro.cli(EvaluateArguments, args=argv, prog=f"{PROGRAM} evaluate"), Console(soft_wrap=True))
+    return 0
+
+
+def _generate(argv: list[str]) -> int:
+    generate_command(tyro.cli(GenerateArguments, args=argv, prog=f"{PROGRAM} generate"), Console())
+    return 0
+
+
+def _prune(argv: list[str]) -> int:
+    prune_command(tyro.cli(PruneArguments, args=argv, prog=f"{PROGRAM} prune"), Console(soft_wrap=True))
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    from training.report import write_report  # matplotlib takes a second
+
+    arguments = tyro.cli(ReportArguments, args=argv, prog=f"{PROGRAM} report")
+    print(write_report(arguments.folder, output=arguments.output))
+    return 0
+
+
+def _demo(argv: list[str]) -> int:
+    from training.demo import DemoConfig, demo
+
+    demo(tyro.cli(DemoConfig, args=argv, prog=f"{PROGRAM} demo"))
+    return 0
+
+
+def _bench(argv: list[str]) -> int:
+    arguments = tyro.cli(BenchArguments, args=argv, prog=f"{PROGRAM} bench")
+    folder = Path("benchmarks")
+    names = sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
+    if not names:
+        raise FileNotFoundError("no benchmarks here: run this in a source checkout of sparse-transformers")
+    if arguments.name != "all" and arguments.name not in names:
+        raise ValueError(f"unknown benchmark {arguments.name!r}: one of {', '.join(names)}, or all")
+    sys.path.insert(0, str(Path.cwd()))
+    for name in names if arguments.name == "all" else [arguments.name]:
+        sys.argv = [f"benchmarks/bench_{name}.py"]
+        runpy.run_module(f"benchmarks.bench_{name}", run_name="__main__")
+    return 0
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand and its line in the overview."""
+
+    run: Callable[[list[str]], int]
+    summary: str
+
+    def __call__(self, argv: list[str]) -> int:
+        return self.run(argv)
+
+
+COMMANDS = {
+    "demo": Command(_demo, "train a sparse and a dense model, prune, and write a report: the whole library in minutes"),
+    "train": Command(_train, "train a language model from a config file and flags"),
+    "evaluate": Command(_evaluate, "held-out loss of a trained model"),
+    "generate": Command(_generate, "text from a trained model"),
+    "prune": Command(_prune, "remove heads or weights of a trained model"),
+    "report": Command(_report, "an HTML page with the figures of a run"),
+    "bench": Command(_bench, "time the library against its peers"),
+}
+
+
+def _overview() -> str:
+    lines = [f"usage: {PROGRAM} COMMAND [OPTIONS]", ""]
+    lines += [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [*lines, "", f"{PROGRAM} COMMAND --help shows its options; --debug shows where an error came from."]
+    )
+
+
+def _without_start(argv: Sequence[str]) -> list[str]:
+    """The arguments less those that say where to start, for the command that goes on."""
+    kept, skip = [], False
+    for argument in argv:
+        if skip or argument in {"--resume", "--overwrite"} or argument.startswith("--checkpoint="):
+            skip = False
+        elif argument == "--checkpoint":
+            skip = True
+        else:
+            kept.append(argument)
+    return kept
+
+
+def _one_line(error: BaseException) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror and error.filename is None else str(error)
+    return " ".join(text.split()) or type(error).__name__

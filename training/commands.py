@@ -1,0 +1,200 @@
+"""What the subcommands other than train do: saved models evaluated, sampled and pruned."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from rich.console import Console
+
+from pruning import head_importance, prune_heads, sparsify
+from training.config import DataConfig, RunConfig, from_dict
+from training.data import Batches, Data, tokenise
+from training.evaluation import Evaluation, evaluate
+from training.precision import DTypeName, choose_precision
+from training.run import CONFIG, load_data, model_folder, read_corpus, seed_everything
+from training.tokenizer import FILE_NAME as TOKENIZER
+from training.tokenizer import load_tokenizer
+from training.trainer import choose_device
+from transformer import Transformer, stream
+
+Source = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN|FOLDER")]
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Held-out loss of a trained model, in nats a token and bits a byte."""
+
+    source: Source
+    """A run's folder (its latest checkpoint is taken), a checkpoint, or a saved model."""
+    corpus: str | None = None
+    """Other text than the run's own, named as in data.corpus."""
+    whole: bool = False
+    """Evaluate on all documents of --corpus, not only its held-out share."""
+    length: int | None = None
+    """Tokens of context; the run's own if left out."""
+    batch: int = 8
+    """Sequences in a batch."""
+    dtype: DTypeName = "float32"
+    """Format of the matrix products."""
+    device: str = "auto"
+    """Device."""
+
+
+@dataclass(frozen=True)
+class GenerateArguments:
+    """Text from a trained model."""
+
+    source: Source
+    """A run's folder, a checkpoint, or a saved model."""
+    prompt: str = "def "
+    """What the text starts with."""
+    tokens: int = 128
+    """Tokens to add, fewer if the model's longest sequence is reached."""
+    temperature: float = 0.8
+    """0 takes the most likely token each time."""
+    top_k: int | None = None
+    """Draw only from the k most likely tokens."""
+    top_p: float | None = 0.95
+    """Draw only from the smallest set of tokens with this probability."""
+    seed: int = 0
+    """Seed of the draws."""
+    device: str = "auto"
+    """Device."""
+
+
+@dataclass(frozen=True)
+class PruneArguments:
+    """Remove heads, or zero weights, of a trained model; report what it costs; save the result."""
+
+    source: Source
+    """A run's folder, a checkpoint, or a saved model."""
+    out: Path
+    """Folder for the pruned model and its tokenizer."""
+    heads: float = 0.0
+    """Share of the attention heads to remove, least important first; they are gone, the model is smaller."""
+    weights: float = 0.0
+    """Share of the weights of matrices to set to zero."""
+    scope: Literal["layerwise", "global"] = "layerwise"
+    """Whether weights are compared inside each matrix or over all of them."""
+    corpus: str | None = None
+    """Text for importance and evaluation; the run's own if left out."""
+    batches: int = 16
+    """Training batches from which importance is measured."""
+    batch: int = 8
+    """Sequences in a batch."""
+    seed: int = 0
+    """Seed of the choice of batches."""
+    device: str = "auto"
+    """Device."""
+
+
+def evaluate_command(arguments: EvaluateArguments, console: Console) -> None:
+    """Print the loss."""
+    model, folder = _load(arguments.source, arguments.device)
+    config = _data_config(arguments.source, folder, arguments.corpus, arguments.length, model)
+    if arguments.whole:
+        tokenizer = load_tokenizer(folder)
+        corpus = read_corpus(config)
+        tokens = tokenise(corpus.train + corpus.held_out, tokenizer)
+    else:
+        data = load_data(config)
+        tokenizer, tokens = data.tokenizer, data.held_out
+    precision = choose_precision(arguments.dtype, device=choose_device(arguments.device))
+    result = evaluate(
+        model,
+        tokens,
+        tokenizer,
+        length=config.length,
+        batch=arguments.batch,
+        autocast=precision.autocast(model.head_weight.device),
+    )
+    console.print(describe_evaluation(result), highlight=False)
+
+
+def generate_command(arguments: GenerateArguments, console: Console) -> None:
+    """Print the text as it comes."""
+    model, folder = _load(arguments.source, arguments.device)
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.encode(arguments.prompt) or [tokenizer.eos_id]
+    prompt = torch.tensor([ids], device=model.head_weight.device)
+    drawn, shown = list(ids), ""
+    for token in stream(
+        model,
+        prompt,
+        max_new_tokens=max(0, min(arguments.tokens, model.config.max_length - len(ids))),
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        generator=torch.Generator(prompt.device).manual_seed(arguments.seed),
+        eos_id=tokenizer.eos_id,
+    ):
+        drawn.append(int(token))
+        text = tokenizer.decode(drawn).rstrip("\ufffd")  # a character whose bytes are not all there yet
+        console.print(text[len(shown) :], end="", markup=False, highlight=False, soft_wrap=True)
+        shown = text
+    console.print()
+
+
+def prune_command(arguments: PruneArguments, console: Console) -> None:
+    """Prune, evaluate before and after, save."""
+    if not arguments.heads and not arguments.weights:
+        raise ValueError("say what to prune: --heads 0.3, --weights 0.5, or both")
+    model, folder = _load(arguments.source, arguments.device)
+    config = _data_config(arguments.source, folder, arguments.corpus, None, model)
+    data = load_data(config)
+    seed_everything(arguments.seed)
+    console.print(f"before: {_held_out(model, data, config, arguments.batch)}", highlight=False)
+    if arguments.heads:
+        batches = Batches(data.train, batch=arguments.batch, length=config.length, seed=arguments.seed)
+        drawn = [batches.next().inputs.to(model.head_weight.device) for _ in range(arguments.batches)]
+        console.print(str(prune_heads(model, head_importance(model, drawn), fraction=arguments.heads)), highlight=False)
+        console.print(f"after heads: {_held_out(model, data, config, arguments.batch)}", highlight=False)
+    if arguments.weights:
+        sparsify(model, sparsity=arguments.weights, scope=arguments.scope)
+        console.print(f"after weights: {_held_out(model, data, config, arguments.batch)}", highlight=False)
+    model.save_pretrained(arguments.out)
+    data.tokenizer.save(arguments.out)
+    console.print(
+        f"saved in {arguments.out}; recover with: sparse-transformers train CONFIG.toml --init {arguments.out}"
+    )
+
+
+def describe_evaluation(result: Evaluation) -> str:
+    """One line."""
+    return (
+        f"{result.bits_per_byte:.4f} bits per byte, {result.loss:.4f} nats per token"
+        f" over {result.tokens:,} tokens ({result.bytes:,} bytes)"
+    )
+
+
+def run_config_of(source: Path, folder: Path) -> RunConfig | None:
+    """The config that a run was started with, found beside the run or above its checkpoint."""
+    for file in (source / CONFIG, folder.parent.parent / CONFIG):
+        if file.is_file():
+            return from_dict(RunConfig, json.loads(file.read_text()), where=str(file))
+    return None
+
+
+def _load(source: Path, device: str) -> tuple[Transformer, Path]:
+    folder = model_folder(source)
+    return Transformer.from_pretrained(folder).to(choose_device(device)), folder
+
+
+def _data_config(source: Path, folder: Path, corpus: str | None, length: int | None, model: Transformer) -> DataConfig:
+    """The run's own data settings, with the tokenizer saved with the model, and --corpus and --length over them."""
+    run = run_config_of(source, folder)
+    if run is None and corpus is None:
+        raise ValueError(f"{source} has no {CONFIG} that says what text it was trained on: give --corpus")
+    record = {} if run is None else {f: getattr(run.data, f) for f in DataConfig.__dataclass_fields__}
+    record |= {"tokenizer": str(folder / TOKENIZER)}
+    if corpus is not None:
+        record |= {"corpus": corpus, "max_documents": None, "streaming": False}
+    record |= {"length": length or record.get("length") or model.config.max_length}
+    return DataConfig(**record)
+
+
+def _held_out(model: Transformer, data: Data, config: DataConfig, batch: int) -> str:
+    return describe_evaluation(evaluate(model, data.held_out, data.tokenizer, length=config.length, batch=batch))
