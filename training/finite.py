@@ -32,7 +32,7 @@ def first_non_finite(model: nn.Module, run: Callable[[], Any]) -> str:
 
 
 def _outputs(model: nn.Module, run: Callable[[], Any]) -> list[str]:
-    found: list[str] = []
+    found: list[str] = []  # names, in the order in which modules finish
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -45,6 +45,8 @@ def _outputs(model: nn.Module, run: Callable[[], Any]) -> list[str]:
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
         run()
+    except FloatingPointError as error:  # a router refuses logits that are not finite
+        found.append(str(error))
     finally:
         for handle in handles:
             handle.remove()

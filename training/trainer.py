@@ -151,11 +151,13 @@ class Trainer:
         set_lr(self.optimizer, lr)
         generators = random_state()
         batch = self.batches.next().to(self.device)
-        output = self._forward_backward(batch)
-        loss, norm = output.ce.item(), gradient_norm(self.model.parameters())
-        if not (math.isfinite(output.loss.item()) and math.isfinite(norm.item())):
-            set_random_state(generators)
-            raise self._non_finite(output.loss.item(), norm.item(), batch)
+        try:
+            output = self._forward_backward(batch)
+        except FloatingPointError as error:  # a router refuses logits that are not finite
+            raise self._non_finite(math.nan, math.nan, batch, generators) from error
+        loss, total, norm = output.ce.item(), output.loss.item(), gradient_norm(self.model.parameters())
+        if not (math.isfinite(total) and math.isfinite(norm.item())):
+            raise self._non_finite(total, norm.item(), batch, generators)
         if all_agree(self.sparsifiers, self.optimizer):
             clip(self.model.parameters(), norm, limit=self.optim.clip)
             self.optimizer.step()
@@ -253,7 +255,8 @@ class Trainer:
             "z": output.z_loss.item(),
         }
 
-    def _non_finite(self, loss: float, norm: float, batch: Batch) -> NonFiniteError:
+    def _non_finite(self, loss: float, norm: float, batch: Batch, generators: dict[str, Any]) -> NonFiniteError:
+        set_random_state(generators)
         where = first_non_finite(self.model, lambda: self._forward_backward(batch))
         self.optimizer.zero_grad()
         good = latest_checkpoint(self.out / CHECKPOINTS)

@@ -1,9 +1,15 @@
-"""Small models and data that the training tests share."""
+"""Small models, data and trainers that the training tests share."""
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
+from training.config import OptimConfig, TrainConfig
 from training.corpora import Corpus
 from training.data import Batch, Batches, Data, prepare
+from training.trainer import Trainer
 from transformer import DenseConfig, MoEConfig, Transformer, TransformerConfig
 
 WORDS = "for while if else return def class import yield with lambda pass".split()
@@ -39,3 +45,19 @@ def small_data(*, length: int = 16) -> Data:
 def small_batch(*, batch: int = 4, length: int = 16, seed: int = 0) -> Batch:
     """One training batch of it."""
     return Batches(small_data(length=length).train, batch=batch, length=length, seed=seed).next()
+
+
+def small_trainer(out: Path, *, train: dict[str, Any] | None = None, **options: Any) -> Trainer:
+    """A trainer of the small model, with dropout so that the generators matter; everything seeded."""
+    settings = {"steps": 20, "batch": 4, "dtype": "float32", "eval_every": 10, "save_every": 5, "device": "cpu"}
+    torch.manual_seed(0)
+    return Trainer(
+        options.pop("model", None) or small_model(dropout=0.1),
+        options.pop("data", None) or small_data(),
+        out=out,
+        length=16,
+        optim=OptimConfig(lr=0.01, warmup=3),
+        train=TrainConfig(**(settings | (train or {}))),
+        seed=0,
+        **options,
+    )
