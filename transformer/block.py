@@ -101,8 +101,8 @@ def build_feedforward(dim: int, config: DenseConfig | MoEConfig, *, name: str = 
         return FeedForward(dim, config.hidden, activation=config.activation)
     return MoE(
         dim=dim, hidden=config.hidden, num_experts=config.num_experts, router=_build_router(dim, config),
-        activation=cast(Any, config.activation), capacity_factor=config.capacity_factor, shared_hidden=config.shared_hidden,
-        name=name,
+        activation=cast(Any, config.activation), capacity_factor=config.capacity_factor,
+        shared_hidden=config.shared_hidden, name=name,
     )  # fmt: skip
 
 
