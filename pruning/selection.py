@@ -29,7 +29,8 @@ def select_units(
     score. Feasible: an axis of independent units loses any of them; a grouped axis loses whole groups, and every
     surviving group the same number of units; each axis keeps at least min(min_units, size). Independent units are
     sorted (lowest score first; equal scores by position: earlier axis, then earlier unit, goes first). Grouped axes
-    are solved exactly, as a knapsack over the best (groups, units) choice of each axis for each count.
+    are solved exactly, as a knapsack over the best (groups, units) choice of each axis for each count; of equal totals
+    the earlier axis loses more.
     scores: [size] for each axis. Raises: ValueError if a score is missing, misshapen or not finite."""
     check_scores(scores, axes)
     if min_units < 0:

@@ -69,13 +69,23 @@ def test_batching_does_not_change_the_scores():
 
 
 def test_padding_counts_for_nothing():
+    """Sequences of 6 and 4 tokens: each sample's loss is the mean over its own targets."""
     model, ids = toy((4, 2, 5)), tokens(2, 6)
+    mask = torch.tensor([[1] * 6 + [0] * 3, [1] * 4 + [0] * 5])
     padded = F.pad(ids, (0, 3))
-    mask = (torch.arange(9) < 6).long().expand(2, 9)
     labels = padded.masked_fill(mask == 0, -100)
-    plain = head_importance(model, [ids])
+    plain = head_importance(model, [ids[:1], ids[1:, :4]], normalize=None)
     for batch in ({"input_ids": padded, "attention_mask": mask}, {"input_ids": padded, "labels": labels}):
-        close(head_importance(model, [batch])["attention.0.heads"], plain["attention.0.heads"])
+        close(head_importance(model, [batch], normalize=None)["attention.0.heads"], plain["attention.0.heads"])
+
+
+def test_left_padding_does_not_ask_a_pad_for_the_first_token():
+    model, ids = toy((4, 2, 5)), tokens(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]] * 2)
+    labels = ids.masked_fill(torch.arange(6) < 3, -100)
+    left = head_importance(model, [{"input_ids": ids, "attention_mask": mask}], normalize=None)
+    named = head_importance(model, [{"input_ids": ids, "labels": labels}], normalize=None)
+    close(left["attention.0.heads"], named["attention.0.heads"])
 
 
 def test_l2_divides_each_layer_by_its_norm_and_leaves_a_silent_layer():

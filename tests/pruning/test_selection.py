@@ -83,6 +83,13 @@ def test_one_head_of_each_group_goes_where_that_is_cheaper_than_a_group():
     assert select_units({"a": torch.tensor([5.0, 4.0, 1.0, 1.0])}, [only], count=2) == {"a": [0, 1]}
 
 
+def test_of_equal_grouped_axes_the_earlier_loses():
+    axes = [axis("a", 2, 2), axis("b", 2, 2)]
+    scores = {"a": torch.ones(4), "b": torch.ones(4)}
+    assert select_units(scores, axes, count=2) == {"a": [2, 3], "b": [0, 1, 2, 3]}
+    assert select_units(scores, axes, count=4) == {"a": [], "b": [0, 1, 2, 3]}
+
+
 @given(st.integers(0, 999), st.integers(0, 4000))
 def test_the_count_is_the_floor_of_the_decimal(thousandths, total):
     assert removal_count(thousandths / 1000, total) == thousandths * total // 1000
