@@ -120,7 +120,8 @@ def generate_command(arguments: GenerateArguments, console: Console) -> None:
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.encode(arguments.prompt) or [tokenizer.eos_id]
     prompt = torch.tensor([ids], device=model.head_weight.device)
-    drawn, shown = list(ids), ""
+    drawn, shown = list(ids), arguments.prompt
+    console.print(shown, end="", markup=False, highlight=False, soft_wrap=True)
     for token in stream(
         model,
         prompt,

@@ -188,6 +188,22 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class SparsifyConfig:
+    """Weights pruned by magnitude while training; the zeros are held."""
+
+    sparsity: float = 0.0
+    """Share of the weights of matrices that is zero in the end; 0 prunes nothing."""
+    begin: int = 0
+    """Step at which pruning begins."""
+    end: int = 0
+    """Step at which the share is reached, along a cubic (Zhu & Gupta 2017); at or before 'begin': at once."""
+    every: int = 50
+    """Steps between choices of what to prune."""
+    scope: Literal["layerwise", "global"] = "layerwise"
+    """Whether weights are compared inside each matrix or over all of them."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A training run."""
 
@@ -201,6 +217,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    sparsify: SparsifyConfig = field(default_factory=SparsifyConfig)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -312,6 +329,8 @@ def _check(config: RunConfig) -> None:
         raise ValueError(f"train.accumulation must divide batch={train.batch}, got {train.accumulation}")
     if config.model.max_length is not None and config.model.max_length < data.length:
         raise ValueError(f"model.max_length must be at least data.length={data.length}, got {config.model.max_length}")
+    if not 0 <= config.sparsify.sparsity < 1:
+        raise ValueError(f"sparsify.sparsity must be in [0, 1), got {config.sparsify.sparsity}")
     if optim.warmup < 0:
         raise ValueError(f"optim.warmup must be at least 0, got {optim.warmup}")
 

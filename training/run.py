@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from pruning import Sparsifier, cubic, global_ranking, one_shot, uniform
 from training.allocator import keep_freed_memory
 from training.checkpoint import LATEST, checkpoints, latest_checkpoint
-from training.config import DataConfig, RunConfig, model_config, to_dict
+from training.config import DataConfig, RunConfig, SparsifyConfig, model_config, to_dict
 from training.corpora import Corpus, load_corpus
 from training.data import Data, prepare
 from training.durable import replace_durably
@@ -66,7 +67,20 @@ def make_trainer(config: RunConfig) -> Trainer:
         optim=config.optim,
         train=config.train,
         seed=config.seed,
+        sparsifiers=make_sparsifiers(config.sparsify, model),
     )
+
+
+def make_sparsifiers(config: SparsifyConfig, model: Transformer) -> list[Sparsifier]:
+    """The sparsifier of a [sparsify] section, none where its sparsity is 0."""
+    if config.sparsity == 0:
+        return []
+    if config.end > config.begin:
+        schedule = cubic(config.sparsity, begin=config.begin, end=config.end, every=config.every)
+    else:
+        schedule = one_shot(config.sparsity, step=config.begin)
+    allocation = global_ranking if config.scope == "global" else uniform
+    return [Sparsifier(model, schedule=schedule, allocation=allocation)]
 
 
 def make_model(config: RunConfig, *, vocab_size: int) -> Transformer:

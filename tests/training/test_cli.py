@@ -1,0 +1,156 @@
+"""The command from end to end: train, stop, resume, evaluate, generate, prune; errors are one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from training.cli import main
+from transformer import Transformer
+
+ROOT = Path(__file__).parents[2]
+
+
+def sparse_transformers(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    code = exit_.value.code
+    assert isinstance(code, int)
+    return code
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A config of a few steps on a folder of texts."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(12):
+        (texts / f"{number}.txt").write_text(f"the number is {number} and the next is {number + 1}\n" * 12)
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f"""
+out = "{tmp_path}/run"
+[data]
+corpus = "{texts}"
+tokenizer = "bytes"
+length = 16
+held_out = 0.2
+cache = "{tmp_path}/cache"
+[model]
+dim = 16
+layers = 2
+heads = 2
+hidden = 16
+num_experts = 4
+[train]
+steps = 8
+batch = 4
+dtype = "float32"
+eval_every = 4
+save_every = 2
+"""
+    )
+    return file
+
+
+def test_train_stop_resume_evaluate_generate_prune(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(tmp_path / "run")
+    assert sparse_transformers("train", str(config), "--train.stop-at", "5", "--optim.lr", "0.01") == 0
+    shown = capsys.readouterr().out
+    assert "go on with:\n  sparse-transformers train" in shown
+    assert "--optim.lr 0.01 --resume" in shown
+    assert sparse_transformers("train", str(config), "--resume", "--optim.lr", "0.01") == 0
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if "loss" in line] == list(range(1, 9))
+    final = next(line["bits_per_byte"] for line in reversed(steps) if "bits_per_byte" in line)
+    capsys.readouterr()
+    assert sparse_transformers("evaluate", run) == 0
+    assert f"{final:.4f} bits per byte" in capsys.readouterr().out
+    assert sparse_transformers("evaluate", run, "--whole", "--corpus", str(tmp_path / "texts")) == 0
+    assert sparse_transformers("generate", run, "--prompt", "the ", "--tokens", "5", "--temperature", "0") == 0
+    assert "\nthe " in capsys.readouterr().out
+    pruned = str(tmp_path / "pruned")
+    assert (
+        sparse_transformers("prune", run, "--out", pruned, "--heads", "0.5", "--weights", "0.5", "--batches", "2") == 0
+    )
+    assert "removed 2 of 4 heads" in capsys.readouterr().out
+    small, full = (
+        Transformer.from_pretrained(pruned),
+        Transformer.from_pretrained(tmp_path / "run" / "checkpoints" / "step-00000008"),
+    )
+    assert small.num_parameters() < full.num_parameters()
+    assert (
+        sparse_transformers("train", str(config), "--init", pruned, "--out", f"{run}2", "--sparsify.sparsity", "0.5")
+        == 0
+    )
+    recovered = Transformer.from_pretrained(tmp_path / "run2" / "checkpoints" / "step-00000008")
+    assert recovered.num_parameters() == small.num_parameters()
+    gate = recovered.layers[0].attention.query.weight
+    assert gate.numel() == 0 or (gate == 0).float().mean() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly"], "unknown command 'fly'"),
+        (["train", "missing.toml"], "no config at missing.toml"),
+        (["train", "{config}", "--data.corpus", "{empty}"], "no file for corpus"),
+        (["train", "{config}", "--data.length", "100000"], "fewer than one sequence of length=100000"),
+        (["train", "{config}", "--resume"], "no checkpoint at"),
+        (["train", "{config}", "--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+        (["train", "{config}", "--model.k", "9"], "k must be in [1, num_experts=4], got 9"),
+        (["train", "{config}", "--model.pattern", "causal() & sliding_windw(3)"], "sliding_window"),
+        (["train", "{config}", "--optim.warmup", "-1"], "optim.warmup must be at least 0, got -1"),
+        (["train", "{config}", "--train.device", "cuda:63"], "device 'cuda:63' is not there"),
+        (["evaluate", "{empty}"], "no model in"),
+        (["prune", "{empty}", "--out", "x"], "say what to prune"),
+    ],
+)
+def test_errors_are_one_line(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    filled = [argument.format(config=config, empty=tmp_path / "empty") for argument in arguments]
+    assert sparse_transformers(*filled) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert message in shown
+    assert shown.count("\n") == 1
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_debug_shows_where_an_error_came_from() -> None:
+    with pytest.raises(FileNotFoundError):
+        main(["train", "missing.toml", "--debug"])
+
+
+def test_a_run_is_not_overwritten_by_accident(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sparse_transformers("train", str(config), "--train.steps", "2") == 0
+    assert sparse_transformers("train", str(config)) == 1
+    assert "add --resume to go on, --overwrite to start anew" in capsys.readouterr().err
+    assert sparse_transformers("train", str(config), "--train.steps", "3", "--overwrite") == 0
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(config: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "training", "train", str(config), "--train.steps", "100000"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.is_file() or not metrics.read_text():
+        assert process.poll() is None
+    process.send_signal(2)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped by SIGINT; go on with:" in shown
+    assert f"train {config} --train.steps 100000 --resume" in shown
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sparse_transformers("--help") == 0
+    shown = capsys.readouterr().out
+    for name in ("demo", "train", "evaluate", "generate", "prune", "report", "bench"):
+        assert f"\n  {name}" in shown
