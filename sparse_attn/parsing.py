@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Callable
 from difflib import get_close_matches
+from inspect import signature
 
 from sparse_attn.patterns import Pattern, causal, full, sinks, sliding_window
 
@@ -49,10 +50,12 @@ def _call(name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Patte
         raise ValueError(_unknown(name))
     named = {keyword.arg or "**": _integer(keyword.value) for keyword in keywords}
     values = [_integer(arg) for arg in args]
-    try:
-        return PATTERNS[name](*values, **named)
-    except TypeError as error:
-        raise ValueError(f"pattern {error}") from error
+    names = list(signature(PATTERNS[name]).parameters)
+    given = names[: len(values)] + list(named)
+    if len(values) > len(names) or sorted(given) != sorted(names):
+        got = ", ".join([*map(str, values), *(f"{key}={value}" for key, value in named.items())])
+        raise ValueError(f"{name} takes ({', '.join(names)}), got ({got})")
+    return PATTERNS[name](*values, **named)
 
 
 def _integer(node: ast.expr) -> int:

@@ -55,13 +55,18 @@ class _Work:
         self.k, self.v, self.plan, self.dropout = k.to(self.dtype), v.to(self.dtype), plan, dropout
         self.batch, self.kv_heads = k.shape[:2]
         self.groups = q.shape[1] // max(self.kv_heads, 1)
-        self.hidden = ~plan.layout.masks
+        masks = plan.layout.masks.to(q.device)
+        self.bias = torch.zeros(masks.shape, dtype=self.dtype, device=q.device).masked_fill_(~masks, -torch.inf)
         self.unseen = None if key_mask is None else ~key_mask[:, None, :, None].expand(-1, self.kv_heads, -1, 1)
         self.generator = torch.Generator(q.device).manual_seed(seed) if dropout else None
 
     def pieces(self) -> Iterator[Piece]:
         """Always in the same order: the dropout of the backward follows it."""
         return pieces(self.plan, self.batch, self.kv_heads, self.groups)
+
+    def output(self, like: Tensor) -> Tensor:
+        """Where the pieces write; zeros only if some query is in no piece."""
+        return torch.empty_like(like) if self.plan.covers else torch.zeros_like(like)
 
     def queries(self, piece: Piece, x: Tensor) -> Tensor:
         """The piece's rows of q, or of anything laid out like it, as [h·R, G·height, d] in working precision."""
@@ -71,7 +76,7 @@ class _Work:
     def scores(self, piece: Piece, rows: Tensor, keys: Tensor) -> Tensor:
         """Scores of the piece, -inf where the pattern or the key mask hides the key."""
         scores = torch.bmm(rows, keys.mT)
-        piece.hide(scores, self.hidden, self.groups)
+        piece.hide(scores, self.bias, self.groups)
         if self.unseen is not None:
             scores.masked_fill_(piece.keys(self.unseen).mT, -torch.inf)
         return scores
@@ -111,7 +116,7 @@ class _Folded(torch.autograd.Function):
         ctx.settings = (plan, scale, dropout, seed, return_lse)
         work = _Work(q, k, v, key_mask, plan, dropout, seed)
         # As torch's own attention: the output keeps the strides of q, so that merging the heads afterwards is a view.
-        out = torch.zeros_like(q) if v.shape[-1] == q.shape[-1] else q.new_zeros(*q.shape[:-1], v.shape[-1])
+        out = work.output(q) if v.shape[-1] == q.shape[-1] else q.new_zeros(*q.shape[:-1], v.shape[-1])
         lse = work.k.new_full((*q.shape[:-1], 1) if return_lse else (0, 0, 0, 1), -torch.inf)
         for piece in work.pieces():
             rows = work.queries(piece, q) * scale
@@ -130,7 +135,7 @@ class _Folded(torch.autograd.Function):
         q, k, v, key_mask = ctx.saved_tensors
         plan, scale, dropout, seed, return_lse = ctx.settings
         work = _Work(q, k, v, key_mask, plan, dropout, seed)
-        grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(work.k), torch.zeros_like(work.v)
+        grad_q, grad_k, grad_v = work.output(q), torch.zeros_like(work.k), torch.zeros_like(work.v)
         for piece in work.pieces():
             rows = work.queries(piece, q) * scale
             keys = piece.keys(work.k)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from sparse_attn.backends.plan import Gather, Plan, Strip
@@ -60,11 +60,11 @@ class StripPiece:
                 width = min(run.step, run.length - start)
                 self._run(x, run.start + start, run.step, width).add_(part[:, :, start : start + width])
 
-    def hide(self, scores: Float[Tensor, "hR M N"], hidden: Bool[Tensor, "U block block"], groups: int) -> None:
-        """Set the scores of pairs that the pattern does not show to -inf."""
+    def hide(self, scores: Float[Tensor, "hR M N"], bias: Float[Tensor, "U block block"], groups: int) -> None:
+        """Add the masks, -inf where the pattern hides a pair, to the partial columns."""
         by_query = scores.view(scores.shape[0], groups, self.strip.height, self.strip.width)
         for column, width, mask in self.strip.partial:
-            by_query[..., column : column + width].masked_fill_(hidden[mask, : self.strip.height, :width], -torch.inf)
+            by_query[..., column : column + width].add_(bias[mask, : self.strip.height, :width])
 
     def _run(self, x: Shaped[Tensor, "B Hkv S d"], start: int, step: int, length: int) -> Shaped[Tensor, "h R n d"]:
         part = x[self.batch, self.heads]
@@ -107,37 +107,37 @@ class GatherPiece:
         by_block = value.view(heads, -1, self.block, x.shape[-1])
         _blocks(x[self.batch, self.heads], self.block).index_add_(1, self.gather.blocks.flatten(), by_block)
 
-    def hide(self, scores: Float[Tensor, "hR M N"], hidden: Bool[Tensor, "U block block"], groups: int) -> None:
-        """Set the scores of pairs that the pattern does not show to -inf."""
-        always, never = hidden.new_zeros(1, *hidden.shape[1:]), hidden.new_ones(1, *hidden.shape[1:])
-        masks = torch.cat([never, always, hidden])[self.gather.masks + 2]
+    def hide(self, scores: Float[Tensor, "hR M N"], bias: Float[Tensor, "U block block"], groups: int) -> None:
+        """Add the masks, -inf where the pattern hides a pair."""
+        shape = (1, self.block, self.block)
+        masks = torch.cat([bias.new_full(shape, -torch.inf), bias.new_zeros(shape), bias])[self.gather.masks + 2]
         rows, count = self.gather.masks.shape
         by_row = masks.transpose(1, 2).reshape(rows, 1, self.block, count * self.block)
-        scores.view(-1, rows, groups, self.block, count * self.block).masked_fill_(by_row, -torch.inf)
+        scores.view(-1, rows, groups, self.block, count * self.block).add_(by_row)
 
 
 Piece = StripPiece | GatherPiece
 
 
-def pieces(plan: Plan, batch: int, kv_heads: int, groups: int, budget: int = PIECE) -> Iterator[Piece]:
-    """All the work of a plan in pieces of about ``budget`` scores: many query blocks first, then many heads."""
+def pieces(plan: Plan, batch: int, kv_heads: int, groups: int) -> Iterator[Piece]:
+    """All the work of a plan in pieces of about ``PIECE`` scores: many query blocks first, then many heads."""
     block = plan.layout.block
     for index in range(batch):
         for strip in plan.strips:
             each = groups * strip.height * strip.width
-            for row, rows, heads in _cut(strip.rows, kv_heads, each, budget):
+            for row, rows, heads in _cut(strip.rows, kv_heads, each):
                 yield StripPiece(strip, index, heads, row, rows, strip.blind)
         for gather in plan.gathers:
             each = groups * block * gather.blocks.shape[1] * block
-            for row, rows, heads in _cut(len(gather.rows), kv_heads, each, budget):
+            for row, rows, heads in _cut(len(gather.rows), kv_heads, each):
                 part = slice(row, row + rows)
                 some = Gather(gather.rows[part], gather.blocks[part], gather.masks[part])
                 yield GatherPiece(some, index, heads, block, True)
 
 
-def _cut(rows: int, heads: int, each: int, budget: int) -> Iterator[tuple[int, int, slice]]:
-    tall = min(rows, max(1, budget // each))
-    wide = min(heads, max(1, budget // (each * tall)))
+def _cut(rows: int, heads: int, each: int) -> Iterator[tuple[int, int, slice]]:
+    tall = min(rows, max(1, PIECE // each))
+    wide = min(heads, max(1, PIECE // (each * tall)))
     for first in range(0, heads, wide):
         for row in range(0, rows, tall):
             yield row, min(tall, rows - row), slice(first, min(first + wide, heads))

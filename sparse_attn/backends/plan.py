@@ -65,6 +65,12 @@ class Plan:
     strips: tuple[Strip, ...]
     gathers: tuple[Gather, ...]
 
+    @property
+    def covers(self) -> bool:
+        """Whether every query block visits something."""
+        rows = sum(strip.rows for strip in self.strips) + sum(len(gather.rows) for gather in self.gathers)
+        return rows == self.layout.num_query_blocks
+
 
 def make_plan(layout: BlockLayout) -> Plan:
     """Strips first, gathers for what is left."""
