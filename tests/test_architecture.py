@@ -129,14 +129,14 @@ def unpickling(module: str, source: str) -> list[str]:
 
 
 def undocumented(module: str, source: str) -> list[str]:
-    """Public functions, classes and methods without a docstring (``forward`` is described by its class)."""
+    """Public functions, classes and methods without a docstring (what torch's Module documents is exempt)."""
     wrong = []
 
     def visit(body: list[ast.stmt], prefix: str) -> None:
         for node in body:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 continue
-            exempt = node.name == "forward" or any("overload" in ast.unparse(d) for d in node.decorator_list)
+            exempt = node.name in ("forward", "extra_repr") or any("overload" in ast.unparse(d) for d in node.decorator_list)
             if node.name.startswith("_") or exempt:
                 continue
             if not ast.get_docstring(node):

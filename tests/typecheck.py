@@ -1,9 +1,11 @@
 """The type checker that the import hook of conftest.py applies to every function and record of the packages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
 from beartype import BeartypeConf, beartype
+from jaxtyping import config
 
 F = TypeVar("F", bound=Callable[..., Any])
 # is_pep484_tower: an int is a float, as for every other Python type checker.
@@ -16,3 +18,14 @@ def checked(function: F) -> F:
     for name in [name for name, hint in hints.items() if hint is Self]:
         hints[name] = Any
     return beartype(conf=_CONF)(function)
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """What a person meets, whose arguments nothing checks but the library itself: for tests of its error messages."""
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        config.update("jaxtyping_disable", before)
