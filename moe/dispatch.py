@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from moe.routing import Routing, count_experts
@@ -31,7 +31,10 @@ def group_by_expert(token: Int[Tensor, "N"], expert: Int[Tensor, "N"], num_exper
 
 
 def expert_capacity(num_assignments: int, num_experts: int, factor: float) -> int:
-    """C = ceil(N / E · factor), N the assignments of real tokens (K·T without padding). Raises: ValueError, factor ≤ 0."""
+    """C = ceil(N / E · factor), N the assignments of real tokens: K·T without padding.
+
+    Raises: ValueError unless factor is finite and positive.
+    """
     if not factor > 0 or math.isinf(factor):
         raise ValueError(f"capacity_factor must be a finite number > 0, got {factor}")
     # the small slack keeps 1.1 · 10 from becoming 12
@@ -66,6 +69,42 @@ def _rank_in_expert(routing: Routing) -> Int[Tensor, "N"]:
     return rank
 
 
-def combine_rows(rows: Float[Tensor, "N D"], token: Int[Tensor, "N"], num_tokens: int) -> Float[Tensor, "T D"]:
-    """y_t = Σ of the rows that carry token t."""
-    return rows.new_zeros(num_tokens, rows.shape[1]).index_add_(0, token, rows)
+@dataclass(frozen=True)
+class Block:
+    """``experts`` neighbouring experts from ``first`` on, each with ``rows`` rows, the first of them row ``start``."""
+
+    first: int
+    experts: int
+    rows: int
+    start: int
+
+
+def plan_blocks(sizes: list[int], *, width: int, multiple: int, chunk: int) -> list[Block]:
+    """Cover the experts' rows by blocks of equal row counts, for one batched product each.
+
+    Up to ``width`` neighbours share a block while filling their rows up to the largest, and that to a multiple of
+    ``multiple``, adds at most an eighth; an expert with more than ``chunk`` rows gets several blocks of its own.
+    width=1, multiple=1 pads nothing. Empty experts cost no rows where they stand alone.
+
+    >>> plan_blocks([5, 7, 0], width=2, multiple=1, chunk=8)
+    [Block(first=0, experts=1, rows=5, start=0), Block(first=1, experts=1, rows=7, start=5)]
+    """
+    blocks: list[Block] = []
+    first = start = 0
+    while first < len(sizes):
+        experts = _neighbours(sizes[first : first + width], multiple, chunk)
+        rows = -(-max(sizes[first : first + experts]) // multiple) * multiple
+        for at in range(0, rows, chunk):
+            blocks.append(Block(first, experts, min(chunk, rows - at), start + at))
+        start += experts * rows
+        first += experts
+    return blocks
+
+
+def _neighbours(sizes: list[int], multiple: int, chunk: int) -> int:
+    """How many of the leading experts share a block: the most whose padding stays within an eighth."""
+    for experts in range(len(sizes), 1, -1):
+        rows = -(-max(sizes[:experts]) // multiple) * multiple
+        if rows <= chunk and 8 * experts * rows <= 9 * sum(sizes[:experts]):
+            return experts
+    return 1

@@ -5,12 +5,12 @@ A [N, G·F]. The gathered rows X, the activation H and the expert outputs O are 
 activates again, and takes the gradient of the weight from d_weight_n = ⟨dH_n, H_n⟩ with dH = dY·downᵀ unweighted
 (SonicMoE, arXiv:2512.14080), which needs no O.
 
-Both passes walk over the experts with buffers that stay in cache, one dense product for each expert, empty ones
+Both passes walk over blocks of experts with buffers that stay in cache, one product for each block, empty experts
 skipped. They are custom operators: torch.compile keeps the graph whole around them. They read the group sizes on the
 host, which on CUDA waits for the device once in each pass.
 """
 
-from collections.abc import Iterator
+from dataclasses import astuple
 from typing import cast
 
 import torch
@@ -19,13 +19,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from moe.dispatch import group_by_expert
+from moe.dispatch import Block, group_by_expert, plan_blocks
 from moe.nonlinearity import Activation, activate_into, differentiate_into
 
 # rows of one expert that are worked on at once: bounds the buffers when all tokens meet in one expert
 CHUNK_ROWS = 1024
-# oneDNN 3.12 runs a half-precision product on one thread once its left operand reaches 1 MiB
-HALF_OPERAND_BYTES = 1 << 20
+# rows of one AMX tile step: products over half-precision rows are a fifth slower at other row counts
+HALF_ROWS = 32
 
 
 def expert_mixture(
@@ -48,29 +48,29 @@ def expert_mixture(
         x = x.to(torch.get_autocast_dtype(device))
     elif x.dtype != up.dtype or x.dtype != down.dtype:
         raise ValueError(f"x must have the dtype of the expert weights, {up.dtype}, outside autocast, got {x.dtype}")
-    groups = group_by_expert(token, expert, up.shape[0])
-    y, _ = mixture_forward(x, token, groups.order, groups.counts, weight, up, down, activation)
-    return y
+    return mixture_forward(x, token, expert, weight, up, down, activation)[0]
 
 
 @torch.library.custom_op("moe::expert_mixture", mutates_args=())
 def mixture_forward(
-    x: Tensor, token: Tensor, order: Tensor, counts: Tensor, weight: Tensor, up: Tensor, down: Tensor, activation: str
-) -> tuple[Tensor, Tensor]:
-    """The mixture y [T, D] and the pre-activation A [N, G·F] in expert order."""
-    sizes, source = counts.tolist(), token[order]
-    pre, out = x.new_empty(len(order), up.shape[2]), x.new_empty(len(order), x.shape[1])
-    most = min(max(sizes), CHUNK_ROWS)
+    x: Tensor, token: Tensor, expert: Tensor, weight: Tensor, up: Tensor, down: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The mixture y [T, D], the pre-activation A [R, G·F], and what the backward pass needs to find its rows.
+
+    source [R]: token of each row, 0 for filling; place [N]: row of each assignment; plan [blocks, 4]: on the host.
+    """
+    blocks, source, place = _lay_out(token, expert, up.shape[0], x)
+    pre, out = x.new_empty(len(source), up.shape[2]), x.new_empty(len(source), x.shape[1])
+    most = max((b.experts * b.rows for b in blocks), default=0)
     gathered, hidden = x.new_empty(most, x.shape[1]), x.new_empty(most, down.shape[1])
-    for e, chunks in _chunks(sizes):
-        up_e, down_e = up[e].to(x.dtype), down[e].to(x.dtype)
-        for part in chunks:
-            n = part.stop - part.start
-            torch.index_select(x, 0, source[part], out=gathered[:n])
-            _matmul(gathered[:n], up_e, out=pre[part])
-            activate_into(pre[part], cast(Activation, activation), hidden[:n])
-            _matmul(hidden[:n], down_e, out=out[part])
-    return _combine(out, token, order, weight, x.shape[0]), pre
+    for block in blocks:
+        part, rows = _rows(block)
+        torch.index_select(x, 0, source[part], out=gathered[:rows])
+        _product(gathered[:rows], _weights(up, block, x), block, out=pre[part])
+        activate_into(pre[part], cast(Activation, activation), hidden[:rows])
+        _product(hidden[:rows], _weights(down, block, x), block, out=out[part])
+    plan = torch.tensor([astuple(block) for block in blocks], dtype=torch.int64).reshape(-1, 4)
+    return _combine(out, token, place, weight, x.shape[0]), pre, source, place, plan
 
 
 @torch.library.custom_op("moe::expert_mixture_backward", mutates_args=())
@@ -78,118 +78,160 @@ def mixture_backward(
     d_y: Tensor,
     x: Tensor,
     token: Tensor,
-    order: Tensor,
-    counts: Tensor,
     weight: Tensor,
     up: Tensor,
     down: Tensor,
-    pre: Tensor,
     activation: str,
+    pre: Tensor,
+    source: Tensor,
+    place: Tensor,
+    plan: Tensor,
     experts_need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, up and down; the last two are empty unless asked for."""
-    sizes, source, scale = counts.tolist(), token[order], weight[order].to(x.dtype)[:, None]
-    d_rows, dot = x.new_empty(len(order), x.shape[1]), torch.empty_like(weight)
+    blocks = [Block(*row) for row in plan.tolist()]
+    scale = x.new_zeros(len(source), 1)
+    scale[place, 0] = weight.to(x.dtype)
+    d_rows, dot = x.new_empty(len(source), x.shape[1]), weight.new_empty(len(source))
     d_up, d_down = (torch.empty_like(w) if experts_need_grad else w.new_empty(0) for w in (up, down))
-    most = min(max(sizes), CHUNK_ROWS)
+    most = max((b.experts * b.rows for b in blocks), default=0)
     gathered, h, d_h, d_a = (x.new_empty(most, s) for s in (x.shape[1], down.shape[1], down.shape[1], up.shape[2]))
-    for e, chunks in _chunks(sizes):
-        up_e, down_e = up[e].to(x.dtype).t(), down[e].to(x.dtype).t()
-        for part in chunks:
-            n = part.stop - part.start
-            torch.index_select(d_y, 0, source[part], out=gathered[:n])
-            _matmul(gathered[:n], down_e, out=d_h[:n])
-            differentiate_into(pre[part], d_h[:n], cast(Activation, activation), h=h[:n], d_a=d_a[:n], dot=dot[part])
-            _matmul(d_a[:n], up_e, out=d_rows[part])
-            if experts_need_grad:
-                # the combine weight scales d_y and x, D wide, rather than dA and H, which are wider
-                _add_product(h[:n].t(), gathered[:n].mul_(scale[part]), out=d_down[e], first=part is chunks[0])
-                torch.index_select(x, 0, source[part], out=gathered[:n])
-                _add_product(gathered[:n].mul_(scale[part]).t(), d_a[:n], out=d_up[e], first=part is chunks[0])
-        if experts_need_grad and not chunks:
-            d_up[e].zero_()
-            d_down[e].zero_()
-    d_weight = torch.empty_like(weight)
-    d_weight[order] = dot
-    return _combine(d_rows, token, order, weight, x.shape[0]), d_weight, d_up, d_down
+    done = 0
+    for block in blocks:
+        part, rows = _rows(block)
+        torch.index_select(d_y, 0, source[part], out=gathered[:rows])
+        _product(gathered[:rows], _weights(down, block, x).mT, block, out=d_h[:rows])
+        differentiate_into(
+            pre[part], d_h[:rows], cast(Activation, activation), h=h[:rows], d_a=d_a[:rows], dot=dot[part]
+        )
+        _product(d_a[:rows], _weights(up, block, x).mT, block, out=d_rows[part])
+        if experts_need_grad:
+            # the combine weight scales d_y and x, D wide, rather than dA and H, which are wider
+            first = block.first >= done
+            _outer(h[:rows], gathered[:rows].mul_(scale[part]), block, out=d_down, first=first)
+            torch.index_select(x, 0, source[part], out=gathered[:rows])
+            _outer(gathered[:rows].mul_(scale[part]), d_a[:rows], block, out=d_up, first=first)
+            d_up[done : block.first].zero_()
+            d_down[done : block.first].zero_()
+            done = block.first + block.experts
+    d_up[done:].zero_()
+    d_down[done:].zero_()
+    return _combine(d_rows, token, place, weight, x.shape[0]), dot[place], d_up, d_down
 
 
-def _chunks(sizes: list[int]) -> Iterator[tuple[int, list[slice]]]:
-    """Each expert with its rows in pieces of at most CHUNK_ROWS; no piece where the expert has no rows."""
-    start = 0
-    for e, size in enumerate(sizes):
-        stop = start + size
-        yield e, [slice(at, min(at + CHUNK_ROWS, stop)) for at in range(start, stop, CHUNK_ROWS)]
-        start = stop
+def _lay_out(token: Tensor, expert: Tensor, num_experts: int, like: Tensor) -> tuple[list[Block], Tensor, Tensor]:
+    """The blocks, the token of each row, and the row of each assignment.
+
+    On CPU oneDNN runs most half-precision products of an expert's size on one thread: there the experts share a
+    batched product, one for each thread.
+    """
+    groups = group_by_expert(token, expert, num_experts)
+    sizes = groups.counts.tolist()
+    shared = like.device.type == "cpu" and like.dtype in (torch.bfloat16, torch.float16)
+    width, multiple = (torch.get_num_threads(), HALF_ROWS) if shared else (1, 1)
+    blocks = plan_blocks(sizes, width=width, multiple=multiple, chunk=CHUNK_ROWS)
+    starts = _expert_starts(blocks, num_experts)
+    shift = torch.tensor(starts, device=token.device) - (groups.counts.cumsum(0) - groups.counts)
+    sorted_place = torch.arange(len(token), device=token.device) + shift[expert[groups.order]]
+    place = torch.empty_like(groups.order)
+    place[groups.order] = sorted_place
+    source = token.new_zeros(sum(block.experts * block.rows for block in blocks))
+    source[place] = token
+    return blocks, source, place
 
 
-def _matmul(a: Tensor, b: Tensor, *, out: Tensor) -> None:
-    """out ← a · b, the rows of a in pieces where a single product would leave all threads but one idle."""
-    pieces = 1
-    if a.dtype in (torch.bfloat16, torch.float16) and a.device.type == "cpu":
-        pieces = a.numel() * a.element_size() // HALF_OPERAND_BYTES + 1
-    step = -(-a.shape[0] // pieces)
-    for at in range(0, a.shape[0], step):
-        torch.mm(a[at : at + step], b, out=out[at : at + step])
+def _expert_starts(blocks: list[Block], num_experts: int) -> list[int]:
+    """First row of each expert; 0 for one without rows."""
+    starts = [-1] * num_experts
+    for block in blocks:
+        for i in range(block.experts):
+            if starts[block.first + i] < 0:
+                starts[block.first + i] = block.start + i * block.rows
+    return [max(start, 0) for start in starts]
 
 
-def _add_product(a: Tensor, b: Tensor, *, out: Tensor, first: bool) -> None:
-    """out ← a · b if ``first``, else out ← out + a · b; a wider out (autocast) receives the converted product."""
-    if out.dtype != a.dtype:
-        product = a @ b
-        out.copy_(product) if first else out.add_(product)
-    elif first:
-        torch.mm(a, b, out=out)
+def _rows(block: Block) -> tuple[slice, int]:
+    rows = block.experts * block.rows
+    return slice(block.start, block.start + rows), rows
+
+
+def _weights(stacked: Tensor, block: Block, x: Tensor) -> Tensor:
+    return stacked[block.first : block.first + block.experts].to(x.dtype)
+
+
+def _product(rows: Tensor, weights: Tensor, block: Block, *, out: Tensor) -> None:
+    """out ← rows · weights, expert by expert."""
+    if block.experts == 1:
+        torch.mm(rows, weights[0], out=out)
     else:
-        out.addmm_(a, b)
+        shape = (block.experts, block.rows, -1)
+        torch.bmm(rows.view(shape), weights, out=out.view(shape))
 
 
-def _combine(rows: Tensor, token: Tensor, order: Tensor, weight: Tensor, num_tokens: int) -> Tensor:
-    """y_t = Σ weight_n · rows at n's place in expert order, over the assignments n of token t; zeros where none."""
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
+def _outer(a: Tensor, b: Tensor, block: Block, *, out: Tensor, first: bool) -> None:
+    """out ← aᵀ · b for each expert of the block, added unless ``first``; a wider out (autocast) gets it converted."""
+    shape = (block.experts, block.rows, -1)
+    left, right = a.view(shape).mT, b.view(shape)
+    out = out[block.first : block.first + block.experts]
+    if out.dtype != a.dtype:
+        out.copy_(left @ right) if first else out.add_(left @ right)
+    elif not first:
+        out.baddbmm_(left, right)
+    elif block.experts == 1:
+        torch.mm(left[0], right[0], out=out[0])
+    else:
+        torch.bmm(left, right, out=out)
+
+
+def _combine(rows: Tensor, token: Tensor, place: Tensor, weight: Tensor, num_tokens: int) -> Tensor:
+    """y_t = Σ weight_n · rows[place_n] over the assignments n of token t; zeros where there are none."""
     bags = torch.searchsorted(token, torch.arange(num_tokens, device=token.device))
     return F.embedding_bag(place, rows, bags, mode="sum", per_sample_weights=weight.to(rows.dtype))
 
 
 @mixture_forward.register_fake
-def _(x, token, order, counts, weight, up, down, activation):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape), x.new_empty(order.shape[0], up.shape[2])
+def _(x, token, expert, weight, up, down, activation):  # type: ignore[no-untyped-def]
+    rows, blocks = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
+    plan = torch.empty(blocks, 4, dtype=torch.int64)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(rows, up.shape[2]),
+        token.new_empty(rows),
+        token.new_empty(token.shape),
+        plan,
+    )
 
 
 @mixture_backward.register_fake
-def _(d_y, x, token, order, counts, weight, up, down, pre, activation, experts_need_grad):  # type: ignore[no-untyped-def]
+def _(d_y, x, token, weight, up, down, activation, pre, source, place, plan, experts_need_grad):  # type: ignore[no-untyped-def]
     d_up, d_down = (torch.empty_like(w) if experts_need_grad else w.new_empty(0) for w in (up, down))
     return x.new_empty(x.shape), torch.empty_like(weight), d_up, d_down
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, activation = inputs
+    x, token, _, weight, up, down, ctx.activation = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.activation = activation
+    ctx.save_for_backward(x, token, weight, up, down, *output[1:])
 
 
-def _backward(ctx, d_y, d_pre):  # type: ignore[no-untyped-def]
-    x, token, order, counts, weight, up, down, pre = ctx.saved_tensors
-    experts_need_grad = ctx.needs_input_grad[5] or ctx.needs_input_grad[6]
+def _backward(ctx, d_y, *_):  # type: ignore[no-untyped-def]
+    x, token, weight, up, down, *rows = ctx.saved_tensors
+    experts_need_grad = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
     d_x, d_weight, d_up, d_down = mixture_backward(
-        d_y.contiguous(), x, token, order, counts, weight, up, down, pre, ctx.activation, experts_need_grad
+        d_y.contiguous(), x, token, weight, up, down, ctx.activation, *rows, experts_need_grad
     )
-    up_grads = (d_up, d_down) if experts_need_grad else (None, None)
-    return d_x, None, None, None, d_weight, *up_grads, None
+    return d_x, None, None, d_weight, *((d_up, d_down) if experts_need_grad else (None, None)), None
 
 
 mixture_forward.register_autograd(_backward, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.moe.expert_mixture)
-def _forward_flops(x, token, order, counts, weight, up, down, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return 2 * order[0] * (up[1] * up[2] + down[1] * down[2])
+def _forward_flops(x, token, expert, weight, up, down, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return 2 * token[0] * (up[1] * up[2] + down[1] * down[2])
 
 
 @register_flop_formula(torch.ops.moe.expert_mixture_backward)
-def _backward_flops(  # type: ignore[no-untyped-def]
-    d_y, x, token, order, counts, weight, up, down, pre, activation, experts_need_grad, *args, **kwargs
-) -> int:
-    return (4 if experts_need_grad else 2) * order[0] * (up[1] * up[2] + down[1] * down[2])
+def _backward_flops(d_y, x, token, weight, up, down, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    products = 4 if args[-1] else 2
+    return products * token[0] * (up[1] * up[2] + down[1] * down[2])

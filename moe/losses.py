@@ -19,6 +19,6 @@ def load_balancing_loss(routing: Routing) -> Float[Tensor, ""]:
 
 
 def router_z_loss(routing: Routing) -> Float[Tensor, ""]:
-    """L = mean over real tokens of (ln Σ_e exp logit_e)²: keeps the logits small. Zoph et al. 2022 (arXiv:2202.08906)."""
+    """L = mean over real tokens of (ln Σ_e exp logit_e)², which keeps logits small. ST-MoE (arXiv:2202.08906)."""
     squared = routing.logits.logsumexp(-1, keepdim=True).square()
     return mean_over_real(squared, routing.real).squeeze(0)

@@ -115,7 +115,7 @@ def router_logits(
 ) -> Float[Tensor, "T E"]:
     """W x in float32, or float64 if x is, whatever autocast says: bf16 ties would change the chosen expert.
 
-    Raises: ValueError for an x or a mask of another shape; FloatingPointError where a real token's logits are not finite.
+    Raises: ValueError for an x or a mask of another shape; FloatingPointError for non-finite logits of a real token.
     """
     if x.shape[1] != weight.shape[1]:
         raise ValueError(f"x must have width dim={weight.shape[1]}, got {x.shape[1]}")
