@@ -136,7 +136,8 @@ def undocumented(module: str, source: str) -> list[str]:
         for node in body:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 continue
-            exempt = node.name in ("forward", "extra_repr") or any("overload" in ast.unparse(d) for d in node.decorator_list)
+            overload = any("overload" in ast.unparse(decorator) for decorator in node.decorator_list)
+            exempt = overload or node.name in ("forward", "extra_repr")
             if node.name.startswith("_") or exempt:
                 continue
             if not ast.get_docstring(node):
