@@ -10,10 +10,10 @@ from moe.routing import Routing
 
 
 class Experts(nn.Module):
-    """E feed-forward networks: f_e(x) = act(x · up_e) · down_e.
+    """E feed-forward networks: f_e(x) = act(x · up_e) · down_eᵀ.
 
     up [E, D, G·F]: G = 2 for swiglu, silu(gate) ⊙ value with the gate in the first F columns; G = 1 for gelu and relu2.
-    down [E, F, D]. No biases.
+    down [E, D, F]. No biases.
     """
 
     def __init__(self, dim: int, hidden: int, num_experts: int, *, activation: Activation = "swiglu") -> None:
@@ -23,7 +23,7 @@ class Experts(nn.Module):
                 raise ValueError(f"{name} must be >= 1, got {size}")
         self.dim, self.hidden, self.num_experts, self.activation = dim, hidden, num_experts, activation
         self.up = nn.Parameter(torch.empty(num_experts, dim, projections(activation) * hidden))
-        self.down = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.down = nn.Parameter(torch.empty(num_experts, dim, hidden))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -39,7 +39,7 @@ class Experts(nn.Module):
         """f_expert on rows, unweighted. Raises: IndexError for an expert outside [0, num_experts)."""
         if not 0 <= expert < self.num_experts:
             raise IndexError(f"expert must be in [0, num_experts={self.num_experts}), got {expert}")
-        return activate(rows @ self.up[expert], self.activation) @ self.down[expert]
+        return activate(rows @ self.up[expert], self.activation) @ self.down[expert].mT
 
     def extra_repr(self) -> str:
         sizes = f"dim={self.dim}, hidden={self.hidden}, num_experts={self.num_experts}"

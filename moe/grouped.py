@@ -1,8 +1,8 @@
 """The lean mixture: a weighted sum of experts that saves x, the routing and the pre-activation, and nothing else.
 
-Forward, for the rows of one expert: A = X·up, H = act(A), O = H·down; then y_t = Σ weight_n O_n. Saved: x [T, D] and
+Forward, for the rows of one expert: A = X·up, H = act(A), O = H·downᵀ; then y_t = Σ weight_n O_n. Saved: x [T, D] and
 A [N, G·F]. The gathered rows X, the activation H and the expert outputs O are not: the backward pass gathers and
-activates again, and takes the gradient of the weight from d_weight_n = ⟨dH_n, H_n⟩ with dH = dY·downᵀ unweighted
+activates again, and takes the gradient of the weight from d_weight_n = ⟨dH_n, H_n⟩ with dH = dY·down unweighted
 (SonicMoE, arXiv:2512.14080), which needs no O.
 
 Both passes walk over blocks of experts with buffers that stay in cache, one product for each block, empty experts
@@ -34,10 +34,10 @@ def expert_mixture(
     expert: Int[Tensor, "N"],
     weight: Float[Tensor, "N"],
     up: Float[Tensor, "E D A"],
-    down: Float[Tensor, "E F D"],
+    down: Float[Tensor, "E D F"],
     activation: Activation,
 ) -> Float[Tensor, "T D"]:
-    """y_t = Σ_{n: token_n = t} weight_n · act(x_t · up_{expert_n}) · down_{expert_n}; tokens ascend.
+    """y_t = Σ_{n: token_n = t} weight_n · act(x_t · up_{expert_n}) · down_{expert_n}ᵀ; tokens ascend.
 
     Computes in the dtype of x, or in autocast's, to which it converts the weights expert by expert; gradients come
     back in the dtype of each input. Differentiable once, in reverse mode.
@@ -62,13 +62,13 @@ def mixture_forward(
     blocks, source, place = _lay_out(token, expert, up.shape[0], x)
     pre, out = x.new_empty(len(source), up.shape[2]), x.new_empty(len(source), x.shape[1])
     most = max((b.experts * b.rows for b in blocks), default=0)
-    gathered, hidden = x.new_empty(most, x.shape[1]), x.new_empty(most, down.shape[1])
+    gathered, hidden = x.new_empty(most, x.shape[1]), x.new_empty(most, down.shape[2])
     for block in blocks:
         part, rows = _rows(block)
         torch.index_select(x, 0, source[part], out=gathered[:rows])
         _product(gathered[:rows], _weights(up, block, x), block, out=pre[part])
         activate_into(pre[part], cast(Activation, activation), hidden[:rows])
-        _product(hidden[:rows], _weights(down, block, x), block, out=out[part])
+        _product(hidden[:rows], _weights(down, block, x).mT, block, out=out[part])
     plan = torch.tensor([astuple(block) for block in blocks], dtype=torch.int64).reshape(-1, 4)
     return _combine(out, token, place, weight, x.shape[0]), pre, source, place, plan
 
@@ -90,17 +90,17 @@ def mixture_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, up and down; the last two are empty unless asked for."""
     blocks = [Block(*row) for row in plan.tolist()]
-    scale = x.new_zeros(len(source), 1)
-    scale[place, 0] = weight.to(x.dtype)
+    scale = x.new_zeros(len(source))
+    scale[place] = weight.to(x.dtype)
     d_rows, dot = x.new_empty(len(source), x.shape[1]), weight.new_empty(len(source))
     d_up, d_down = (torch.empty_like(w) if experts_need_grad else w.new_empty(0) for w in (up, down))
     most = max((b.experts * b.rows for b in blocks), default=0)
-    gathered, h, d_h, d_a = (x.new_empty(most, s) for s in (x.shape[1], down.shape[1], down.shape[1], up.shape[2]))
+    gathered, h, d_h, d_a = (x.new_empty(most, s) for s in (x.shape[1], down.shape[2], down.shape[2], up.shape[2]))
     done = 0
     for block in blocks:
         part, rows = _rows(block)
         torch.index_select(d_y, 0, source[part], out=gathered[:rows])
-        _product(gathered[:rows], _weights(down, block, x).mT, block, out=d_h[:rows])
+        _product(gathered[:rows], _weights(down, block, x), block, out=d_h[:rows])
         differentiate_into(
             pre[part], d_h[:rows], cast(Activation, activation), h=h[:rows], d_a=d_a[:rows], dot=dot[part]
         )
@@ -108,9 +108,8 @@ def mixture_backward(
         if experts_need_grad:
             # the combine weight scales d_y and x, D wide, rather than dA and H, which are wider
             first = block.first >= done
-            _outer(h[:rows], gathered[:rows].mul_(scale[part]), block, out=d_down, first=first)
-            torch.index_select(x, 0, source[part], out=gathered[:rows])
-            _outer(gathered[:rows].mul_(scale[part]), d_a[:rows], block, out=d_up, first=first)
+            _outer(_weighted_rows(d_y, source[part], scale[part]), h[:rows], block, out=d_down, first=first)
+            _outer(_weighted_rows(x, source[part], scale[part]), d_a[:rows], block, out=d_up, first=first)
             d_up[done : block.first].zero_()
             d_down[done : block.first].zero_()
             done = block.first + block.experts
@@ -181,6 +180,11 @@ def _outer(a: Tensor, b: Tensor, block: Block, *, out: Tensor, first: bool) -> N
         torch.mm(left[0], right[0], out=out[0])
     else:
         torch.bmm(left, right, out=out)
+
+
+def _weighted_rows(x: Tensor, source: Tensor, scale: Tensor) -> Tensor:
+    """scale_r · x[source_r], in one pass."""
+    return F.embedding_bag(source[:, None], x, mode="sum", per_sample_weights=scale[:, None])
 
 
 def _combine(rows: Tensor, token: Tensor, place: Tensor, weight: Tensor, num_tokens: int) -> Tensor:
