@@ -27,8 +27,32 @@ def rotate(
     angles: cos and sin [L, d/2] or [B, L, d/2], from :func:`rotary_angles`.
     """
     cos, sin = (a.to(x.dtype).unsqueeze(-3) for a in angles)
+    if torch.compiler.is_compiling():
+        return _turned(x, cos, sin)
+    return _Rotate.apply(x, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """The transpose of a rotation is the rotation back: nothing but the angles is saved."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _Rotate.apply(grad, cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    left, right = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=right).addcmul_(first, sin)
+    return out
 
 
 class Attention(nn.Module):

@@ -55,19 +55,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + rows)
             h, keep = hidden[part].detach().to(compute), kept[part]
             target = targets[part].where(keep, 0)[:, None].long()
-            logits = (h @ head.T).to(exact)
-            log_sum = logits.logsumexp(1, keepdim=True)
-            total += (log_sum - logits.gather(1, target)).squeeze(1).where(keep, 0).sum()
+            log_p = torch.log_softmax((h @ head.T).to(exact), dim=1)
+            total -= log_p.gather(1, target).squeeze(1).where(keep, 0).sum()
             if not any(wanted):
                 continue
-            error = logits.sub_(log_sum).exp_()
-            error.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
-            error.mul_((keep / count).to(exact)[:, None])
+            error = log_p.exp_()
+            error.scatter_add_(1, target, error.new_full(target.shape, -1.0))
             error = error.to(compute)
+            share = (keep / count)[:, None]  # on rows of D numbers, not of V
             if grad_hidden is not None:
-                grad_hidden[part] = error @ head
+                grad_hidden[part] = (error @ head) * share
             if grad_weight is not None:
-                grad_weight += error.T @ h
+                grad_weight += error.T @ (h * share).to(compute)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total / count
 

@@ -26,7 +26,7 @@ def test_equals_the_formula_with_every_gradient(shape, dtype):
 def test_strided_and_expanded_gradients():
     norm = RMSNorm(4).double()
     x = torch.randn(4, 6, dtype=torch.float64).T.requires_grad_()
-    assert torch.autograd.gradcheck(norm, (x,))
+    assert torch.autograd.gradcheck(norm, (x,)) and torch.autograd.gradgradcheck(norm, (x,))
     norm(x).sum().backward()
 
 
