@@ -238,7 +238,7 @@ def load_config(path: Path) -> RunConfig:
     return from_dict(RunConfig, record, where=str(path))
 
 
-def from_dict(record_type: type, values: dict[str, Any], *, where: str, section: str = "") -> Any:
+def from_dict(record_type: Any, values: dict[str, Any], *, where: str, section: str = "") -> Any:
     """Build a record of this module, checking names and types. where, section: for the error text."""
     known = typing.get_type_hints(record_type)
     place = f"[{section}] of {where}" if section else where

@@ -46,12 +46,12 @@ def join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def random_state() -> dict[str, Any]:
     """The state of torch's (CPU and every GPU), Python's and NumPy's global generators."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "python": list(random.getstate()),
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+        "numpy": [numpy["bit_generator"], *_mt19937(numpy), numpy["has_gauss"], numpy["gauss"]],
     }
 
 
@@ -64,6 +64,10 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss_next))
     kind, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+
+
+def _mt19937(state: Any) -> tuple[Tensor, int]:
+    return torch.from_numpy(state["state"]["key"].astype(np.int64)), int(state["state"]["pos"])
 
 
 def _merged(parts: Any) -> dict[str, Tensor]:

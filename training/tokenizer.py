@@ -39,7 +39,7 @@ class Tokenizer:
     @property
     def eos_id(self) -> int:
         """Id of the separator that follows every document."""
-        return self.backend.token_to_id(END_OF_DOCUMENT)
+        return self.backend.get_vocab()[END_OF_DOCUMENT]
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, without a separator."""
@@ -56,9 +56,11 @@ class Tokenizer:
 
     def token_bytes(self) -> Int[Tensor, "V"]:
         """Number of text bytes in each token, 0 for the separator: what makes bits per byte exact."""
-        lengths = [len(self.backend.id_to_token(index)) for index in range(self.vocab_size)]
+        lengths = torch.zeros(self.vocab_size, dtype=torch.int64)
+        for token, index in self.backend.get_vocab().items():
+            lengths[index] = len(token)  # a byte-level token has one character for each byte
         lengths[self.eos_id] = 0
-        return torch.tensor(lengths)
+        return lengths
 
     def to_json(self) -> str:
         """The content of ``tokenizer.json``."""
