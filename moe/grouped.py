@@ -219,6 +219,8 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, d_y, *_):  # type: ignore[no-untyped-def]
+    if d_y is None:
+        return (None,) * 7
     x, token, weight, up, down, *rows = ctx.saved_tensors
     experts_need_grad = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
     d_x, d_weight, d_up, d_down = mixture_backward(

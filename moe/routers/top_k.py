@@ -151,7 +151,7 @@ def choose_top_k(
     weight = scores.gather(1, expert)
     if renormalize:
         weight = weight / weight.sum(-1, keepdim=True)
-    token = torch.arange(num_tokens, device=logits.device)[:, None].expand(-1, k)
+    token = (torch.arange(num_tokens * k, device=logits.device) // k).view(-1, k)
     if real is not None:
         token, expert, weight = token[real], expert[real], weight[real]
     nothing = token.new_zeros(0, 2)
