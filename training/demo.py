@@ -111,13 +111,16 @@ class Bench:
 
     data: Data
     length: int
+    batch: int
     precision: Precision
     device: torch.device
 
     def evaluate(self, model: Transformer) -> Evaluation:
         """Loss over all of the held-out text."""
-        autocast = self.precision.autocast(self.device)
-        return evaluate(model, self.data.held_out, self.data.tokenizer, length=self.length, batch=16, autocast=autocast)
+        return evaluate(
+            model, self.data.held_out, self.data.tokenizer, length=self.length, batch=self.batch,
+            autocast=self.precision.autocast(self.device),
+        )  # fmt: skip
 
 
 def demo(config: DemoConfig, *, console: Console | None = None) -> Path:
@@ -176,7 +179,7 @@ def _prepare(config: DemoConfig, records: Recorder, console: Console, *, resumed
     with records.phase("baselines", console):
         for baseline in _baselines(corpus, data):
             records.write("baseline", dataclasses.asdict(baseline))
-    return Bench(data, settings.data.length, precision, device)
+    return Bench(data, settings.data.length, settings.train.batch, precision, device)
 
 
 def _describe(corpus: Corpus, data: Data) -> Line:
