@@ -32,6 +32,7 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/mypy
 
 bench: $(READY) ## every benchmark: parity first, then time; rows go to runs/benchmarks.jsonl
+	if test -f runs/benchmarks.jsonl; then mv runs/benchmarks.jsonl runs/benchmarks.before.jsonl; fi
 	set -e; for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench; done
 
 tables: $(READY) ## fill the README's tables from benchmarks/records/ (RECORDS=new: first copy them from runs/)

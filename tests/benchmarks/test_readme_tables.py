@@ -34,12 +34,14 @@ def _marked(*names):
 def test_every_figure_of_the_records_reaches_its_table(tmp_path):
     _write(tmp_path / "demo.jsonl", DEMO)
     _write(tmp_path / "benchmarks.jsonl", [ROW])
+    _write(tmp_path / "benchmarks-gpu.jsonl", [{**ROW, "device": "cuda:0", "median_s": 0.003}])
     text = fill(_marked(*readme_tables.TABLES), tmp_path)
     assert "| MoE | 1.234 | 3.00 M | 1.00 M | 2.0 M |" in text
     assert "| xz -9 | 1.750 |  |  |  |" in text and "5.0 minutes and at most 2.0 GiB" in text
     assert "| 30% (22 left) | 1.300 | 1.240 | 2.90 M | 5.80 MB | 1,234 ± 10 |" in text
     assert "| 50% | 500 of 1,000 | 1.300 |" in text
     assert "| **moe** T=4096 | 100.0 ± 1.0 | 1.05 × dense | pass 1e-6 |" in text
+    assert "| **moe** T=4096 | 3.0 ± 1.0 |" in text and "cuda:0" in text
     assert "`python benchmarks/bench_moe.py`" in text
     assert "old" not in text and text.startswith("# x\n") and text.endswith("text")
 
@@ -47,7 +49,7 @@ def test_every_figure_of_the_records_reaches_its_table(tmp_path):
 def test_filling_twice_changes_nothing(tmp_path):
     _write(tmp_path / "demo.jsonl", DEMO)
     once = fill(_marked("compression", "speed"), tmp_path)
-    assert "No record in benchmarks/records/benchmarks.jsonl" in once
+    assert "No record in benchmarks/records/benchmarks*.jsonl" in once
     assert fill(once, tmp_path) == once
 
 
