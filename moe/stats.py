@@ -28,7 +28,7 @@ def routing_stats(routing: Routing) -> RoutingStats:
     return RoutingStats(
         loads=loads,
         drops=tuple(routing.drops().tolist()),
-        entropy=float(routing.entropy()),
+        entropy=routing.entropy().item(),
         imbalance=max(loads) * len(loads) / max(sum(loads), 1),
         idle=loads.count(0) / len(loads),
         drop_fraction=routing.drop_fraction(),

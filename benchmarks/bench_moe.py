@@ -1,0 +1,182 @@
+"""One MoE layer, forward and backward, against the dense layer of equal active FLOPs and against other MoE layers.
+
+python -m benchmarks.bench_moe [--dtype float32 bfloat16] [--rounds 10] [--fresh-memory]
+
+T 4096 tokens, width 512, 16 experts of 1024, two for each token, SwiGLU; the dense layer is 2·1024 wide. Each
+contender computes y and all gradients, into ``.grad`` of its input and its weights. Same weights and tokens for all
+that can take them; the gate compares outputs and gradients with HF Mixtral's plain loop over experts in float32. The dense layer is
+the fastest of three plain ways to write it. Freed memory is kept in the heap for all alike (training does the same);
+``--fresh-memory`` leaves the C library's default.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.harness import interleaved, require_parity, row, spread
+from moe import MoE, TopKRouter
+from training.allocator import keep_freed_memory
+
+TOKENS, DIM, HIDDEN, EXPERTS, K = 4096, 512, 1024, 16, 2
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A layer, what it returns for x, and the weight gradients that the gate compares (none: another function)."""
+
+    module: nn.Module
+    run: Callable[[Tensor], Tensor]
+    gradients: dict[str, Callable[[], Tensor]]
+
+
+class Dense(nn.Module):
+    """A SwiGLU layer as three linear maps, or with gate and value in one; out: nn.Linear's layout or its transpose."""
+
+    def __init__(self, hidden: int, *, fused: bool, transposed: bool = False) -> None:
+        super().__init__()
+        widths = [2 * hidden] if fused else [hidden, hidden]
+        shapes = [(width, DIM) for width in widths] + [(DIM, hidden)]
+        shapes = [shape[::-1] for shape in shapes] if transposed else shapes
+        self.weights = nn.ParameterList(torch.randn(shape) * shape[transposed - 1] ** -0.5 for shape in shapes)
+        self.transposed = transposed
+
+    def forward(self, x: Tensor) -> Tensor:
+        *up, down = (w.mT if self.transposed else w for w in self.weights)
+        gate, value = F.linear(x, up[0]).chunk(2, -1) if len(up) == 1 else (F.linear(x, w) for w in up)
+        return F.linear(F.silu(gate) * value, down)
+
+
+def ours(dtype: torch.dtype) -> Contender:
+    """This library's layer."""
+    layer = MoE(DIM, HIDDEN, EXPERTS, TopKRouter(DIM, EXPERTS, k=K)).to(dtype)
+    gradients = {
+        "router": lambda: layer.router.weight.grad,
+        "up": lambda: layer.experts.up.grad,
+        "down": lambda: layer.experts.down.grad,
+    }
+    return Contender(layer, lambda x: layer(x)[0], gradients)
+
+
+def mixtral(layer: MoE, dtype: torch.dtype, implementation: str) -> Contender:
+    """Hugging Face's block with this layer's weights; implementation: "eager" or "grouped_mm"."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    config = MixtralConfig(hidden_size=DIM, intermediate_size=HIDDEN, num_local_experts=EXPERTS, num_experts_per_tok=K)
+    config._experts_implementation = implementation
+    block = MixtralSparseMoeBlock(config).to(dtype)
+    with torch.no_grad():
+        block.gate.weight.copy_(layer.router.weight)
+        block.experts.gate_up_proj.copy_(layer.experts.up.mT)
+        block.experts.down_proj.copy_(layer.experts.down)
+    gradients = {
+        "router": lambda: block.gate.weight.grad,
+        "up": lambda: block.experts.gate_up_proj.grad.mT,
+        "down": lambda: block.experts.down_proj.grad,
+    }
+    return Contender(block, lambda x: block(x[None])[0], gradients)
+
+
+def fairscale() -> Contender:
+    """fairscale's GShard layer, one process. Its capacity is 2·T/E for top-2, so it drops; it wants float32."""
+    import tempfile
+
+    from fairscale.nn import MOELayer, Top2Gate
+
+    if not torch.distributed.is_initialized():
+        store = f"file://{tempfile.mkdtemp()}/store"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    layer = MOELayer(Top2Gate(DIM, EXPERTS), nn.ModuleList(Dense(HIDDEN, fused=True) for _ in range(EXPERTS)))
+    return Contender(layer, lambda x: layer(x.view(EXPERTS, -1, DIM)).view(x.shape), {})
+
+
+def dropped_by_fairscale(contender: Contender, x: Tensor) -> float:
+    """Share of the 2·T choices that got no place."""
+    with torch.no_grad():
+        placed = contender.module.gate(x)[2].sum().item()
+    return 1 - placed / (K * TOKENS)
+
+
+def step(contender: Contender, x: Tensor, d_y: Tensor) -> Callable[[], None]:
+    """One forward and backward pass with fresh gradients."""
+
+    def run() -> None:
+        x.grad = None
+        contender.module.zero_grad()
+        contender.run(x).backward(d_y)
+
+    return run
+
+
+def answers(contender: Contender, x: Tensor, d_y: Tensor) -> dict[str, Tensor]:
+    """y and every gradient, by name, as copies."""
+    x = x.detach().requires_grad_()
+    contender.module.zero_grad()
+    y = contender.run(x)
+    y.backward(d_y)
+    found = {"y": y.detach(), "x": x.grad} | {name: grad() for name, grad in contender.gradients.items()}
+    contender.module.zero_grad()
+    return found
+
+
+def gate(contenders: dict[str, Contender], dtype: torch.dtype, x: Tensor, d_y: Tensor) -> dict[str, str]:
+    """What each MoE layer's answer is worth. Raises: ValueError if ours is wrong."""
+    layer = contenders["moe"].module
+    oracle = answers(mixtral(layer, torch.float32, "eager"), x.float(), d_y.float())
+    verdict = {"dense": "other function"}
+    for name in ("moe", "hf_grouped_mm", "hf_eager"):
+        found = answers(contenders[name], x, d_y)
+        if name == "moe" or dtype == torch.float32:
+            verdict[name] = f"pass {require_parity(found, oracle, tolerance=TOLERANCE[dtype]):.0e}"
+        else:
+            # its router computes in bf16, so some tokens go elsewhere
+            verdict[name] = f"y differs {require_parity({'y': found['y']}, {'y': oracle['y']}, tolerance=1.0):.0e}"
+    if "fairscale" in contenders:
+        verdict["fairscale"] = f"drops {dropped_by_fairscale(contenders['fairscale'], x):.1%} of the choices"
+    return verdict
+
+
+def compare(dtype: torch.dtype, rounds: int, memory: str) -> None:
+    """Gate, then time all contenders in turns, then one row each."""
+    torch.manual_seed(0)
+    x, d_y = torch.randn(TOKENS, DIM).to(dtype).requires_grad_(), torch.randn(TOKENS, DIM).to(dtype)
+    contenders = {"moe": ours(dtype)}
+    layer = contenders["moe"].module
+    contenders |= {f"hf_{name}": mixtral(layer, dtype, name) for name in ("grouped_mm", "eager")}
+    if dtype == torch.float32:
+        contenders["fairscale"] = fairscale()
+    verdict = gate(contenders, dtype, x, d_y)
+    plain = {
+        "dense": Dense(K * HIDDEN, fused=False).to(dtype),
+        "dense_fused": Dense(K * HIDDEN, fused=True).to(dtype),
+        "dense_transposed": Dense(K * HIDDEN, fused=True, transposed=True).to(dtype),
+    }
+    contenders |= {name: Contender(module, module, {}) for name, module in plain.items()}
+    seconds = interleaved({name: step(c, x, d_y) for name, c in contenders.items()}, rounds=rounds, warmup=2)
+    fastest = min(plain, key=lambda name: spread(seconds[name])[0])
+    seconds["dense"] = seconds[fastest]
+    sizes = {"T": TOKENS, "D": DIM, "F": HIDDEN, "E": EXPERTS, "K": K}
+    conditions = sizes | {"dtype": str(dtype).removeprefix("torch."), "memory": memory}
+    for name in verdict:
+        others = [other for other in verdict if other != name and (name == "moe" or other == "dense")]
+        row(name, conditions, seconds[name], versus={o: seconds[o] for o in others}, parity=verdict[name])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--fresh-memory", action="store_true", help="leave the C library's allocator as it is")
+    arguments = parser.parse_args()
+    kept = not arguments.fresh_memory and keep_freed_memory()
+    for name in arguments.dtype:
+        compare(getattr(torch, name), arguments.rounds, "kept" if kept else "fresh")
+
+
+if __name__ == "__main__":
+    main()
