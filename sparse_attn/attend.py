@@ -56,30 +56,55 @@ def attend(
 
     >>> attend(q, k, v, pattern=causal() & (sliding_window(256) | sinks(4)))
 
+    Under torch.compile, full() and causal() stay in the graph; any other pattern is one graph break, by that name.
+
     Raises: ValueError naming the argument, its bound and its value.
     """
     q, k, v = _autocast(q, k, v)
     _check_tensors(q, k, v, key_mask, query_positions, key_positions)
     _check_options(q, k, pattern, layout, query_positions, key_positions, dropout, backend, return_lse)
     seen = full() if pattern is None else pattern
-    place = _place(q.shape[2], k.shape[2], query_positions, key_positions)
-    choice = _choose(seen, layout is not None, q.shape[2], k.shape[2], place, key_mask is not None, return_lse)
-    name = choice.backend if backend == "auto" else backend
     factor = 1 / sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
-    with torch.autocast(q.device.type, enabled=False):
-        if name == "folded":
-            plan = make_plan(layout) if layout is not None else _plan(seen, q.shape[2], k.shape[2], place)
-            out, lse = folded(q, k, v, plan, scale=factor, key_mask=key_mask, dropout=dropout, return_lse=return_lse)
-        elif name == "reference":
-            mask = _mask(seen, layout, q.shape[2], k.shape[2], query_positions, key_positions, key_mask, q.device)
-            out, lse = reference(q, k, v, mask, scale=factor, dropout=dropout)
-        elif choice.pairs == "masked":
-            mask = _mask(seen, layout, q.shape[2], k.shape[2], query_positions, key_positions, key_mask, q.device)
-            out, lse = sdpa_masked(q, k, v, mask, scale=factor, dropout=dropout), None
-        else:
-            out = sdpa_unmasked(q, k, v, scale=factor, causal=choice.pairs == "causal", dropout=dropout)
-            lse = None
+    bare = layout is None and query_positions is None and key_positions is None and key_mask is None
+    if bare and backend in ("auto", "sdpa") and not return_lse and _is_dense(seen, q.shape[2], k.shape[2]):
+        return sdpa_unmasked(q, k, v, scale=factor, causal=seen == causal(), dropout=dropout)
+    out, lse = _by_pattern(
+        q, k, v, seen, layout, query_positions, key_positions, key_mask, factor, dropout, backend, return_lse
+    )
     return (out, lse) if return_lse else out
+
+
+# The one graph break of a compiled model: each attention layer whose pattern is neither full() nor causal().
+@torch.compiler.disable(reason="sparse_attn walks the blocks of a sparse pattern in Python")
+def _by_pattern(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    layout: BlockLayout | None,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    dropout: float,
+    backend: str,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    q_len, kv_len = q.shape[2], k.shape[2]
+    place = _place(q_len, kv_len, query_positions, key_positions)
+    choice = _choose(pattern, layout is not None, q_len, kv_len, place, key_mask is not None, return_lse)
+    name = choice.backend if backend == "auto" else backend
+    if name == "folded":
+        if place is None:
+            raise ValueError("backend='folded' needs consecutive positions: use 'sdpa' or 'reference'")
+        plan = make_plan(layout) if layout is not None else _plan(pattern, q_len, kv_len, place)
+        return folded(q, k, v, plan, scale=scale, key_mask=key_mask, dropout=dropout, return_lse=return_lse)
+    if name == "sdpa" and choice.pairs == "causal":
+        return sdpa_unmasked(q, k, v, scale=scale, causal=True, dropout=dropout), q.new_empty(0)
+    mask = _mask(pattern, layout, q_len, kv_len, query_positions, key_positions, key_mask, q.device)
+    if name == "reference":
+        return reference(q, k, v, mask, scale=scale, dropout=dropout)
+    return sdpa_masked(q, k, v, mask, scale=scale, dropout=dropout), q.new_empty(0)
 
 
 def explain_backend(
@@ -122,6 +147,11 @@ def _choose(
     if q_len * kv_len <= FEW_PAIRS:
         return BackendChoice(dense, "masked", f"{q_len}x{kv_len} pairs are few")
     return BackendChoice("folded", "masked", "only the visited blocks are computed")
+
+
+def _is_dense(pattern: Pattern, q_len: int, kv_len: int) -> bool:
+    """Whether torch's own attention computes nothing in vain."""
+    return pattern == full() or (pattern == causal() and q_len == kv_len)
 
 
 def _is_plain_causal(pattern: Pattern, q_len: int, kv_len: int, place: tuple[int, int]) -> bool:
@@ -232,8 +262,6 @@ def _check_options(
     if backend == "sdpa" and return_lse:
         raise ValueError("backend='sdpa' gives no log-sum-exp: use 'folded' or 'reference'")
     if layout is None:
-        if backend == "folded" and _place(q.shape[2], k.shape[2], query_positions, key_positions) is None:
-            raise ValueError("backend='folded' needs consecutive positions: use 'sdpa' or 'reference'")
         return
     if pattern is not None or query_positions is not None or key_positions is not None:
         raise ValueError("layout already holds the pattern and the positions: pass layout alone")

@@ -1,10 +1,28 @@
 """A key–value cache that keeps only what its pattern can still see."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_attn.patterns import Pattern
+
+
+@dataclass(frozen=True)
+class _Store:
+    """Room for C keys; how many of them are real is the cache's business."""
+
+    keys: Float[Tensor, "B Hkv C d"]
+    values: Float[Tensor, "B Hkv C d_v"]
+    positions: Int[Tensor, "C"]
+    mask: Bool[Tensor, "B C"] | None
+
+    def tensors(self) -> list[tuple[int, Tensor]]:
+        """Each tensor with its dimension of keys."""
+        masks = [] if self.mask is None else [(1, self.mask)]
+        return [(2, self.keys), (2, self.values), (0, self.positions), *masks]
 
 
 class KVCache:
@@ -28,21 +46,13 @@ class KVCache:
         self.pattern = pattern
         self.slack = slack
         self.length = 0
-        self._held = 0
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
-        self._positions: Tensor | None = None
-        self._mask: Tensor | None = None
-
-    @property
-    def held(self) -> int:
-        """Keys held now; ``length`` counts all that were ever appended."""
-        return self._held
+        self.held = 0
+        self._store: _Store | None = None
 
     @property
     def key_mask(self) -> Bool[Tensor, "B S"] | None:
         """Which of the held keys are real, aligned with what ``append`` returned; None if no mask was ever given."""
-        return None if self._mask is None else self._mask[:, : self._held]
+        return None if self._store is None or self._store.mask is None else self._store.mask[:, : self.held]
 
     @torch.no_grad()
     def append(
@@ -54,65 +64,65 @@ class KVCache:
     ) -> tuple[Float[Tensor, "B Hkv S d"], Float[Tensor, "B Hkv S d_v"], Int[Tensor, "S"]]:
         """Add the next n positions; give all held keys and values and their positions, ascending.
 
-        key_mask: False for padding (left-padded batches). The result is a view that the next append may change.
+        key_mask: False for padding (left-padded batches). The result is a view that the next append may change, and
+        carries no gradient.
         Raises: ValueError if shapes or types differ from those held.
         """
-        self._check(k, v, key_mask)
-        self._drop()
-        self._reserve(k, v, key_mask is not None)
-        end = self._held + k.shape[2]
-        self._keys[:, :, self._held : end] = k
-        self._values[:, :, self._held : end] = v
-        self._positions[self._held : end] = torch.arange(self.length, self.length + k.shape[2], device=k.device)
-        if self._mask is not None:
-            self._mask[:, self._held : end] = True if key_mask is None else key_mask
-        self._held, self.length = end, self.length + k.shape[2]
-        return self._keys[:, :, :end], self._values[:, :, :end], self._positions[:end]
+        store = _empty(k, v) if self._store is None else self._store
+        _check(store, k, v, key_mask)
+        if key_mask is not None and store.mask is None:
+            everything = torch.ones(k.shape[0], store.positions.numel(), dtype=torch.bool, device=k.device)
+            store = _Store(store.keys, store.values, store.positions, everything)
+        store = self._with_room(self._without_unseen(store), k.shape[2])
+        end = self.held + k.shape[2]
+        store.keys[:, :, self.held : end] = k
+        store.values[:, :, self.held : end] = v
+        store.positions[self.held : end] = torch.arange(self.length, self.length + k.shape[2], device=k.device)
+        if store.mask is not None:
+            store.mask[:, self.held : end] = True if key_mask is None else key_mask
+        self._store, self.held, self.length = store, end, self.length + k.shape[2]
+        return store.keys[:, :, :end], store.values[:, :, :end], store.positions[:end]
 
-    def _drop(self) -> None:
-        if self._positions is None:
-            return
-        kept = self.pattern.retained(self._positions[: self._held], self.length).nonzero().squeeze(1)
-        if self._held - kept.numel() <= self.slack:
-            return
-        self._keys, self._values = self._keys[:, :, kept], self._values[:, :, kept]
-        self._positions = self._positions[kept]
-        self._mask = None if self._mask is None else self._mask[:, kept]
-        self._held = kept.numel()
+    def _without_unseen(self, store: _Store) -> _Store:
+        """Without the keys that no later query sees, once more than ``slack`` of them are held."""
+        kept = self.pattern.retained(store.positions[: self.held], self.length).nonzero().squeeze(1)
+        if self.held - kept.numel() <= self.slack:
+            return store
+        self.held = kept.numel()
+        return _rebuilt(store, lambda dim, tensor: tensor.index_select(dim, kept))
 
-    def _reserve(self, k: Tensor, v: Tensor, masked: bool) -> None:
-        """Room for the new keys; by halves, so that n appends copy O(n)."""
-        if self._keys is None:
-            self._keys, self._values = k[:, :, :0], v[:, :, :0]
-            self._positions = torch.zeros(0, dtype=torch.long, device=k.device)
-        if masked and self._mask is None:
-            self._mask = torch.ones(k.shape[0], self._keys.shape[2], dtype=torch.bool, device=k.device)
-        needed = self._held + k.shape[2]
-        if needed <= self._keys.shape[2]:
-            return
+    def _with_room(self, store: _Store, more: int) -> _Store:
+        """With room for ``more`` keys; growing by halves, so that n appends copy O(n)."""
+        needed = self.held + more
+        if needed <= store.positions.numel():
+            return store
         room = needed + max(self.slack, needed // 2)
-        self._keys, self._values = _widen(self._keys, 2, room), _widen(self._values, 2, room)
-        self._positions = _widen(self._positions, 0, room)
-        self._mask = None if self._mask is None else _widen(self._mask, 1, room)
-
-    def _check(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
-        if k.dim() != 4 or k.shape[:3] != v.shape[:3]:
-            raise ValueError(
-                f"k and v must be [B, Hkv, n, d] with equal B, Hkv, n, got {list(k.shape)}, {list(v.shape)}"
-            )
-        if key_mask is not None and key_mask.shape != (k.shape[0], k.shape[2]):
-            raise ValueError(f"key_mask must be {[k.shape[0], k.shape[2]]}, got {list(key_mask.shape)}")
-        for name, new, old in (("k", k, self._keys), ("v", v, self._values)):
-            if old is not None and (old.shape[:2], old.shape[3], old.dtype) != (new.shape[:2], new.shape[3], new.dtype):
-                raise ValueError(
-                    f"{name} must match the cache: {list(old.shape[:2])}, head_dim {old.shape[3]}, {old.dtype}, "
-                    f"got {list(new.shape)} {new.dtype}"
-                )
+        return _rebuilt(store, lambda dim, tensor: _widened(tensor, dim, room))
 
 
-def _widen(tensor: Tensor, dim: int, size: int) -> Tensor:
-    shape = list(tensor.shape)
-    shape[dim] = size
-    wider = tensor.new_zeros(shape)
+def _rebuilt(store: _Store, change: Callable[[int, Tensor], Tensor]) -> _Store:
+    changed = [change(dim, tensor) for dim, tensor in store.tensors()]
+    return _Store(changed[0], changed[1], changed[2], changed[3] if store.mask is not None else None)
+
+
+def _widened(tensor: Tensor, dim: int, size: int) -> Tensor:
+    wider = tensor.new_zeros([size if i == dim else extent for i, extent in enumerate(tensor.shape)])
     wider.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
     return wider
+
+
+def _empty(k: Tensor, v: Tensor) -> _Store:
+    return _Store(k[:, :, :0], v[:, :, :0], torch.zeros(0, dtype=torch.long, device=k.device), None)
+
+
+def _check(store: _Store, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
+    if k.dim() != 4 or k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k and v must be [B, Hkv, n, d] with equal B, Hkv, n, got {list(k.shape)}, {list(v.shape)}")
+    if key_mask is not None and key_mask.shape != (k.shape[0], k.shape[2]):
+        raise ValueError(f"key_mask must be {[k.shape[0], k.shape[2]]}, got {list(key_mask.shape)}")
+    for name, new, old in (("k", k, store.keys), ("v", v, store.values)):
+        if (old.shape[:2], old.shape[3], old.dtype) != (new.shape[:2], new.shape[3], new.dtype):
+            raise ValueError(
+                f"{name} must match the cache: {list(old.shape[:2])}, head_dim {old.shape[3]}, {old.dtype}, "
+                f"got {list(new.shape)} {new.dtype}"
+            )

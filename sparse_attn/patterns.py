@@ -74,7 +74,7 @@ class Pattern(ABC):
 
 
 def _parts(pattern: Pattern, kind: type) -> tuple[Pattern, ...]:
-    return pattern.parts if isinstance(pattern, kind) else (pattern,)
+    return pattern.parts if isinstance(pattern, _And | _Or) and isinstance(pattern, kind) else (pattern,)
 
 
 @dataclass(frozen=True)

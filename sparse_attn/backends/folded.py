@@ -6,11 +6,12 @@ computes them again, so only q, k and v are kept: memory is linear in the length
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from sparse_attn.backends.pieces import Piece, pieces
 from sparse_attn.backends.plan import Plan
@@ -26,15 +27,16 @@ def folded(
     key_mask: Bool[Tensor, "B S"] | None = None,
     dropout: float = 0.0,
     return_lse: bool = False,
-) -> tuple[Float[Tensor, "B H L d_v"], Float[Tensor, "B H L"] | None]:
-    """Attention over the visited blocks of ``plan``, and if asked the log-sum-exp of each query's visible scores.
+) -> tuple[Float[Tensor, "B H L d_v"], Float[Tensor, "..."]]:
+    """Attention over the visited blocks of ``plan``, and the log-sum-exp of each query's visible scores (empty
+    unless asked).
 
     bf16 and fp16 are computed in float32 and rounded once. Dropout draws one seed from torch's generator, so it obeys
     ``torch.manual_seed`` and repeats under activation checkpointing.
     """
     seed = int(torch.randint(2**62, ())) if dropout else 0
-    out, lse = _Folded.apply(q, k, v, key_mask, plan, scale, dropout, seed, return_lse)
-    return out, lse if return_lse else None
+    with torch.autocast(q.device.type, enabled=False):
+        return _Folded.apply(q, k, v, key_mask, plan, scale, dropout, seed, return_lse)
 
 
 class _Work:
@@ -101,7 +103,7 @@ class _Folded(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -131,25 +133,41 @@ class _Folded(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, key_mask = ctx.saved_tensors
-        plan, scale, dropout, seed, return_lse = ctx.settings
-        work = _Work(q, k, v, key_mask, plan, dropout, seed)
-        grad_q, grad_k, grad_v = work.output(q), torch.zeros_like(work.k), torch.zeros_like(work.v)
-        for piece in work.pieces():
-            rows = work.queries(piece, q) * scale
-            keys = piece.keys(work.k)
-            probability = work.probability(piece, work.scores(piece, rows, keys))
-            keep = work.keep(probability)
-            upstream = work.queries(piece, grad_out)
-            dropped = probability if keep is None else probability * keep
-            piece.add(grad_v, torch.bmm(dropped.mT, upstream))
-            grad_p = torch.bmm(upstream, piece.keys(work.v).mT)
-            if keep is not None:
-                grad_p *= keep
-            grad_s = torch.ops.aten._softmax_backward_data(grad_p, probability, -1, probability.dtype)
-            if return_lse:
-                grad_s.addcmul_(probability, work.queries(piece, grad_lse[..., None]))
-            piece.add(grad_k, torch.bmm(grad_s.mT, rows))
-            piece.write(grad_q, torch.bmm(grad_s, keys).mul_(scale), work.groups)
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None, None, None, None
+        with torch.autocast(q.device.type, enabled=False):
+            return *_gradients(q, k, v, key_mask, *ctx.settings, grad_out, grad_lse), *[None] * 6
+
+
+def _gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    plan: Plan,
+    scale: float,
+    dropout: float,
+    seed: int,
+    return_lse: bool,
+    grad_out: Tensor,
+    grad_lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    work = _Work(q, k, v, key_mask, plan, dropout, seed)
+    grad_q, grad_k, grad_v = work.output(q), torch.zeros_like(work.k), torch.zeros_like(work.v)
+    for piece in work.pieces():
+        rows = work.queries(piece, q) * scale
+        keys = piece.keys(work.k)
+        probability = work.probability(piece, work.scores(piece, rows, keys))
+        keep = work.keep(probability)
+        upstream = work.queries(piece, grad_out)
+        dropped = probability if keep is None else probability * keep
+        piece.add(grad_v, torch.bmm(dropped.mT, upstream))
+        grad_p = torch.bmm(upstream, piece.keys(work.v).mT)
+        if keep is not None:
+            grad_p *= keep
+        grad_s = torch.ops.aten._softmax_backward_data(grad_p, probability, -1, probability.dtype)
+        if return_lse:
+            grad_s.addcmul_(probability, work.queries(piece, grad_lse[..., None]))
+        piece.add(grad_k, torch.bmm(grad_s.mT, rows))
+        piece.write(grad_q, torch.bmm(grad_s, keys).mul_(scale), work.groups)
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)

@@ -20,6 +20,11 @@ def reference(
     Query head h reads key head h // (H / Hkv). A query that sees nothing gives out = 0 and lse = -inf, with zero
     gradient. Holds the whole L×S matrix: for tests and short sequences.
     """
+    with torch.autocast(q.device.type, enabled=False):
+        return _reference(q, k, v, visible, scale, dropout)
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, dropout: float) -> tuple[Tensor, Tensor]:
     work = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[1] // k.shape[1]
     keys, values = k.to(work).repeat_interleave(groups, 1), v.to(work).repeat_interleave(groups, 1)
