@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import lru_cache
 from math import sqrt
+from typing import Literal, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,6 +30,42 @@ class BackendChoice:
     backend: str
     pairs: str
     reason: str
+
+
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pattern: Pattern | None = ...,
+    layout: BlockLayout | None = ...,
+    scale: float | None = ...,
+    query_positions: Tensor | None = ...,
+    key_positions: Tensor | None = ...,
+    key_mask: Tensor | None = ...,
+    dropout: float = ...,
+    backend: str = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pattern: Pattern | None = ...,
+    layout: BlockLayout | None = ...,
+    scale: float | None = ...,
+    query_positions: Tensor | None = ...,
+    key_positions: Tensor | None = ...,
+    key_mask: Tensor | None = ...,
+    dropout: float = ...,
+    backend: str = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attend(

@@ -6,6 +6,7 @@ matrices are [h·R, G·height, ·] for queries and [h·R, N, ·] for keys: the q
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Shaped
@@ -13,9 +14,8 @@ from torch import Tensor
 
 from sparse_attn.backends.plan import Gather, Plan, Strip
 
-# Scores of one piece: 4 MiB of float32, which two cores' caches hold between the passes over them. Half of it is no
-# faster and wakes the threads twice as often; four times is a third slower.
-PIECE = 1 << 20
+# Scores of one piece: 1 MiB of float32, which a core's cache holds between the passes over them.
+PIECE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class StripPiece:
     row: int
     rows: int
     blind: bool
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Tells this piece from all others of a plan."""
+        return self.batch, self.heads.start, self.strip.first, self.row
 
     def queries(self, x: Float[Tensor, "B H L d"], groups: int) -> Float[Tensor, "h R G height d"]:
         """View of the piece's queries, or of anything laid out like them."""
@@ -85,6 +90,11 @@ class GatherPiece:
     block: int
     blind: bool
 
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Tells this piece from all others of a plan."""
+        return self.batch, self.heads.start, int(self.gather.rows[0]) * self.block, -1
+
     def queries(self, x: Float[Tensor, "B H L d"], groups: int) -> Float[Tensor, "h R G height d"]:
         """Copy of the piece's queries, or of anything laid out like them."""
         heads = slice(self.heads.start * groups, self.heads.stop * groups)
@@ -120,28 +130,38 @@ class GatherPiece:
 Piece = StripPiece | GatherPiece
 
 
-def pieces(plan: Plan, batch: int, kv_heads: int, groups: int) -> Iterator[Piece]:
-    """All the work of a plan in pieces of about ``PIECE`` scores: many query blocks first, then many heads."""
+def pieces(plan: Plan, batch: int, heads: slice, groups: int) -> Iterator[Piece]:
+    """All that a plan asks of some key heads of one sequence, in pieces of about ``PIECE`` scores."""
     block = plan.layout.block
-    for index in range(batch):
-        for strip in plan.strips:
-            each = groups * strip.height * strip.width
-            for row, rows, heads in _cut(strip.rows, kv_heads, each):
-                yield StripPiece(strip, index, heads, row, rows, strip.blind)
-        for gather in plan.gathers:
-            each = groups * block * gather.blocks.shape[1] * block
-            for row, rows, heads in _cut(len(gather.rows), kv_heads, each):
-                part = slice(row, row + rows)
-                some = Gather(gather.rows[part], gather.blocks[part], gather.masks[part])
-                yield GatherPiece(some, index, heads, block, True)
+    for strip in plan.strips:
+        for row, rows, some in _cut(strip.rows, heads, groups * strip.height * strip.width):
+            yield StripPiece(strip, batch, some, row, rows, strip.blind)
+    for gather in plan.gathers:
+        for row, rows, some in _cut(len(gather.rows), heads, groups * block * gather.blocks.shape[1] * block):
+            part = slice(row, row + rows)
+            taken = Gather(gather.rows[part], gather.blocks[part], gather.masks[part])
+            yield GatherPiece(taken, batch, some, block, True)
 
 
-def _cut(rows: int, heads: int, each: int) -> Iterator[tuple[int, int, slice]]:
+def shares(batch: int, heads: int, workers: int) -> list[list[tuple[int, slice]]]:
+    """The key heads of all sequences dealt to workers in equal runs, each as (sequence, heads) pairs."""
+    bounds = [batch * heads * worker // workers for worker in range(workers + 1)]
+    return [
+        [
+            (index, slice(max(start - index * heads, 0), min(stop - index * heads, heads)))
+            for index in range(start // max(heads, 1), -(-stop // max(heads, 1)))
+        ]
+        for start, stop in pairwise(bounds)
+    ]
+
+
+def _cut(rows: int, heads: slice, each: int) -> Iterator[tuple[int, int, slice]]:
+    """Many query blocks first, then many heads."""
     tall = min(rows, max(1, PIECE // each))
-    wide = min(heads, max(1, PIECE // (each * tall)))
-    for first in range(0, heads, wide):
+    wide = max(1, PIECE // (each * tall))
+    for first in range(heads.start, heads.stop, wide):
         for row in range(0, rows, tall):
-            yield row, min(tall, rows - row), slice(first, min(first + wide, heads))
+            yield row, min(tall, rows - row), slice(first, min(first + wide, heads.stop))
 
 
 def _blocks(x: Shaped[Tensor, "h S d"], block: int) -> Shaped[Tensor, "h n block d"]:
