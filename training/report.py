@@ -58,7 +58,7 @@ def _headline(records: Records) -> tuple[str, str]:
     better = first["bits_per_byte"] < second["bits_per_byte"]
     gap = abs(1 - first["bits_per_byte"] / second["bits_per_byte"])
     names = records.label(first["name"]), records.label(second["name"])
-    title = f"{names[0]} {'beats' if better else 'loses to'} {names[1]} by {100 * gap:.1f}%"
+    title = f"{names[0]} {'beats' if better else 'loses to'} its {names[1].lower()} by {100 * gap:.1f}%"
     return title, "Held-out bits per byte at equal active parameters, equal tokens and equal data order." + _spared(
         records
     )

@@ -71,7 +71,7 @@ def write_results(folder: Path) -> None:
         {"kind": "corpus", "name": "stdlib", "train_bytes": 8_100_000, "heldout_bytes": 420_000, "vocab_size": 4096},
         {"kind": "model", "name": "moe", "label": "Mixture", "parameters": 9_870_000, "active_parameters": 3_210_000,
          "flops_per_token": 6_000_000, "tokens": 6144},
-        {"kind": "model", "name": "dense", "label": "its twin", "parameters": 3_211_000, "active_parameters": 3_211_000,
+        {"kind": "model", "name": "dense", "label": "Twin", "parameters": 3_211_000, "active_parameters": 3_211_000,
          "flops_per_token": 6_000_000, "tokens": 6144},
         {"kind": "result", "name": "moe", "bits_per_byte": 1.5, "loss": 2.0},
         {"kind": "result", "name": "dense", "bits_per_byte": 1.6, "loss": 2.1},
@@ -81,7 +81,7 @@ def write_results(folder: Path) -> None:
         *heads,
         *({"kind": "weights", "sparsity": s, "zeros": int(s * 1000), "weights": 1000, "bits_per_byte": 1.5 + s**4}
           for s in (0.0, 0.5, 0.9)),
-        {"kind": "sample", "prompt": "def f(", "text": "x): return x < 1 & 2"},
+        {"kind": "sample", "prompt": "def <f>(", "text": "x): return x < 1 & 2"},
         {"kind": "phase", "name": "training", "seconds": 75.2},
         {"kind": "total", "seconds": 130.0, "peak_memory_bytes": 1_500_000_000},
     ]  # fmt: skip
@@ -118,7 +118,7 @@ def test_page_shows_every_recorded_number(demo_page: str) -> None:
     for number in (
         "beats its twin by 6.2%", "1.5000", "1.6000", "1.7171", "1.9393", "9.87 M", "3.21 M", "8.10 MB", "420.00 kB",
         "4,096", "30%", "1.8000", "1.5300", "+2.0%", "5.01 MB", "1,300 ± 20", "1.30×", "500 of 1,000", "900 of 1,000",
-        "2.1561", "1 min 15 s", "2 min 10 s", "1.50 GB", "demo &lt;here&gt;", "x): return x &lt; 1 &amp; 2",
+        "2.1561", "1 min 15 s", "2 min 10 s", "1.50 GB", "demo &lt;here&gt;", "x): return x &lt; 1 &amp; 2", "def &lt;f&gt;(", "+4.0%",
     ):  # fmt: skip
         assert number in text, number
     assert demo_page.count('role="img"') == 2 * 6  # six figures, each for a laptop and for a phone
