@@ -4,9 +4,9 @@ python -m benchmarks.bench_moe [--dtype float32 bfloat16] [--rounds 10] [--fresh
 
 T 4096 tokens, width 512, 16 experts of 1024, two for each token, SwiGLU; the dense layer is 2·1024 wide. Each
 contender computes y and all gradients, into ``.grad`` of its input and its weights. Same weights and tokens for all
-that can take them; the gate compares outputs and gradients with HF Mixtral's plain loop over experts in float32. The dense layer is
-the fastest of three plain ways to write it. Freed memory is kept in the heap for all alike (training does the same);
-``--fresh-memory`` leaves the C library's default.
+that can take them; the gate compares outputs and gradients with HF Mixtral's plain loop over experts in float32. The
+dense layer is the fastest of three plain ways to write it. Freed memory is kept in the heap for all alike (training
+does the same); ``--fresh-memory`` leaves the C library's default.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Time several callables side by side and report each with its conditions, spread and ratios.
 
 A benchmark has three steps: :func:`require_parity` (nothing is timed before the answers agree), :func:`interleaved`
-(all contenders in every round, so that a busy machine slows all of them), :func:`row` (one printed line, one JSON line).
+(all contenders in every round, so that a busy machine slows all of them), :func:`row` (one printed line, one JSON
+line).
 """
 
 import json

@@ -118,7 +118,8 @@ def test_page_shows_every_recorded_number(demo_page: str) -> None:
     for number in (
         "beats its twin by 6.2%", "1.5000", "1.6000", "1.7171", "1.9393", "9.87 M", "3.21 M", "8.10 MB", "420.00 kB",
         "4,096", "30%", "1.8000", "1.5300", "+2.0%", "5.01 MB", "1,300 ± 20", "1.30×", "500 of 1,000", "900 of 1,000",
-        "2.1561", "1 min 15 s", "2 min 10 s", "1.50 GB", "demo &lt;here&gt;", "x): return x &lt; 1 &amp; 2", "def &lt;f&gt;(", "+4.0%",
+        "2.1561", "1 min 15 s", "2 min 10 s", "1.50 GB", "demo &lt;here&gt;", "x): return x &lt; 1 &amp; 2",
+        "def &lt;f&gt;(", "+4.0%",
     ):  # fmt: skip
         assert number in text, number
     assert demo_page.count('role="img"') == 2 * 6  # six figures, each for a laptop and for a phone
