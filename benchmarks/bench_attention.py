@@ -1,6 +1,6 @@
 """Sliding-window attention against what torch offers for it: forward, and forward + backward.
 
-python benchmarks/bench_attention.py [--lengths 4096 16384] [--window 256] [--sinks 4] [--rounds 10] [--no-flex]
+python -m benchmarks.bench_attention [--lengths 4096 16384] [--window 256] [--sinks 4] [--rounds 10] [--no-flex]
 
 Contenders, all in every round: attend with a window (and with window + sinks) on the folded backend; SDPA causal (the
 floor that a dense model pays); SDPA with the window as a boolean mask; compiled flex_attention, forward only (on CPU it
