@@ -47,6 +47,11 @@ class Pattern(ABC):
     def is_causal(self) -> bool:
         """True when no query sees a key at a later position, whatever the length."""
 
+    @property
+    def is_relative(self) -> bool:
+        """True when what is visible depends on the distance i − j alone: padding on the left then changes nothing."""
+        return False
+
     def layout(
         self, q_len: int, kv_len: int | None = None, *, block: int = 64, offset: int | None = None, key_offset: int = 0
     ) -> BlockLayout:
@@ -97,6 +102,10 @@ class _And(Pattern):
     def is_causal(self) -> bool:
         return any(part.is_causal for part in self.parts)
 
+    @property
+    def is_relative(self) -> bool:
+        return all(part.is_relative for part in self.parts)
+
     def __str__(self) -> str:
         return " & ".join(f"({part})" if isinstance(part, _Or) else str(part) for part in self.parts)
 
@@ -121,6 +130,10 @@ class _Or(Pattern):
     @property
     def is_causal(self) -> bool:
         return all(part.is_causal for part in self.parts)
+
+    @property
+    def is_relative(self) -> bool:
+        return all(part.is_relative for part in self.parts)
 
     def __str__(self) -> str:
         return " | ".join(str(part) for part in self.parts)
@@ -156,6 +169,10 @@ class _Full(Pattern):
     def is_causal(self) -> bool:
         return False
 
+    @property
+    def is_relative(self) -> bool:
+        return True
+
     def __str__(self) -> str:
         return "full()"
 
@@ -176,6 +193,10 @@ class _Causal(Pattern):
 
     @property
     def is_causal(self) -> bool:
+        return True
+
+    @property
+    def is_relative(self) -> bool:
         return True
 
     def __str__(self) -> str:
@@ -201,6 +222,10 @@ class _SlidingWindow(Pattern):
     @property
     def is_causal(self) -> bool:
         return False
+
+    @property
+    def is_relative(self) -> bool:
+        return True
 
     def __str__(self) -> str:
         return f"sliding_window({self.window})"

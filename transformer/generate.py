@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sparse_attn import parse_pattern
 from transformer.model import Transformer
 
 
@@ -51,7 +52,8 @@ def stream(
     likely; top_p: only the smallest set of tokens whose probabilities reach p (Holtzman et al. 2020, arXiv:1904.09751).
     generator: makes sampling repeatable. attention_mask: 0 marks padding on the left of shorter prompts.
     Raises ValueError, at the call, for options out of range, an empty prompt, a prompt plus new tokens beyond
-    max_length, an encoder, or padding that is not on the left.
+    max_length, an encoder, padding that is not on the left, or any padding under a pattern that counts positions from
+    the start (sinks).
     """
     _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, attention_mask)
     return _steps(model, input_ids, max_new_tokens, (temperature, top_k, top_p), generator, eos_id, attention_mask)
@@ -141,3 +143,15 @@ def _check(
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     if mask is not None and not bool((mask.bool().cummax(1).values == mask.bool()).all() and mask[:, -1].all()):
         raise ValueError("attention_mask must be 0 on the left and 1 on the right of every prompt")
+    if mask is not None and not mask.all():
+        _check_padding(model)
+
+
+def _check_padding(model: Transformer) -> None:
+    """Sinks are the first positions of the batch: in a padded row they would be padding."""
+    for index, layer in enumerate(model.config.layers):
+        if layer.attention is not None and not parse_pattern(layer.attention.pattern).is_relative:
+            raise ValueError(
+                f"prompts must be equally long for layer {index}'s pattern {layer.attention.pattern!r}, which counts "
+                f"positions from the start: generate for each prompt by itself"
+            )

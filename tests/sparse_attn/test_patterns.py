@@ -107,3 +107,13 @@ def test_bad_arguments():
         sinks(0)
     with pytest.raises(TypeError):
         causal() & 3
+
+
+@pytest.mark.parametrize(
+    "text", ["full()", "causal()", "causal() & sliding_window(3)", "sinks(2)", "causal() | sinks(2)"]
+)
+def test_relative_patterns_are_those_that_a_shift_does_not_change(text):
+    pattern = parse_pattern(text)
+    i, j = torch.arange(12)[:, None], torch.arange(12)
+    unchanged = all(pattern.visible(i + s, j + s).equal(pattern.visible(i, j)) for s in range(1, 5))
+    assert pattern.is_relative == unchanged
