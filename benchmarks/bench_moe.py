@@ -2,15 +2,17 @@
 
 python -m benchmarks.bench_moe [--dtype float32 bfloat16] [--rounds 10] [--fresh-memory]
 
-T 4096 tokens, width 512, 16 experts of 1024, two for each token, SwiGLU; the dense layer is 2·1024 wide. Each
-contender computes y and all gradients, into ``.grad`` of its input and its weights. Same weights and tokens for all
-that can take them; the gate compares outputs and gradients with HF Mixtral's plain loop over experts in float32. The
-dense layer is the fastest of three plain ways to write it. Freed memory is kept in the heap for all alike (training
-does the same); ``--fresh-memory`` leaves the C library's default.
+T 4096 tokens, width 512, 16 experts of 1024, two for each token, SwiGLU; the dense layer is 2·1024 wide. Each contender
+computes y and all gradients, into ``.grad`` of its input and its weights. The MoE layers share weights and tokens where
+they can; the gate compares outputs and gradients with HF Mixtral's plain loop over experts in float32. The dense layer
+is the fastest of three plain ways to write it. Freed memory is kept in the heap for all alike (training does the same);
+``--fresh-memory`` leaves the C library's default.
+
+Run as a module: fairscale installs a top-level package that is also called ``benchmarks``.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +29,11 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 @dataclass(frozen=True)
 class Contender:
-    """A layer, what it returns for x, and the weight gradients that the gate compares (none: another function)."""
+    """A layer, what it returns for x, and the weights whose gradients the gate compares (none: another function)."""
 
     module: nn.Module
     run: Callable[[Tensor], Tensor]
-    gradients: dict[str, Callable[[], Tensor]]
+    weights: Mapping[str, Tensor]
 
 
 class Dense(nn.Module):
@@ -51,15 +53,11 @@ class Dense(nn.Module):
         return F.linear(F.silu(gate) * value, down)
 
 
-def ours(dtype: torch.dtype) -> Contender:
+def ours(dtype: torch.dtype) -> tuple[MoE, Contender]:
     """This library's layer."""
     layer = MoE(DIM, HIDDEN, EXPERTS, TopKRouter(DIM, EXPERTS, k=K)).to(dtype)
-    gradients = {
-        "router": lambda: layer.router.weight.grad,
-        "up": lambda: layer.experts.up.grad,
-        "down": lambda: layer.experts.down.grad,
-    }
-    return Contender(layer, lambda x: layer(x)[0], gradients)
+    weights = {"router": layer.get_parameter("router.weight"), "up": layer.experts.up, "down": layer.experts.down}
+    return layer, Contender(layer, lambda x: layer(x)[0], weights)
 
 
 def mixtral(layer: MoE, dtype: torch.dtype, implementation: str) -> Contender:
@@ -70,16 +68,13 @@ def mixtral(layer: MoE, dtype: torch.dtype, implementation: str) -> Contender:
     config = MixtralConfig(hidden_size=DIM, intermediate_size=HIDDEN, num_local_experts=EXPERTS, num_experts_per_tok=K)
     config._experts_implementation = implementation
     block = MixtralSparseMoeBlock(config).to(dtype)
+    names = {"router": "gate.weight", "up": "experts.gate_up_proj", "down": "experts.down_proj"}
+    weights = {name: block.get_parameter(path) for name, path in names.items()}
     with torch.no_grad():
-        block.gate.weight.copy_(layer.router.weight)
-        block.experts.gate_up_proj.copy_(layer.experts.up.mT)
-        block.experts.down_proj.copy_(layer.experts.down)
-    gradients = {
-        "router": lambda: block.gate.weight.grad,
-        "up": lambda: block.experts.gate_up_proj.grad.mT,
-        "down": lambda: block.experts.down_proj.grad,
-    }
-    return Contender(block, lambda x: block(x[None])[0], gradients)
+        weights["router"].copy_(layer.get_parameter("router.weight"))
+        weights["up"].copy_(layer.experts.up.mT)
+        weights["down"].copy_(layer.experts.down)
+    return Contender(block, lambda x: block(x[None])[0], weights)
 
 
 def fairscale() -> Contender:
@@ -114,19 +109,19 @@ def step(contender: Contender, x: Tensor, d_y: Tensor) -> Callable[[], None]:
 
 
 def answers(contender: Contender, x: Tensor, d_y: Tensor) -> dict[str, Tensor]:
-    """y and every gradient, by name, as copies."""
+    """y and every gradient, by name; that of the up weights as [E, D, 2F]."""
     x = x.detach().requires_grad_()
-    contender.module.zero_grad()
     y = contender.run(x)
-    y.backward(d_y)
-    found = {"y": y.detach(), "x": x.grad} | {name: grad() for name, grad in contender.gradients.items()}
-    contender.module.zero_grad()
+    gradients = torch.autograd.grad(y, [x, *contender.weights.values()], d_y)
+    found = {"y": y.detach()} | dict(zip(["x", *contender.weights], gradients, strict=True))
+    if "up" in found and found["up"].shape[1] != DIM:
+        found["up"] = found["up"].mT
     return found
 
 
-def gate(contenders: dict[str, Contender], dtype: torch.dtype, x: Tensor, d_y: Tensor) -> dict[str, str]:
+def gate(layer: MoE, contenders: dict[str, Contender], x: Tensor, d_y: Tensor) -> dict[str, str]:
     """What each MoE layer's answer is worth. Raises: ValueError if ours is wrong."""
-    layer = contenders["moe"].module
+    dtype = x.dtype
     oracle = answers(mixtral(layer, torch.float32, "eager"), x.float(), d_y.float())
     verdict = {"dense": "other function"}
     for name in ("moe", "hf_grouped_mm", "hf_eager"):
@@ -145,12 +140,11 @@ def compare(dtype: torch.dtype, rounds: int, memory: str) -> None:
     """Gate, then time all contenders in turns, then one row each."""
     torch.manual_seed(0)
     x, d_y = torch.randn(TOKENS, DIM).to(dtype).requires_grad_(), torch.randn(TOKENS, DIM).to(dtype)
-    contenders = {"moe": ours(dtype)}
-    layer = contenders["moe"].module
-    contenders |= {f"hf_{name}": mixtral(layer, dtype, name) for name in ("grouped_mm", "eager")}
+    layer, moe = ours(dtype)
+    contenders = {"moe": moe} | {f"hf_{name}": mixtral(layer, dtype, name) for name in ("grouped_mm", "eager")}
     if dtype == torch.float32:
         contenders["fairscale"] = fairscale()
-    verdict = gate(contenders, dtype, x, d_y)
+    verdict = gate(layer, contenders, x, d_y)
     plain = {
         "dense": Dense(K * HIDDEN, fused=False).to(dtype),
         "dense_fused": Dense(K * HIDDEN, fused=True).to(dtype),

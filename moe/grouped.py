@@ -109,7 +109,7 @@ def mixture_backward(
             # the combine weight scales d_y and x, D wide, rather than dA and H, which are wider
             first = block.first >= done
             _outer(_weighted_rows(d_y, source[part], scale[part]), h[:rows], block, out=d_down, first=first)
-            _outer(_weighted_rows(x, source[part], scale[part]), d_a[:rows], block, out=d_up, first=first)
+            _outer(_weighted_rows(x, source[part], scale[part]), d_a[:rows], block, out=d_up, first=first, turn=True)
             d_up[done : block.first].zero_()
             d_down[done : block.first].zero_()
             done = block.first + block.experts
@@ -167,10 +167,12 @@ def _product(rows: Tensor, weights: Tensor, block: Block, *, out: Tensor) -> Non
         torch.bmm(rows.view(shape), weights, out=out.view(shape))
 
 
-def _outer(a: Tensor, b: Tensor, block: Block, *, out: Tensor, first: bool) -> None:
+def _outer(a: Tensor, b: Tensor, block: Block, *, out: Tensor, first: bool, turn: bool = False) -> None:
     """out ← aᵀ · b for each expert of the block, added unless ``first``; a wider out (autocast) gets it converted."""
     shape = (block.experts, block.rows, -1)
     left, right = a.view(shape).mT, b.view(shape)
+    if turn and a.dtype in (torch.bfloat16, torch.float16):
+        left = left.contiguous()
     out = out[block.first : block.first + block.experts]
     if out.dtype != a.dtype:
         out.copy_(left @ right) if first else out.add_(left @ right)
