@@ -225,6 +225,7 @@ def _backward(ctx, d_y, *_):  # type: ignore[no-untyped-def]
         return (None,) * 7
     x, token, weight, up, down, *rows = ctx.saved_tensors
     experts_need_grad = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
+    # contiguous once here, rather than in every gather
     d_x, d_weight, d_up, d_down = mixture_backward(
         d_y.contiguous(), x, token, weight, up, down, ctx.activation, *rows, experts_need_grad
     )
