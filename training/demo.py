@@ -34,6 +34,8 @@ from transformer import Transformer, generate
 LABELS = {"moe": "Mixture of experts", "dense": "Dense twin"}
 QUICK, QUICK_DOCUMENTS = 100, 60
 PROMPT = 'def read_config(path):\n    """'
+SAMPLE_TOKENS = 320
+GENERATION_TOKENS, QUICK_TOKENS = 64, 8
 SETTINGS = "demo.json"
 
 
@@ -46,7 +48,7 @@ class DemoConfig:
 
     out: Path = Path("runs/demo")
     """Folder for models, records and the page."""
-    steps: int = 340
+    steps: int = 1000
     """Training steps of each model. Below 100: a quick look, on 60 documents."""
     device: str = "auto"
     """'cpu', 'cuda', or 'auto' (the first GPU if there is one)."""
@@ -59,24 +61,29 @@ class DemoConfig:
 
 
 # Peak rates of the best of 2e-3, 4e-3 and 8e-3 for each twin, in runs of the default length with seed 0.
-LEARNING_RATES = {"moe": 4e-3, "dense": 4e-3}
+LEARNING_RATES = {"moe": 3e-3, "dense": 3e-3}
 
 
 def twin(kind: str, config: DemoConfig) -> RunConfig:
-    """The run of one twin, "moe" or "dense": k=2 of 8 experts of 256 neurons, or 512 neurons; all else is equal."""
+    """The run of one twin, "moe" or "dense": k=2 of 16 experts of 256 neurons, or 512 neurons; all else is equal."""
     hidden = {"moe": 256, "dense": 512}[kind]
     quick = config.steps < QUICK
     return RunConfig(
         out=config.out / kind,
         seed=config.seed,
         data=DataConfig(
-            length=256, vocab_size=4096, held_out=0.03, max_documents=QUICK_DOCUMENTS if quick else None,
+            length=128, vocab_size=2048, held_out=0.02, max_documents=QUICK_DOCUMENTS if quick else None,
             cache=config.out / "cache",
         ),
-        model=ModelConfig(dim=256, layers=4, heads=8, feedforward="moe" if kind == "moe" else "dense", hidden=hidden),
+        # The window equals the length of the training sequences: it changes nothing there, and lets generation go on
+        # beyond them with a cache that stays small.
+        model=ModelConfig(
+            dim=128, layers=4, heads=4, feedforward="moe" if kind == "moe" else "dense", hidden=hidden, num_experts=16,
+            pattern="causal() & sliding_window(128)", max_length=512,
+        ),
         optim=OptimConfig(lr=LEARNING_RATES[kind], warmup=max(1, config.steps // 20), final=0.05),
         train=TrainConfig(
-            steps=config.steps, batch=16, device=config.device, eval_every=-(-config.steps // 8),
+            steps=config.steps, batch=16, device=config.device, eval_every=-(-config.steps // 6),
             save_every=-(-config.steps // 4), keep=1,
         ),
     )  # fmt: skip
@@ -256,7 +263,9 @@ def _prune(config: DemoConfig, model: Transformer, bench: Bench, records: Record
     with records.phase("remove heads and recover", console):
         variants = list(pruned.remove_heads(model, scores, bench.data, run, bench.evaluate, console=console))
     with records.phase("generation speed", console):
-        for variant, speed in zip(variants, pruned.speeds([v.model for v in variants], seed=config.seed), strict=True):
+        new = QUICK_TOKENS if config.steps < QUICK else GENERATION_TOKENS
+        speeds = pruned.speeds([variant.model for variant in variants], seed=config.seed, new=new)
+        for variant, speed in zip(variants, speeds, strict=True):
             records.write("heads", variant.line | speed)
     with records.phase("zero weights", console):
         for line in pruned.zero_weights(model, bench.evaluate):
@@ -266,7 +275,7 @@ def _prune(config: DemoConfig, model: Transformer, bench: Bench, records: Record
 def _sample(model: Transformer, bench: Bench, *, seed: int) -> Line:
     ids = torch.tensor([bench.data.tokenizer.encode(PROMPT)], device=bench.device)
     generator = torch.Generator(bench.device).manual_seed(seed)
-    new = model.config.max_length - ids.shape[1]
+    new = SAMPLE_TOKENS
     drawn = generate(model, ids, max_new_tokens=new, temperature=0.7, top_p=0.95, generator=generator)
     text = bench.data.tokenizer.decode(drawn[0].tolist())
     return {"prompt": PROMPT, "text": text.removeprefix(PROMPT)}

@@ -23,9 +23,9 @@ Evaluate = Callable[[Transformer], Evaluation]
 FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 SPARSITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 CALIBRATION_BATCHES = 8
-RECOVERY_SHARE = 0.1  # of the training steps
+RECOVERY_SHARE = 0.05  # of the training steps
 RECOVERY_RATE = 0.25  # of the peak learning rate
-GENERATION_BATCH, GENERATION_TOKENS, GENERATION_ROUNDS = 16, 64, 5
+GENERATION_BATCH, GENERATION_ROUNDS = 16, 5
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def remove_heads(
 
 
 def recovery(run: RunConfig) -> RunConfig:
-    """The one recipe for every fraction: a tenth of the training's steps at a quarter of its rate, falling to zero."""
+    """The one recipe for every fraction: a twentieth of the steps at a quarter of the rate, falling to zero."""
     steps = max(1, round(RECOVERY_SHARE * run.train.steps))
     optim = dataclasses.replace(run.optim, lr=RECOVERY_RATE * run.optim.lr, warmup=max(1, steps // 10), final=0.0)
     return dataclasses.replace(run, optim=optim, train=dataclasses.replace(run.train, steps=steps), seed=run.seed + 2)
@@ -99,8 +99,8 @@ def recover(model: Transformer, data: Data, run: RunConfig) -> None:
     model.eval()
 
 
-def speeds(models: Sequence[Transformer], *, seed: int) -> list[Line]:
-    """Tokens a second of greedy cached generation for each model: median and interquartile range over rounds.
+def speeds(models: Sequence[Transformer], *, seed: int, new: int) -> list[Line]:
+    """Tokens a second of greedy cached generation of ``new`` tokens a sequence: median and interquartile range.
 
     All models take their turn in every round, so that a busy machine slows all of them alike.
     """
@@ -110,16 +110,16 @@ def speeds(models: Sequence[Transformer], *, seed: int) -> list[Line]:
     rates: list[list[float]] = [[] for _ in models]
     for turn in range(GENERATION_ROUNDS + 1):
         for model, found in zip(models, rates, strict=True):
-            seconds = _generation_seconds(model, prompt)
+            seconds = _generation_seconds(model, prompt, new)
             if turn:  # the first round warms up
-                found.append(GENERATION_BATCH * GENERATION_TOKENS / seconds)
+                found.append(GENERATION_BATCH * new / seconds)
     return [{"tokens_per_s": statistics.median(found), "tokens_per_s_iqr": _iqr(found)} for found in rates]
 
 
-def _generation_seconds(model: Transformer, prompt: torch.Tensor) -> float:
+def _generation_seconds(model: Transformer, prompt: torch.Tensor, new: int) -> float:
     _synchronise(prompt.device)
     started = time.perf_counter()
-    generate(model, prompt, max_new_tokens=GENERATION_TOKENS)
+    generate(model, prompt, max_new_tokens=new)
     _synchronise(prompt.device)
     return time.perf_counter() - started
 

@@ -48,7 +48,8 @@ def shrink(patch: pytest.MonkeyPatch, toy: Callable[[str, DemoConfig], RunConfig
     """Toy twins, a prompt that they can take, and little to generate."""
     patch.setattr(module, "twin", toy)
     patch.setattr(module, "PROMPT", "def ")
-    patch.setattr(demo_pruning, "GENERATION_TOKENS", 4)
+    patch.setattr(module, "SAMPLE_TOKENS", 16)
+    patch.setattr(module, "QUICK_TOKENS", 4)
     patch.setattr(demo_pruning, "GENERATION_ROUNDS", 2)
 
 
