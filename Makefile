@@ -33,7 +33,7 @@ lint: $(READY) ## ruff and mypy
 
 bench: $(READY) ## every benchmark: parity first, then time; rows go to runs/benchmarks.jsonl
 	if test -f runs/benchmarks.jsonl; then mv runs/benchmarks.jsonl runs/benchmarks.before.jsonl; fi
-	set -e; for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench; done
+	set -e; for bench in benchmarks/bench_*.py; do $(BIN)/python -m benchmarks.$$(basename $$bench .py); done
 
 tables: $(READY) ## fill the README's tables from benchmarks/records/ (RECORDS=new: first copy them from runs/)
 	$(BIN)/python benchmarks/readme_tables.py $(if $(RECORDS),--collect)

@@ -53,13 +53,13 @@ class MoE(nn.Module):
         x: Float[Tensor, "*batch D"],
         *,
         token_ids: Int[Tensor, "*batch"] | None = None,
-        padding_mask: Bool[Tensor, "*batch"] | None = None,
+        padding_mask: Bool[Tensor, "*batch"] | Int[Tensor, "*batch"] | None = None,
         replay: Routing | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "*batch D"], Routing]:
         """The mixture of x, and the routing that made it.
 
-        padding_mask: True marks real tokens; padding is never routed and gets zeros from the routed experts.
+        padding_mask: True (or 1) marks real tokens; padding is never routed and gets zeros from the routed experts.
         replay: a recorded routing of these tokens: its choices are reused, its weights recomputed (activation
         checkpointing and debugging). generator: for routers that draw noise.
         Raises: ValueError for a wrong width; FloatingPointError, with the layer's name, for non-finite router logits.
@@ -78,15 +78,22 @@ class MoE(nn.Module):
         x: Float[Tensor, "*batch D"],
         *,
         token_ids: Int[Tensor, "*batch"] | None = None,
-        padding_mask: Bool[Tensor, "*batch"] | None = None,
+        padding_mask: Bool[Tensor, "*batch"] | Int[Tensor, "*batch"] | None = None,
         replay: Routing | None = None,
         generator: torch.Generator | None = None,
     ) -> Routing:
         """What :meth:`forward` would decide for x, capacity included, without running an expert."""
+        mask = None if padding_mask is None else padding_mask.reshape(-1).bool()
+        for what, values in (("token_ids", token_ids), ("padding_mask", padding_mask)):
+            if values is not None and values.shape != x.shape[:-1]:
+                raise ValueError(
+                    f"{self.name}: {what} must have shape {list(x.shape[:-1])}, one entry a token, "
+                    f"got {list(values.shape)}"
+                )
         try:
             routing = self.router(
-                x.reshape(-1, self.dim), token_ids=_flat(token_ids), padding_mask=_flat(padding_mask),
-                replay=replay, generator=generator,
+                x.reshape(-1, self.dim), token_ids=_flat(token_ids), padding_mask=mask, replay=replay,
+                generator=generator,
             )  # fmt: skip
         except FloatingPointError as error:
             raise FloatingPointError(f"{self.name}: {error}") from error

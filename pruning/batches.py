@@ -56,7 +56,10 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
     Keyword batches are passed to the model without `labels`; labels default to input_ids, and are shifted here
     (−100 is ignored). Without labels a pair counts only where both its tokens are real under `attention_mask`.
     A sample without targets adds 0.
-    Raises: ValueError if the sequences are shorter than two tokens or the model returns no logits [B, L, V]."""
+    Raises: ValueError if the model is an encoder by its config (``causal=False``), for which no token is next; if
+    the sequences are shorter than two tokens or the model returns no logits [B, L, V]."""
+    if getattr(getattr(model, "config", None), "causal", True) is False:
+        raise ValueError("next-token loss needs a causal model, got an encoder (causal=False): pass loss=")
     keywords = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     targets = _targets(keywords)
     output = model(batch) if isinstance(batch, Tensor) else model(**{k: v for k, v in batch.items() if k != "labels"})

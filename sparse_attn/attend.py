@@ -93,7 +93,8 @@ def attend(
 
     >>> attend(q, k, v, pattern=causal() & (sliding_window(256) | sinks(4)))
 
-    Under torch.compile, full() and causal() stay in the graph; any other pattern is one graph break, by that name.
+    Under torch.compile, full() and causal() stay in the graph; another pattern, or a key_mask, is one graph break.
+    NaN in, NaN out holds for folded and reference; torch's own SDPA kernel on CPU may hide NaN in q where L < 16.
 
     Raises: ValueError naming the argument, its bound and its value.
     """
@@ -111,7 +112,8 @@ def attend(
     return (out, lse) if return_lse else out
 
 
-# The one graph break of a compiled model: each attention layer whose pattern is neither full() nor causal().
+# The one graph break of a compiled model: each attention layer whose pattern is neither full() nor causal(), or that
+# has a key mask.
 @torch.compiler.disable(reason="sparse_attn walks the blocks of a sparse pattern in Python")
 def _by_pattern(
     q: Tensor,
@@ -292,6 +294,8 @@ def _check_options(
     backend: str,
     return_lse: bool,
 ) -> None:
+    if pattern is not None and not isinstance(pattern, Pattern):
+        raise ValueError(f"pattern must be a Pattern (parse_pattern reads text), got {pattern!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if not 0 <= dropout < 1:

@@ -34,6 +34,7 @@ class AttentionConfig:
     pattern: str = "causal()"
 
     def __post_init__(self) -> None:
+        _check_fields(self)
         _at_least("num_heads", self.num_heads, 1)
         _at_least("num_kv_heads", self.num_kv_heads, 1)
         _at_least("head_dim", self.head_dim, 2)
@@ -52,6 +53,7 @@ class DenseConfig:
     activation: str = "swiglu"
 
     def __post_init__(self) -> None:
+        _check_fields(self)
         _at_least("hidden", self.hidden, 1)
         _one_of("activation", self.activation, ACTIVATIONS)
 
@@ -77,6 +79,7 @@ class MoEConfig:
     activation: str = "swiglu"
 
     def __post_init__(self) -> None:
+        _check_fields(self)
         _at_least("hidden", self.hidden, 1)
         _at_least("num_experts", self.num_experts, 1)
         _at_least("shared_hidden", self.shared_hidden, 0)
@@ -123,9 +126,13 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        _check_fields(self)
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, LayerConfig):
+                raise ValueError(f"layers[{index}] must be a LayerConfig, got {type(layer).__name__}")
         for name in ("vocab_size", "dim", "max_length"):
             _at_least(name, getattr(self, name), 1)
-        if self.rope_theta <= 0 or self.norm_eps <= 0:
+        if not (self.rope_theta > 0 and self.norm_eps > 0):
             raise ValueError(f"rope_theta and norm_eps must be > 0, got {self.rope_theta} and {self.norm_eps}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
@@ -167,10 +174,11 @@ class TransformerConfig:
             if dim % num_heads:
                 raise ValueError(f"num_heads must divide dim={dim} unless head_dim is given, got {num_heads}")
             head_dim = dim // num_heads
-        attention = AttentionConfig(
-            num_heads, num_kv_heads or num_heads, head_dim, pattern or ("causal()" if causal else "full()")
-        )
-        feedforward = feedforward or DenseConfig(-(-8 * dim // 3 // 64) * 64)
+        if pattern is None:
+            pattern = "causal()" if causal else "full()"
+        attention = AttentionConfig(num_heads, num_heads if num_kv_heads is None else num_kv_heads, head_dim, pattern)
+        if feedforward is None:
+            feedforward = DenseConfig(-(-8 * dim // 3 // 64) * 64)
         return cls(
             vocab_size=vocab_size, dim=dim, layers=(LayerConfig(attention, feedforward),) * num_layers,
             max_length=max_length, rope_theta=rope_theta, norm_eps=norm_eps, tied=tied, dropout=dropout, causal=causal,
@@ -188,7 +196,7 @@ class TransformerConfig:
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "TransformerConfig":
         """The inverse of :meth:`to_dict`. Raises ValueError on an unknown key (naming the nearest) or a wrong type."""
-        record = dict(record)
+        record = dict(_table(record, "config"))
         if record.pop("model_type", "sparse-transformers") != "sparse-transformers":
             raise ValueError("model_type must be 'sparse-transformers'; this config is another library's")
         if not isinstance(record.get("layers"), list | tuple):
@@ -217,11 +225,11 @@ def _kind(record_type: type) -> str:
 
 
 def _layer(record: dict[str, Any], where: str) -> LayerConfig:
-    attention, feedforward = record.get("attention"), record.get("feedforward")
+    attention, feedforward = _table(record, where).get("attention"), record.get("feedforward")
     if attention is not None:
-        attention = _build(AttentionConfig, attention, f"{where}.attention")
+        attention = _build(AttentionConfig, _table(attention, f"{where}.attention"), f"{where}.attention")
     if feedforward is not None:
-        feedforward = dict(feedforward)
+        feedforward = dict(_table(feedforward, f"{where}.feedforward"))
         kind = feedforward.pop("kind", "dense")
         if kind not in _FEEDFORWARDS:
             raise ValueError(f"{where}.feedforward.kind must be one of {sorted(_FEEDFORWARDS)}, got {kind!r}")
@@ -231,16 +239,26 @@ def _layer(record: dict[str, Any], where: str) -> LayerConfig:
 
 def _build(record_type: type[T], values: dict[str, Any], where: str) -> T:
     fields = {f.name: f for f in dataclasses.fields(record_type)}  # type: ignore[arg-type]
-    for key, value in values.items():
+    for key in values:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(fields)}"
             raise ValueError(f"unknown key {key!r} in {where}{hint}")
-        _check_type(f"{where}.{key}", value, fields[key].type)
     missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
     return record_type(**values)
+
+
+def _table(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be a table, got {value!r}")
+    return value
+
+
+def _check_fields(record: Any) -> None:
+    for f in dataclasses.fields(record):
+        _check_type(f.name, getattr(record, f.name), f.type)
 
 
 def _check_type(name: str, value: object, declared: Any) -> None:

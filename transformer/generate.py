@@ -124,6 +124,8 @@ def _check(
 ) -> None:
     if not model.config.causal:
         raise ValueError("generation needs a causal model, got an encoder (causal=False)")
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise ValueError(f"input_ids must be integers [B, L], got {ids.dtype} {list(ids.shape)}")
     if ids.shape[1] < 1:
         raise ValueError("the prompt must hold at least 1 token, got 0")
     if max_new_tokens < 0:
@@ -135,8 +137,8 @@ def _check(
             f"prompt and new tokens must fit max_length={model.config.max_length}, "
             f"got {ids.shape[1]} + {max_new_tokens}"
         )
-    if temperature < 0:
-        raise ValueError(f"temperature must be >= 0, got {temperature}")
+    if not (temperature == 0 or 1e-6 <= temperature < float("inf")):
+        raise ValueError(f"temperature must be 0 (greedy) or in [1e-6, inf), got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be >= 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:

@@ -27,7 +27,7 @@ from transformer.norm import RMSNorm
 class ModelOutput:
     """What a forward pass gives.
 
-    logits [B, L, V] (None when only the loss was asked for); loss: mean next-token cross-entropy in nats, without side
+    logits [B, L, V] (None with ``return_logits=False``); loss: mean next-token cross-entropy in nats, without side
     losses, where labels were given; hidden [B, L, D] after the final norm; routings: one entry a layer, None for layers
     without experts.
     """
@@ -77,13 +77,15 @@ class Transformer(nn.Module):
         labels: Int[Tensor, "B L"] | None = None,
         cache: ModelCache | None = None,
         replay: tuple[Routing | None, ...] | None = None,
+        return_logits: bool = True,
     ) -> ModelOutput:
         """Token ids [B, L] to logits [B, L, V].
 
         attention_mask [B, L]: 0 marks padding among these tokens; a cache remembers the padding before them.
         labels: targets at their own positions (``labels=input_ids`` is usual); the model compares position i with label
         i + 1 and skips −100. An encoder compares position i with label i. cache: from :meth:`new_cache`, updated in
-        place. replay: routings of an earlier pass; their experts are used again.
+        place. replay: routings of an earlier pass; their experts are used again. return_logits: False leaves the logits
+        out, so that with labels only a chunk of them exists at a time.
         Raises ValueError for ids outside the vocabulary, a sequence over max_length, or shapes that do not agree.
         """
         hidden, routings = self.hidden_states(input_ids, attention_mask=attention_mask, cache=cache, replay=replay)
@@ -93,7 +95,8 @@ class Transformer(nn.Module):
                 raise ValueError(f"labels must have shape {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
             shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE) if self.config.causal else labels
             loss = chunked_cross_entropy(hidden.flatten(0, 1), self.head_weight, shifted.flatten())
-        return ModelOutput(F.linear(hidden, self.head_weight), loss, hidden, routings)
+        logits = F.linear(hidden, self.head_weight) if return_logits else None
+        return ModelOutput(logits, loss, hidden, routings)
 
     def hidden_states(
         self,
@@ -104,8 +107,8 @@ class Transformer(nn.Module):
         replay: tuple[Routing | None, ...] | None = None,
     ) -> tuple[Float[Tensor, "B L D"], tuple[Routing | None, ...]]:
         """Hidden states [B, L, D] after the final norm, and the routings: everything but the logits."""
+        self._check(input_ids, cache, replay)
         start = cache.length if cache else 0
-        self._check(input_ids, start, replay)
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask must have shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
@@ -176,8 +179,14 @@ class Transformer(nn.Module):
         sizes = {layer.attention.head_dim for layer in self.config.layers if layer.attention}
         return {size: rotary_angles(positions, size, theta=self.config.rope_theta) for size in sizes}
 
-    def _check(self, input_ids: Tensor, start: int, replay: tuple[Routing | None, ...] | None) -> None:
-        end = start + input_ids.shape[1]
+    def _check(
+        self, input_ids: Tensor, cache: ModelCache | None, replay: tuple[Routing | None, ...] | None
+    ) -> None:
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise ValueError(f"input_ids must be integers [B, L], got {input_ids.dtype} {list(input_ids.shape)}")
+        if cache is not None and not self.config.causal:
+            raise ValueError("an encoder (causal=False) sees later tokens and cannot take a cache: pass the whole text")
+        end = (cache.length if cache else 0) + input_ids.shape[1]
         if end > self.config.max_length:
             raise ValueError(f"sequence must be at most max_length={self.config.max_length} tokens, got {end}")
         if replay is not None and len(replay) != len(self.layers):

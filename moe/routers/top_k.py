@@ -119,6 +119,8 @@ def router_logits(
     """
     if x.shape[1] != weight.shape[1]:
         raise ValueError(f"x must have width dim={weight.shape[1]}, got {x.shape[1]}")
+    if real is not None and real.dtype != torch.bool:
+        raise ValueError(f"padding_mask must be bool, True for real tokens, got {real.dtype}")
     if real is not None and real.shape[0] != x.shape[0]:
         raise ValueError(f"padding_mask must have one entry for each of {x.shape[0]} tokens, got {real.shape[0]}")
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -140,10 +142,11 @@ def choose_top_k(
     """The k best experts of each real token, or those of ``replay``, weighted by softmax(logits).
 
     A replay keeps the recorded assignments, dropped ones included, and takes the weights from these logits,
-    so that gradients flow. Raises: ValueError for a replay of another number of tokens or experts.
+    so that gradients flow. Raises: ValueError for a replay of other tokens, experts or padding.
     """
     scores = logits.softmax(-1)
     if replay is not None:
+        _require_same_padding(real, replay)
         return _replayed(logits, scores, replay, renormalize, noise_seed)
     num_tokens, num_experts = logits.shape
     # chosen on logits: distinct logits can underflow to equal probabilities
@@ -181,6 +184,17 @@ def _replayed(
         replay.token, replay.expert, weight, logits, scores, replay.num_experts, replay.num_tokens,
         dropped=replay.dropped, real=replay.real, noise_seed=noise_seed,
     )  # fmt: skip
+
+
+def _require_same_padding(real: Bool[Tensor, "T"] | None, replay: Routing) -> None:
+    if real is None or torch.compiler.is_compiling():
+        return
+    recorded = torch.ones_like(real) if replay.real is None else replay.real
+    if recorded.shape == real.shape and not recorded.equal(real):
+        raise ValueError(
+            f"padding_mask must be the one that replay was recorded with ({replay.padding} padding tokens), "
+            f"got one with {int((~real).sum())}"
+        )
 
 
 def uniform_noise(x: Float[Tensor, "T D"], width: float, seed: int) -> Float[Tensor, "T D"]:

@@ -256,3 +256,31 @@ def test_the_error_of_a_diverged_layer_names_it():
 def test_bad_input_names_the_bound_and_the_value(build, message):
     with unchecked(), pytest.raises(ValueError, match=message):
         build()
+
+
+def test_an_integer_mask_is_the_boolean_mask():
+    layer = top_k_layer(dtype=torch.float32)
+    x = torch.randn(2, 5, layer.dim)
+    mask = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 1, 1, 1]])
+    y, routing = layer(x, padding_mask=mask)
+    expected, wanted = layer(x, padding_mask=mask.bool())
+    close(y, expected)
+    assert routing.expert.equal(wanted.expert) and routing.padding == 2
+
+
+@pytest.mark.parametrize("name", ["padding_mask", "token_ids"])
+def test_a_mask_or_ids_of_another_shape_are_refused(name):
+    layer = top_k_layer(dtype=torch.float32)
+    values = torch.ones(5, 2, dtype=torch.bool if name == "padding_mask" else torch.long)
+    with unchecked(), pytest.raises(ValueError, match=rf"{name} must have shape \[2, 5\]"):
+        layer(torch.randn(2, 5, layer.dim), **{name: values})
+
+
+def test_a_replay_with_other_padding_is_refused():
+    layer = top_k_layer(dtype=torch.float32)
+    x = torch.randn(2, 5, layer.dim)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    with pytest.raises(ValueError, match="padding_mask must be the one that replay was recorded with"):
+        layer(x, padding_mask=mask, replay=layer(x)[1])
+    recorded = layer(x, padding_mask=mask)
+    close(layer(x, padding_mask=mask, replay=recorded[1])[0], recorded[0])

@@ -41,6 +41,14 @@ def test_flops_equal_torchs_counter_away_from_attention(length, feedforward, mon
     assert model.flops_per_token(length) * length == pytest.approx(counter.get_total_flops() + attention, rel=1e-12)
 
 
+def test_a_shared_expert_costs_flops():
+    counts = [
+        Transformer(uniform(num_layers=1, feedforward=MoEConfig(6, 4, k=2, shared_hidden=shared))).flops_per_token(8)
+        for shared in (0, 5)
+    ]
+    assert counts[1] - counts[0] == 2 * 3 * 12 * 5
+
+
 def test_all_experts_or_the_active_ones():
     config = uniform(num_layers=1, feedforward=MIXTURE)
     model = Transformer(config)

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.typecheck import unchecked
 from transformer import AttentionConfig, DenseConfig, LayerConfig, MoEConfig, TransformerConfig
 
 attentions = st.builds(
@@ -41,6 +42,7 @@ def small(**options):
         ({"vocab_size": 0}, "vocab_size must be >= 1, got 0"),
         ({"num_heads": 3}, "num_heads must divide dim=8"),
         ({"num_heads": 0}, "num_heads must be >= 1, got 0"),
+        ({"num_kv_heads": 0}, "num_kv_heads must be >= 1, got 0"),
         ({"num_heads": 4, "head_dim": 2, "num_kv_heads": 3}, "num_kv_heads must divide num_heads=4, got 3"),
         ({"head_dim": 3}, "head_dim must be even for rotary embeddings, got 3"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
@@ -85,12 +87,17 @@ def change(record, *path, value):
         (("dim",), "8", "dim must be int, got '8'"),
         (("tied",), 1, "tied must be bool, got 1"),
         (("layers",), None, "layers must be a list"),
+        (("layers", 0), 1, r"layers\[0\] must be a table, got 1"),
+        (("layers", 0, "attention"), "x", r"layers\[0\].attention must be a table"),
+        (("layers", 0, "feedforward"), 5, r"layers\[0\].feedforward must be a table"),
+        (("layers", 0, "attention", "num_heads"), 2.0, "num_heads must be int, got 2.0"),
+        (("rope_theta",), float("nan"), "rope_theta and norm_eps must be > 0"),
     ],
 )
 def test_bad_records(path, value, message):
     record = small().to_dict()
     change(record, *path, value=value)
-    with pytest.raises(ValueError, match=message):
+    with unchecked(), pytest.raises(ValueError, match=message):
         TransformerConfig.from_dict(record)
 
 

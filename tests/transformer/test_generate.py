@@ -103,7 +103,7 @@ def test_temperature_follows_the_softmax():
     [
         ({"max_new_tokens": -1}, "max_new_tokens must be >= 0, got -1"),
         ({"max_new_tokens": 2000}, r"must fit max_length=1024, got 3 \+ 2000"),
-        ({"temperature": -0.1}, "temperature must be >= 0"),
+        ({"temperature": -0.1}, "temperature must be 0"),
         ({"top_k": 0}, "top_k must be >= 1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"attention_mask": torch.tensor([[1, 1, 0]])}, "attention_mask must be 0 on the left"),

@@ -8,6 +8,7 @@ from moe import load_balancing_loss, router_z_loss
 from sparse_attn import parse_pattern
 from tests.tolerances import close
 from tests.transformer import reference
+from tests.typecheck import unchecked
 from transformer import AttentionConfig, DenseConfig, LayerConfig, MoEConfig, Transformer, TransformerConfig
 
 CAUSAL, WINDOW = "causal()", "causal() & (sliding_window(3) | sinks(1))"
@@ -53,6 +54,60 @@ def test_logits_equal_the_loops(activation, pattern, length):
         for row in ids
     ]
     close(model(ids).logits, torch.stack(expected), dtype=torch.float32)
+
+
+def test_every_number_of_the_config_reaches_the_model():
+    """Far from their defaults, so that a default in their place shows."""
+    mixture = MoEConfig(hidden=6, num_experts=4, k=2, renormalize=False, shared_hidden=5)
+    model = model_of(uniform(rope_theta=7.0, norm_eps=0.3, feedforward=mixture))
+    ids = torch.randint(13, (1, 8))
+
+    def mixed(prefix, state, x):
+        up, down, router = (state[f"{prefix}.{name}"] for name in ("experts.up", "experts.down", "router.weight"))
+        scores = (x @ router.T).softmax(-1)
+        y = swiglu(x, state[f"{prefix}.shared.up"][0], state[f"{prefix}.shared.down"][0])
+        for t in range(len(x)):
+            for e in scores[t].argsort(descending=True)[:2].tolist():
+                y[t] += scores[t, e] * swiglu(x[t], up[e], down[e])
+        return y
+
+    expected = reference.logits(model, ids[0].tolist(), sees=lambda i, j: j <= i, moe=mixed)
+    close(model(ids).logits[0], expected, dtype=torch.float32)
+
+
+def swiglu(x, up, down):
+    gate, value = (x @ up).chunk(2, dim=-1)
+    return (gate * gate.sigmoid() * value) @ down.T
+
+
+def test_initial_weights_are_scaled_by_depth_where_they_write_to_the_stream():
+    model = Transformer(TransformerConfig.uniform(vocab_size=50, dim=64, num_layers=8, num_heads=4))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            wanted = 0.02 / 4 if name.split(".")[-2] in ("output", "down") else 0.02
+            assert abs(parameter.std().item() / wanted - 1) < 0.1, name
+
+
+def test_dropout_reaches_both_branches():
+    for layer in (LayerConfig(AttentionConfig(2, 2, 4), None), LayerConfig(None, DenseConfig(8))):
+        model = model_of(TransformerConfig(vocab_size=13, dim=12, layers=(layer,), dropout=0.5)).train()
+        ids = torch.randint(13, (1, 7))
+        assert not torch.equal(model(ids).hidden, model(ids).hidden)
+
+
+def test_the_switch_router_gets_its_jitter():
+    config = uniform(feedforward=MoEConfig(6, 4, k=1, router="switch", jitter=0.3))
+    model = model_of(config).train()
+    ids = torch.randint(13, (1, 7))
+    assert not torch.equal(model(ids).routings[0].logits, model(ids).routings[0].logits)
+    assert torch.equal(model.eval()(ids).routings[0].logits, model(ids).routings[0].logits)
+
+
+def test_the_loss_without_the_logits():
+    model = model_of(uniform())
+    ids = torch.randint(13, (2, 8))
+    out = model(ids, labels=ids, return_logits=False)
+    assert out.logits is None and out.loss == model(ids, labels=ids).loss
 
 
 def test_an_encoder_sees_both_ways():
@@ -173,6 +228,18 @@ def test_same_generator_same_weights():
 def test_bad_input(ids, options, message):
     with pytest.raises(ValueError, match=message):
         Transformer(unequal())(ids, **options)
+
+
+@pytest.mark.parametrize("ids", [torch.zeros(3, dtype=torch.long), torch.zeros(1, 3)])
+def test_ids_of_another_shape_or_type(ids):
+    with unchecked(), pytest.raises(ValueError, match=r"input_ids must be integers \[B, L\]"):
+        Transformer(uniform())(ids)
+
+
+def test_an_encoder_takes_no_cache():
+    model = Transformer(uniform(causal=False))
+    with pytest.raises(ValueError, match="cannot take a cache"):
+        model(torch.zeros(1, 3, dtype=torch.long), cache=model.new_cache())
 
 
 def test_nan_names_the_layer():
