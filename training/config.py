@@ -132,9 +132,9 @@ class OptimConfig:
     schedule: Schedule = "cosine"
     """'cosine', 'wsd' (warm-up, stable, linear decay), or 'constant'."""
     warmup: int = 50
-    """Steps of linear warm-up (never more than the run has)."""
+    """Steps of linear warm-up (never more than the run has, or than wsd leaves before it decays)."""
     final: float = 0.1
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate of the last step, as a share of the peak (cosine and wsd)."""
     decay_fraction: float = 0.2
     """Share of the steps in which wsd decays."""
     clip: float = 1.0

@@ -49,28 +49,47 @@ def lr_multiplier(
     final: float = 0.1,
     decay_fraction: float = 0.2,
 ) -> float:
-    """Factor on the peak learning rate for step 0, 1, …, steps - 1.
+    """Factor on the peak learning rate for step 0, 1, …, steps - 1: at the last step exactly ``final``.
 
-    Warm-up: (step+1)/warmup. Then, with t from 0 to 1 over the rest of the steps,
-    cosine: final + (1-final)·(1+cos πt)/2 (Loshchilov & Hutter 2017, arXiv:1608.03983);
-    wsd: 1, then linearly to ``final`` over the last ``decay_fraction`` of all steps (Hu et al. 2024, arXiv:2404.06395);
-    constant: 1.
-    Raises: ValueError if warmup exceeds steps, or final or decay_fraction is outside [0, 1].
+    Warm-up: (step+1)/warmup, so that the peak is step warmup-1 (step 0 without warm-up). Then
+    cosine: final + (1-final)·(1+cos πt)/2, t from 0 at the peak to 1 at step steps-1 (Loshchilov & Hutter 2017,
+    arXiv:1608.03983);
+    wsd: 1, then linearly to ``final`` over the last :func:`decay_steps` steps (a schedule of the shape that Hu et al.
+    2024, arXiv:2404.06395, name; the linear cooldown is in Hägele et al. 2024, arXiv:2405.18392);
+    constant: 1, with no ``final``. A run of one step, or one that is all warm-up, ends at the peak.
+    Raises: ValueError if warmup exceeds :func:`longest_warmup`, final is outside [0, 1] or decay_fraction (0, 1].
     """
-    if not 0 <= warmup <= steps:
-        raise ValueError(f"warmup must be in [0, steps={steps}], got {warmup}")
-    if not 0 <= final <= 1 or not 0 <= decay_fraction <= 1:
-        raise ValueError(f"final and decay_fraction must be in [0, 1], got {final} and {decay_fraction}")
+    if not 0 <= final <= 1:
+        raise ValueError(f"final must be in [0, 1], got {final}")
+    longest = longest_warmup(steps, kind=kind, decay_fraction=decay_fraction)
+    if not 0 <= warmup <= longest:
+        raise ValueError(f"warmup must be in [0, {longest}] for {kind} over steps={steps}, got {warmup}")
     if step < warmup:
         return (step + 1) / warmup
     if kind == "constant":
         return 1.0
     if kind == "cosine":
-        t = (step - warmup) / max(1, steps - warmup)
-        return final + (1 - final) * (1 + math.cos(math.pi * min(t, 1.0))) / 2
-    decay_steps = max(1, round(steps * decay_fraction))
-    t = (step - (steps - decay_steps)) / decay_steps
-    return 1.0 - (1 - final) * min(max(t, 0.0), 1.0)
+        peak = max(warmup - 1, 0)
+        t = (step - peak) / max(1, steps - 1 - peak)
+        return final + (1 - final) * (1 + math.cos(math.pi * t)) / 2
+    decay = decay_steps(steps, decay_fraction=decay_fraction)
+    t = max(0.0, (step - (steps - 1 - decay)) / max(1, decay))
+    return (1 - t) + final * t
+
+
+def longest_warmup(steps: int, *, kind: Schedule, decay_fraction: float) -> int:
+    """Most steps of warm-up that a schedule has room for: all, or for wsd those before it decays."""
+    return steps - decay_steps(steps, decay_fraction=decay_fraction) if kind == "wsd" else steps
+
+
+def decay_steps(steps: int, *, decay_fraction: float) -> int:
+    """Steps of wsd below the peak: ``decay_fraction`` of all, at least one, and never the first.
+
+    Raises: ValueError if decay_fraction is outside (0, 1].
+    """
+    if not 0 < decay_fraction <= 1:
+        raise ValueError(f"decay_fraction must be in (0, 1], got {decay_fraction}")
+    return min(max(1, round(steps * decay_fraction)), steps - 1)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -21,7 +21,7 @@ from training.evaluation import Evaluation, evaluate
 from training.finite import NonFiniteError, first_non_finite
 from training.metrics import Metrics
 from training.moments import Sparsifier, all_agree, parametrised
-from training.optim import adamw, clip, gradient_norm, lr_multiplier, set_lr
+from training.optim import adamw, clip, gradient_norm, longest_warmup, lr_multiplier, set_lr
 from training.precision import choose_precision
 from training.progress import ProgressBar, interruptions
 from training.state import random_state, set_random_state
@@ -226,13 +226,14 @@ class Trainer:
             )
 
     def _lr_multiplier(self) -> float:
+        steps, kind, decay_fraction = self.train.steps, self.optim.schedule, self.optim.decay_fraction
         return lr_multiplier(
             self.step,
-            steps=self.train.steps,
-            kind=self.optim.schedule,
-            warmup=min(self.optim.warmup, self.train.steps),
+            steps=steps,
+            kind=kind,
+            warmup=min(self.optim.warmup, longest_warmup(steps, kind=kind, decay_fraction=decay_fraction)),
             final=self.optim.final,
-            decay_fraction=self.optim.decay_fraction,
+            decay_fraction=decay_fraction,
         )
 
     def _due(self, every: int) -> bool:

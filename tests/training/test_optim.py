@@ -1,13 +1,26 @@
 """What decays, how the learning rate moves, and what clipping does, against hand-worked numbers."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.tolerances import close
 from tests.training.models import small_batch, small_model
-from training.optim import adamw, clip, gradient_norm, lr_multiplier, parameter_groups, set_lr
+from training.optim import (
+    Schedule,
+    adamw,
+    clip,
+    decay_steps,
+    gradient_norm,
+    longest_warmup,
+    lr_multiplier,
+    parameter_groups,
+    set_lr,
+)
 from training.step import accumulate
 
 
@@ -48,14 +61,44 @@ def test_every_trainable_parameter_is_in_one_group_and_routers_keep_their_factor
 def test_schedules_by_hand() -> None:
     cosine = [lr_multiplier(step, steps=14, warmup=4, final=0.2) for step in range(14)]
     assert cosine[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert cosine[4] == 1.0
-    assert cosine[9] == pytest.approx(0.2 + 0.8 / 2)
-    assert cosine[13] == pytest.approx(0.2 + 0.8 * (1 + math.cos(0.9 * math.pi)) / 2)
+    assert cosine[8] == pytest.approx(0.2 + 0.8 * (1 + math.cos(0.5 * math.pi)) / 2)
+    assert cosine[12] == pytest.approx(0.2 + 0.8 * (1 + math.cos(0.9 * math.pi)) / 2)
     wsd = [lr_multiplier(step, steps=10, kind="wsd", warmup=2, final=0.0, decay_fraction=0.4) for step in range(10)]
-    assert wsd == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert wsd == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
     assert lr_multiplier(7, steps=10, kind="constant", warmup=2) == 1.0
-    with pytest.raises(ValueError, match=r"warmup must be in \[0, steps=10\], got 11"):
+    with pytest.raises(ValueError, match=r"warmup must be in \[0, 10\] for cosine over steps=10, got 11"):
         lr_multiplier(0, steps=10, warmup=11)
+    with pytest.raises(ValueError, match=r"warmup must be in \[0, 8\] for wsd over steps=10, got 9"):
+        lr_multiplier(0, steps=10, kind="wsd", warmup=9)
+    with pytest.raises(ValueError, match=r"decay_fraction must be in \(0, 1\], got 0"):
+        lr_multiplier(0, steps=10, kind="wsd", decay_fraction=0.0)
+
+
+@given(
+    st.integers(2, 60),
+    st.sampled_from(["cosine", "wsd"]),
+    st.floats(0, 1),
+    st.floats(0.01, 1),
+    st.floats(0, 1),
+)
+def test_schedules_end_at_final_and_never_jump_down(
+    steps: int, kind: Schedule, final: float, decay_fraction: float, share: float
+) -> None:
+    longest = longest_warmup(steps, kind=kind, decay_fraction=decay_fraction)
+    warmup = int(share * min(longest, steps - 1))
+    factors = [
+        lr_multiplier(step, steps=steps, kind=kind, warmup=warmup, final=final, decay_fraction=decay_fraction)
+        for step in range(steps)
+    ]
+    peak = max(warmup - 1, 0)
+    assert factors[peak] == pytest.approx(1.0)
+    assert factors[-1] == final
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(factors[peak:]))
+    slope = (
+        math.pi / 2 / (steps - 1 - peak) if kind == "cosine" else 1 / decay_steps(steps, decay_fraction=decay_fraction)
+    )
+    longest_fall = (1 - final) * slope
+    assert all(a - b <= longest_fall + 1e-12 for a, b in itertools.pairwise(factors[peak:]))
 
 
 def test_clipping_scales_the_global_norm() -> None:
