@@ -6,12 +6,17 @@ import hashlib
 import itertools
 import json
 import sysconfig
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from training.folders import MARKER
 
 STDLIB = "stdlib"
 HUGGING_FACE = "hf:"
+BUILDERS = frozenset({"json", "text", "csv", "parquet"})
 NOT_LIBRARY = frozenset({"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"})
 
 
@@ -120,10 +125,14 @@ def read_stdlib(*, skipped: list[str] | None = None) -> Iterator[str]:
 
 
 def read_files(name: str, *, field: str = "text", skipped: list[str] | None = None) -> Iterator[str]:
-    """One document a file, for a file, every file below a folder (hidden ones left out), or a glob.
+    """One document a file, for a file, every file below a folder, or a glob; sorted by path.
+
+    Below the folder, or the part of a glob without wildcards, hidden files and folders are left out, and the folders
+    that this package wrote (see :mod:`training.folders`): runs, pruned models, caches.
 
     ``.gz`` is unpacked; in ``.jsonl`` each line is an object whose ``field`` is a document. Files that are not UTF-8
-    are left out and named in ``skipped``. Raises: FileNotFoundError if no file matches.
+    are left out and named in ``skipped``. Raises: FileNotFoundError if no file matches; ValueError naming the file (and
+    line) if a .gz or .jsonl is damaged, or the folder is itself one that this package writes to.
     """
     skipped = [] if skipped is None else skipped
     for path in _matching(name):
@@ -137,17 +146,28 @@ def read_hub(name: str, *, split: str = "train", field: str = "text", streaming:
     """Documents of ``hf:dataset[:config]`` through ``datasets``: a hub name, a local folder, or a builder such as json.
 
     A third part gives local files: ``hf:json:/data/part*.jsonl``. streaming: read while downloading, nothing cached.
-    Raises: ValueError if the dataset has no such field.
+    Raises: ValueError if the dataset has no text in that field, is damaged, or names no files.
     """
     import datasets  # takes a second to import
 
     dataset_name, _, config = name.removeprefix(HUGGING_FACE).partition(":")
-    where = {"data_files": config} if dataset_name in {"json", "text", "csv", "parquet"} else {"name": config or None}
-    rows = datasets.load_dataset(dataset_name, split=split, streaming=streaming, **where)
-    for row in rows:
-        if field not in row:
-            raise ValueError(f"dataset {name!r} has no field {field!r}, only {sorted(row)}: set data.field")
-        yield row[field]
+    if dataset_name in BUILDERS and not config:
+        raise ValueError(f"corpus {name!r} names no files: give {HUGGING_FACE}{dataset_name}:FILES")
+    where = {"data_files": config} if dataset_name in BUILDERS else {"name": config or None}
+    try:
+        for number, row in enumerate(datasets.load_dataset(dataset_name, split=split, streaming=streaming, **where)):
+            yield _text_of_row(row, field=field, where=f"row {number} of dataset {name!r}")
+    except datasets.exceptions.DatasetsError as error:
+        raise ValueError(f"dataset {name!r} is not readable: {error.__cause__ or error}") from error
+
+
+def _text_of_row(row: Mapping[str, Any], *, field: str, where: str) -> str:
+    if field not in row:
+        raise ValueError(f"{where} has no field {field!r}, only {sorted(row)}: set data.text_field")
+    if not isinstance(row[field], str):
+        raise ValueError(f"{where} has {type(row[field]).__name__} in {field!r}, not text: set data.text_field")
+    text: str = row[field]
+    return text
 
 
 def _digest(text: str) -> bytes:
@@ -158,21 +178,36 @@ def _matching(name: str) -> list[Path]:
     root = Path(name).expanduser()
     if root.is_file():
         return [root]
+    if (root / MARKER).is_file():
+        raise ValueError(f"corpus {name!r} is a folder that runs or caches are written to: give --out or cache another")
     candidates = root.rglob("*") if root.is_dir() else map(Path, glob.glob(str(root), recursive=True))
-    base = root if root.is_dir() else Path()
-    files = sorted(path for path in candidates if path.is_file() and not _hidden(path, base))
+    base = root if root.is_dir() else _without_wildcards(root)
+    files = sorted(path for path in candidates if path.is_file() and not _hidden(path, base) and not _ours(path, base))
     if not files:
         raise FileNotFoundError(f"no file for corpus {name!r}: give 'stdlib', 'hf:NAME', a file, a folder or a glob")
     return files
 
 
+def _without_wildcards(pattern: Path) -> Path:
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
+
+
 def _hidden(path: Path, base: Path) -> bool:
-    parts = path.relative_to(base).parts if path.is_relative_to(base) else path.parts
-    return any(part.startswith(".") and part not in {".", ".."} for part in parts)
+    return any(part.startswith(".") for part in path.relative_to(base).parts)
+
+
+def _ours(path: Path, base: Path) -> bool:
+    below = path.relative_to(base).parents
+    return any((base / parent / MARKER).is_file() for parent in below if parent != Path())
 
 
 def _open_text(path: Path) -> str:
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if path.suffix != ".gz":
+        return path.read_bytes().decode("utf-8")
+    try:
+        raw = gzip.decompress(path.read_bytes())
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged or not gzip ({error}): copy it again, or leave it out") from error
     return raw.decode("utf-8")
 
 
@@ -188,7 +223,19 @@ def _read_json_lines(path: Path, *, field: str, skipped: list[str]) -> Iterator[
         for number, line in enumerate(text.split("\n"), start=1):
             if not line.strip():
                 continue
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise ValueError(f"{path}:{number} has no text in field {field!r}: set data.field")
-            yield row[field]
+            yield _text_of_line(line, field=field, where=f"{path}:{number}")
+
+
+def _text_of_line(line: str, *, field: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        raise ValueError(f"{where} has no text in field {field!r}: set data.text_field")
+    text: str = row[field]
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} has half of a surrogate pair, which is not text: {error}") from error
+    return text

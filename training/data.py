@@ -50,7 +50,7 @@ class Data:
     """A tokenised corpus: ``separator doc separator doc … separator``, for training and held-out documents.
 
     Every token of a document and the separator after it is predicted once in an epoch (the last length-1 or fewer of
-    an epoch's tokens wait for the next), and exactly once in an evaluation.
+    an epoch's tokens wait for the next), and exactly once in an evaluation. skipped: files left out as not UTF-8.
     """
 
     tokenizer: Tokenizer
@@ -59,6 +59,7 @@ class Data:
     train_bytes: int
     held_out_bytes: int
     fingerprint: str
+    skipped: tuple[str, ...] = ()
 
 
 def prepare(
@@ -79,7 +80,7 @@ def prepare(
         )
     held_out = tokenise(corpus.held_out, encoder, cache=cache)
     print_of_content = hashlib.blake2b((corpus.fingerprint() + encoder.to_json()).encode(), digest_size=16).hexdigest()
-    return Data(encoder, train, held_out, corpus.train_bytes, corpus.held_out_bytes, print_of_content)
+    return Data(encoder, train, held_out, corpus.train_bytes, corpus.held_out_bytes, print_of_content, corpus.skipped)
 
 
 def make_tokenizer(corpus: Corpus, *, kind: str, vocab_size: int, cache: Path | None = None) -> Tokenizer:

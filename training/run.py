@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,13 @@ from training.config import DataConfig, RunConfig, SparsifyConfig, model_config,
 from training.corpora import Corpus, load_corpus
 from training.data import Data, prepare
 from training.durable import replace_durably
+from training.folders import mark, only_user
 from training.tokenizer import FILE_NAME as TOKENIZER
 from training.trainer import CHECKPOINTS, Outcome, Trainer
 from transformer import Transformer
 
 CONFIG = "run.json"
+NAMED = 3  # files left out that are named
 
 
 def train(
@@ -39,14 +42,17 @@ def train(
     Raises: ValueError or OSError, in one line that says what to do, before work starts where that is possible.
     """
     console = console or Console(quiet=True)
-    start = starting_point(config.out, resume=resume, checkpoint=checkpoint, overwrite=overwrite)
-    keep_freed_memory()
-    trainer = make_trainer(config)
-    if start is not None:
-        trainer.resume(start)
-    replace_durably(config.out / CONFIG, json.dumps(to_dict(config), indent=1).encode())
-    console.print(describe(trainer), highlight=False)
-    return trainer.run(console=console)
+    with only_user(config.out):
+        start = starting_point(config.out, resume=resume, checkpoint=checkpoint, overwrite=overwrite)
+        keep_freed_memory()
+        trainer = make_trainer(config)
+        if start is not None:
+            trainer.resume(start)
+        elif overwrite:
+            remove_checkpoints(config.out / CHECKPOINTS)
+        replace_durably(config.out / CONFIG, json.dumps(to_dict(config), indent=1).encode())
+        console.print(describe(trainer), highlight=False)
+        return trainer.run(console=console)
 
 
 def make_trainer(config: RunConfig) -> Trainer:
@@ -100,6 +106,8 @@ def make_model(config: RunConfig, *, vocab_size: int) -> Transformer:
 
 def load_data(config: DataConfig) -> Data:
     """The tokenised corpus of a [data] section."""
+    if config.cache is not None:
+        mark(config.cache)
     return prepare(
         read_corpus(config),
         length=config.length,
@@ -136,13 +144,16 @@ def starting_point(out: Path, *, resume: bool, checkpoint: Path | None, overwrit
         if found is None or not found.is_dir():
             raise FileNotFoundError(f"no checkpoint at {found or root}: leave out --resume to start at step 0")
         return found
-    if overwrite:
-        for old in checkpoints(root):
-            shutil.rmtree(old)
-        (root / LATEST).unlink(missing_ok=True)
-    elif found is not None:
+    if found is not None and not overwrite:
         raise ValueError(f"{out} holds a run up to {found.name}: add --resume to go on, --overwrite to start anew")
     return None
+
+
+def remove_checkpoints(root: Path) -> None:
+    """Remove every checkpoint below ``root``."""
+    (root / LATEST).unlink(missing_ok=True)
+    for old in checkpoints(root):
+        shutil.rmtree(old)
 
 
 def model_folder(path: Path) -> Path:
@@ -166,18 +177,25 @@ def seed_everything(seed: int) -> None:
 
 
 def describe(trainer: Trainer) -> str:
-    """What is about to run, in two lines."""
+    """What is about to run, in two lines, and one more if files were left out."""
     model, data, precision = trainer.model, trainer.data, trainer.precision
     total, active = model.num_parameters(), model.num_parameters(active=True)
-    tokens = len(data.train)
+    tokens, skipped = len(data.train), _naming(data.skipped)
     precision_name = str(precision.dtype).removeprefix("torch.")
     return (
         f"{total:,} parameters ({active:,} active), {tokens:,} training tokens"
         f" ({data.train_bytes / 2**20:.1f} MiB), {data.held_out_bytes / 2**20:.2f} MiB held out,"
-        f" vocabulary {data.tokenizer.vocab_size}\n"
+        f" vocabulary {data.tokenizer.vocab_size}\n{skipped}"
         f"{trainer.device}, {torch.get_num_threads()} threads, matrix products in {precision_name}"
         f" ({precision.reason}); step {trainer.step} of {trainer.train.steps}, into {trainer.out}"
     )
+
+
+def _naming(skipped: Sequence[str]) -> str:
+    if not skipped:
+        return ""
+    names = ", ".join(skipped[:NAMED]) + (", …" if len(skipped) > NAMED else "")
+    return f"left out, as not UTF-8 text: {len(skipped)} ({names})\n"
 
 
 def _with_tokenizer_of(config: DataConfig, folder: Path) -> DataConfig:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from training.checkpoint import checkpoints
 from training.cli import main
 from transformer import Transformer
 
@@ -133,6 +134,50 @@ def test_a_run_is_not_overwritten_by_accident(config: Path, capsys: pytest.Captu
     assert sparse_transformers("train", str(config)) == 1
     assert "add --resume to go on, --overwrite to start anew" in capsys.readouterr().err
     assert sparse_transformers("train", str(config), "--train.steps", "3", "--overwrite") == 0
+
+
+def test_overwrite_removes_nothing_before_the_new_run_can_start(config: Path, tmp_path: Path) -> None:
+    assert sparse_transformers("train", str(config), "--train.steps", "2") == 0
+    run = tmp_path / "run"
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    for bad in (["--data.corpus", str(tmp_path / "none")], ["--model.k", "9"]):
+        assert sparse_transformers("train", str(config), "--overwrite", *bad) == 1
+    after = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    assert after == before
+    assert sparse_transformers("train", str(config), "--train.steps", "1", "--overwrite") == 0
+    assert [path.name for path in checkpoints(run / "checkpoints")] == ["step-00000001"]
+
+
+def test_a_folder_has_one_run_at_a_time(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    script = "import sys, time, pathlib; from training.folders import only_user\n"
+    script += f"with only_user(pathlib.Path({str(run)!r})): print('held', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        assert sparse_transformers("train", str(config), "--train.steps", "1") == 1
+        shown = capsys.readouterr().err
+        assert f"{run} is in use by process {process.pid}:" in shown
+        assert shown.count("\n") == 1
+        process.kill()
+    assert sparse_transformers("train", str(config), "--train.steps", "1") == 0
+
+
+def test_runs_and_caches_below_the_corpus_are_not_text(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path / "texts")
+    Path("latin.txt").write_bytes(b"caf\xe9")
+    flags = ["--data.corpus", ".", "--out", "runs/a", "--data.cache", "runs/cache", "--data.tokenizer", "bpe"]
+    flags += ["--data.vocab-size", "270", "--train.steps", "4"]
+    assert sparse_transformers("train", str(config), *flags, "--train.stop-at", "2") == 0
+    assert "left out, as not UTF-8 text: 1 (latin.txt)" in capsys.readouterr().out
+    assert sparse_transformers("train", str(config), *flags, "--resume") == 0
+    assert sparse_transformers("evaluate", "runs/a") == 0
+    other = [flag.replace("runs/a", "runs/b") for flag in flags]
+    assert sparse_transformers("train", str(config), *other) == 0
+    first, second = (Path("runs", name, "checkpoints", "step-00000004", "state.json").read_text() for name in "ab")
+    assert json.loads(first)["fingerprint"] == json.loads(second)["fingerprint"]
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(config: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.corpora import Corpus, load_corpus
+from training.corpora import Corpus, load_corpus, read_files
 from training.data import IGNORED, Batches, held_out_batches, prepare, tokenise
+from training.folders import mark
 from training.tokenizer import byte_tokenizer
 
 TEXTS = [f"document {number}: " + "naïve words → " * number + "\n" for number in range(1, 21)]
@@ -29,7 +31,6 @@ def test_split_is_by_document_and_depends_only_on_the_texts(tmp_path: Path) -> N
     assert len(corpus.held_out) == 4
     (tmp_path / "00.txt").rename(tmp_path / "zz.md")
     (tmp_path / "copy.txt").write_text(TEXTS[3], encoding="utf-8")
-    (tmp_path / ".hidden").write_text("not a document")
     again = load_corpus(f"{tmp_path}/*", held_out=0.2)
     assert (again.train, again.held_out) == (corpus.train, corpus.held_out)
     assert again.fingerprint() == corpus.fingerprint()
@@ -61,8 +62,67 @@ def test_hugging_face_dataset_from_local_files(tmp_path: Path, streaming: bool) 
     limit = 5 if streaming else None
     corpus = load_corpus(name, field="body", streaming=streaming, max_documents=limit)
     assert sorted(corpus.train + corpus.held_out) == sorted(TEXTS[:limit])
-    with pytest.raises(ValueError, match=r"no field 'text', only \['body'\]"):
+    with pytest.raises(ValueError, match=r"row 0 of .* has no field 'text', only \['body'\]: set data\.text_field"):
         load_corpus(name)
+
+
+def test_what_is_hidden_or_written_by_this_package_is_no_document(tmp_path: Path) -> None:
+    base = tmp_path / ".notes" / "mine"
+    for folder in (base / ".git", base / "runs" / "a" / "checkpoints", base / "sub"):
+        folder.mkdir(parents=True)
+        (folder / "inside.txt").write_text(f"inside {folder.name}\n")
+    (base / ".hidden.txt").write_text("hidden\n")
+    mark(base / "runs" / "a")
+    (base / "plain.txt").write_text("plain\n")
+    expected = ["plain\n", "inside sub\n"]
+    assert list(read_files(str(base))) == expected
+    assert list(read_files(f"{base}/**")) == expected
+    assert list(read_files(str(base / "runs" / "a" / "checkpoints"))) == ["inside checkpoints\n"]
+    with pytest.raises(ValueError, match="is a folder that runs or caches are written to"):
+        load_corpus(str(base / "runs" / "a"))
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda raw: raw[:-9], lambda raw: raw[:12] + b"\xff" * 9 + raw[21:], lambda raw: b"no"]
+)
+def test_a_damaged_gz_is_named(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(spoil(gzip.compress("".join(TEXTS).encode())))
+    with pytest.raises(ValueError, match=r"a\.txt\.gz is damaged or not gzip"):
+        load_corpus(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "cut', r"a\.jsonl:2 is not JSON"),
+        ('{"text": 3}', r"a\.jsonl:2 has no text in field 'text': set data\.text_field"),
+        ('{"text": "\\ud800"}', r"a\.jsonl:2 has half of a surrogate pair"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "good"}}\n{line}\n')
+    with pytest.raises(ValueError, match=message):
+        load_corpus(str(tmp_path))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"text": "good"}\n{"text": "cut', r"JSON"),
+        ('{"text": 1}\n{"text": 2}\n', r"row 0 of dataset .* has int in 'text', not text: set data\.text_field"),
+    ],
+    ids=["broken", "number"],
+)
+def test_a_bad_hugging_face_dataset_is_a_value_error(tmp_path: Path, streaming: bool, lines: str, message: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(lines)
+    with pytest.raises(ValueError, match=message):
+        load_corpus(f"hf:json:{tmp_path}/rows.jsonl", streaming=streaming, max_documents=5)
+
+
+def test_a_builder_without_files_is_refused() -> None:
+    with pytest.raises(ValueError, match="'hf:json' names no files: give hf:json:FILES"):
+        load_corpus("hf:json")
 
 
 def test_the_interpreters_library_is_a_corpus() -> None:
