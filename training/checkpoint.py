@@ -82,11 +82,18 @@ def load_checkpoint(folder: Path, *, model: nn.Module, optimizer: torch.optim.Op
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The newest checkpoint that was completed, or None."""
+    """The newest checkpoint that was completed, or None.
+
+    ``latest`` names it; if that file is empty (a disk that failed), the newest folder that is whole is taken.
+    Raises: FileNotFoundError if ``latest`` names a folder that is not there.
+    """
     pointer = root / LATEST
     if not pointer.is_file():
         return None
-    folder = root / pointer.read_text().strip()
+    name = pointer.read_text().strip()
+    if not name:
+        return next((folder for folder in reversed(checkpoints(root)) if _is_whole(folder)), None)
+    folder = root / name
     if not folder.is_dir():
         raise FileNotFoundError(f"{pointer} names {folder.name}, which is not there: {_instead(folder)}")
     return folder
@@ -102,7 +109,11 @@ def verify(folder: Path) -> None:
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise ValueError(f"{manifest} is missing: {folder.name} is not a whole checkpoint; {_instead(folder)}")
-    for name, written in json.loads(manifest.read_text())["files"].items():
+    try:
+        files = _files(manifest)
+    except ValueError as error:
+        raise ValueError(f"{manifest} was cut short or is not JSON ({error}); {_instead(folder)}") from error
+    for name, written in files.items():
         file = folder / name
         size = file.stat().st_size if file.is_file() else 0
         if size != written["bytes"]:
@@ -208,8 +219,16 @@ def _is_whole(folder: Path) -> bool:
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return False
-    files = json.loads(manifest.read_text())["files"].items()
-    return all((folder / n).is_file() and (folder / n).stat().st_size == f["bytes"] for n, f in files)
+    try:
+        files = _files(manifest)
+    except ValueError:
+        return False
+    return all((folder / n).is_file() and (folder / n).stat().st_size == f["bytes"] for n, f in files.items())
+
+
+def _files(manifest: Path) -> dict[str, dict[str, Any]]:
+    files: dict[str, dict[str, Any]] = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    return files
 
 
 def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a run is: frozen records read from TOML, every field also a flag."""
+"""What a run is: frozen records read from TOML, every field but the [[model.layer]] tables also a flag."""
 
 import dataclasses
 import difflib
@@ -272,7 +272,7 @@ def model_config(model: ModelConfig, *, vocab_size: int, length: int) -> Transfo
         vocab_size=vocab_size,
         dim=model.dim,
         layers=tuple(_layer(model, overrides.get(index)) for index in range(model.layers)),
-        max_length=model.max_length or length,
+        max_length=length if model.max_length is None else model.max_length,
         rope_theta=model.rope_theta,
         norm_eps=model.norm_eps,
         tied=model.tied,
@@ -286,8 +286,9 @@ def _layer(model: ModelConfig, override: LayerOverride | None) -> LayerConfig:
         model = dataclasses.replace(model, **changed)
     if model.head_dim is None and model.dim % model.heads:
         raise ValueError(f"model.heads must divide dim={model.dim}, got {model.heads}: or set model.head_dim")
-    head_dim = model.head_dim or model.dim // model.heads
-    attention = AttentionConfig(model.heads, model.kv_heads or model.heads, head_dim, model.pattern)
+    head_dim = model.dim // model.heads if model.head_dim is None else model.head_dim
+    kv_heads = model.heads if model.kv_heads is None else model.kv_heads
+    attention = AttentionConfig(model.heads, kv_heads, head_dim, model.pattern)
     return LayerConfig(attention, _feedforward(model))
 
 
@@ -309,7 +310,7 @@ def _feedforward(model: ModelConfig) -> DenseConfig | MoEConfig:
 
 def _check(config: RunConfig) -> None:
     train, data, optim = config.train, config.data, config.optim
-    positive = {
+    positive: dict[str, float | None] = {
         "train.steps": train.steps,
         "train.batch": train.batch,
         "train.accumulation": train.accumulation,
@@ -317,13 +318,20 @@ def _check(config: RunConfig) -> None:
         "train.eval_every": train.eval_every,
         "train.save_every": train.save_every,
         "train.keep": train.keep,
+        "train.eval_batches": train.eval_batches,
+        "train.sample_every": train.sample_every,
+        "train.sample_tokens": train.sample_tokens,
+        "train.stop_at": train.stop_at,
+        "train.threads": train.threads,
         "data.length": data.length,
         "model.layers": config.model.layers,
         "optim.lr": optim.lr,
         "optim.clip": optim.clip,
+        "optim.eps": optim.eps,
+        "sparsify.every": config.sparsify.every,
     }
     for name, value in positive.items():
-        if not value > 0:
+        if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
     if train.batch % train.accumulation:
         raise ValueError(f"train.accumulation must divide batch={train.batch}, got {train.accumulation}")
@@ -331,8 +339,23 @@ def _check(config: RunConfig) -> None:
         raise ValueError(f"model.max_length must be at least data.length={data.length}, got {config.model.max_length}")
     if not 0 <= config.sparsify.sparsity < 1:
         raise ValueError(f"sparsify.sparsity must be in [0, 1), got {config.sparsify.sparsity}")
-    if optim.warmup < 0:
-        raise ValueError(f"optim.warmup must be at least 0, got {optim.warmup}")
+    _check_optim(optim)
+
+
+def _check_optim(optim: OptimConfig) -> None:
+    for name, value in {
+        "warmup": optim.warmup,
+        "weight_decay": optim.weight_decay,
+        "router_lr": optim.router_lr,
+    }.items():
+        if not value >= 0:
+            raise ValueError(f"optim.{name} must be at least 0, got {value}")
+    if not 0 <= optim.final <= 1:
+        raise ValueError(f"optim.final must be in [0, 1], got {optim.final}")
+    if not 0 < optim.decay_fraction <= 1:
+        raise ValueError(f"optim.decay_fraction must be in (0, 1], got {optim.decay_fraction}")
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise ValueError(f"optim.betas must be in [0, 1), got {optim.betas}")
 
 
 def _convert(kind: Any, value: Any, *, where: str, section: str) -> Any:

@@ -40,10 +40,10 @@ def evaluate(
 
     length: longest context (windows do not overlap). max_batches: stop early; the bytes counted are those of the
     tokens predicted, so the figure is exact for the part seen. The model's mode and generators are left as found.
-    Raises: ValueError if there is nothing to predict.
+    Raises: ValueError if there is nothing to predict, or length or batch is below 1.
     """
-    if len(tokens) < 2 or length < 1:
-        raise ValueError(f"need a separator and a token to predict, and length ≥ 1, got {len(tokens)} and {length}")
+    if len(tokens) < 2 or length < 1 or batch < 1:
+        raise ValueError(f"need tokens ≥ 2, length ≥ 1 and batch ≥ 1, got {len(tokens)}, {length} and {batch}")
     token_bytes = tokenizer.token_bytes()
     nats, count, size = 0.0, 0, 0
     was_training = model.training

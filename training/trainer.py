@@ -49,7 +49,8 @@ class Trainer:
 
     out: folder for metrics.jsonl and checkpoints/. length: tokens of a sequence. sparsifiers: take part in each step
     (see :mod:`training.moments`). write: puts checkpoint files on the disk.
-    Raises: OSError before any work if the disk has no room for a checkpoint.
+    Raises: OSError before any work if the disk has no room for a checkpoint; ValueError if samples are asked for and
+    the prompt has no token or leaves the model no room for one.
     """
 
     def __init__(
@@ -86,6 +87,8 @@ class Trainer:
         self.moe_layers = sum(isinstance(module, MoE) for module in self.model.modules())
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.saved: tuple[int, Path] | None = None
+        if train.sample_every is not None:
+            self._check_prompt()
         require_room(out, checkpoint_bytes(self.model))
 
     def resume(self, checkpoint: Path) -> None:
@@ -113,7 +116,7 @@ class Trainer:
         OSError if the disk fails.
         """
         console = console or Console(quiet=True)
-        last = min(self.train.steps, self.train.stop_at or self.train.steps)
+        last = self.train.steps if self.train.stop_at is None else min(self.train.steps, self.train.stop_at)
         loss, result = math.nan, None
         self.model.train()
         with (
@@ -214,6 +217,11 @@ class Trainer:
         self.saved = (self.step, folder)
         return folder
 
+    def _check_prompt(self) -> None:
+        count, room = len(self.data.tokenizer.encode(self.train.prompt)), self.model.config.max_length
+        if not 0 < count < room:
+            raise ValueError(f"train.prompt must have from 1 to max_length-1={room - 1} tokens, got {count}")
+
     def _forward_backward(self, batch: Batch) -> StepOutput:
         with parametrised(self.sparsifiers):
             return accumulate(
@@ -270,10 +278,15 @@ class Trainer:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is the first GPU if there is one, else the CPU. Raises: ValueError if the device is not there."""
+    """``auto`` is the first GPU if there is one, else the CPU. Raises: ValueError if the device cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:0, cuda:1, …, got {name!r}") from error
+    if device.type not in {"cpu", "cuda"}:
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices are visible")
     return device

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.training.models import small_model, small_trainer
 from training.checkpoint import (
+    LATEST,
     MANIFEST,
     MODEL,
     OPTIMIZER,
@@ -97,6 +98,24 @@ def test_other_damage_is_refused(trained: Trainer) -> None:
     shutil.rmtree(folder)
     with pytest.raises(FileNotFoundError, match=r"names step-00000010, which is not there: .*step-00000005"):
         latest_checkpoint(root_of(trained))
+
+
+def test_a_truncated_manifest_is_named(trained: Trainer) -> None:
+    manifest = latest_checkpoint(root_of(trained)) / MANIFEST
+    manifest.write_text(manifest.read_text()[:50])
+    with pytest.raises(ValueError, match=r"manifest\.json was cut short or is not JSON .*--checkpoint .*step-00000005"):
+        trained.resume(manifest.parent)
+
+
+def test_an_empty_latest_falls_back_to_the_newest_whole_checkpoint(trained: Trainer) -> None:
+    root = root_of(trained)
+    (root / LATEST).write_text("")
+    assert latest_checkpoint(root).name == "step-00000010"
+    manifest = root / "step-00000010" / MANIFEST
+    manifest.write_text(manifest.read_text()[:50])
+    assert latest_checkpoint(root).name == "step-00000005"
+    (root / "step-00000005" / MANIFEST).unlink()
+    assert latest_checkpoint(root) is None
 
 
 def test_a_checkpoint_of_another_shape_is_refused_and_changes_nothing(trained: Trainer) -> None:
