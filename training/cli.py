@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 
 from training.commands import (
+    PROGRAM,
     EvaluateArguments,
     GenerateArguments,
     PruneArguments,
@@ -25,7 +26,7 @@ from training.config import RunConfig, load_config
 from training.finite import NonFiniteError
 from training.run import train
 
-PROGRAM = "sparse-transformers"
+SWITCHES = ("--resume", "--overwrite")  # flags of train with no value
 INTERRUPTED = 128
 
 
@@ -33,7 +34,8 @@ INTERRUPTED = 128
 class TrainArguments:
     """Train a language model.
 
-    CONFIG.toml gives the settings, flags change them; without a file the flags change the defaults.
+    CONFIG.toml gives the settings, flags change them; without a file the flags change the defaults. Only the
+    [[model.layer]] tables, for single layers, have no flag.
     Ctrl-C saves a checkpoint and prints the command that goes on from it.
     """
 
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         print("interrupted: work since the last checkpoint is lost, checkpoints are whole", file=sys.stderr)
         sys.exit(INTERRUPTED + signal.SIGINT)
-    except (ValueError, OSError, ImportError, NonFiniteError) as error:
+    except (ValueError, OSError, ImportError, NonFiniteError, RuntimeError) as error:  # Runtime: torch, e.g. no memory
         if debug:
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -93,8 +95,7 @@ def _dispatch(name: str, argv: list[str]) -> int:
 
 
 def _train(argv: list[str]) -> int:
-    file = Path(argv[0]) if argv and not argv[0].startswith("-") else None
-    flags = argv if file is None else argv[1:]
+    file, flags = _file_first(argv)
     default = TrainArguments(run=RunConfig() if file is None else load_config(file))
     arguments = tyro.cli(TrainArguments, args=flags, default=default, prog=f"{PROGRAM} train [CONFIG.toml]")
     console = Console()
@@ -110,7 +111,7 @@ def _train(argv: list[str]) -> int:
         console.print(describe_evaluation(outcome.evaluation), highlight=False, soft_wrap=True)
     if outcome.stopped is None:
         return 0
-    command = shlex.join([PROGRAM, "train", *_without_start(argv), "--resume"])
+    command = shlex.join([PROGRAM, "train", *([] if file is None else [str(file)]), *_without_start(flags), "--resume"])
     console.print(f"stopped by {outcome.stopped}; go on with:\n  {command}", highlight=False, soft_wrap=True)
     return 0 if outcome.stopped == "stop_at" else INTERRUPTED + signal.Signals[outcome.stopped]
 
@@ -188,6 +189,16 @@ def _overview() -> str:
     return "\n".join(
         [*lines, "", f"{PROGRAM} COMMAND --help shows its options; --debug shows where an error came from."]
     )
+
+
+def _file_first(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """(CONFIG.toml, the other arguments): the first argument, or a .toml that is no flag's value."""
+    for index, argument in enumerate(argv):
+        before = argv[index - 1] if index else SWITCHES[0]
+        free = not before.startswith("--") or "=" in before or before in SWITCHES
+        if not argument.startswith("-") and (index == 0 or (argument.endswith(".toml") and free)):
+            return Path(argument), [*argv[:index], *argv[index + 1 :]]
+    return None, list(argv)
 
 
 def _without_start(argv: Sequence[str]) -> list[str]:

@@ -1,6 +1,8 @@
 """What the subcommands other than train do: saved models evaluated, sampled and pruned."""
 
-import json
+import itertools
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,13 +15,15 @@ from pruning import head_importance, prune_heads, sparsify
 from training.config import DataConfig, RunConfig, from_dict
 from training.data import Batches, Data, tokenise
 from training.evaluation import Evaluation, evaluate
+from training.folders import only_user
 from training.precision import DTypeName, choose_precision
-from training.run import CONFIG, load_data, model_folder, read_corpus, seed_everything
+from training.run import CONFIG, load_data, model_folder, read_corpus, read_record, seed_everything
 from training.tokenizer import FILE_NAME as TOKENIZER
 from training.tokenizer import load_tokenizer
-from training.trainer import choose_device
+from training.trainer import CHECKPOINTS, choose_device
 from transformer import Transformer, stream
 
+PROGRAM = "sparse-transformers"
 Source = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN|FOLDER")]
 
 
@@ -93,6 +97,7 @@ class PruneArguments:
 
 def evaluate_command(arguments: EvaluateArguments, console: Console) -> None:
     """Print the loss."""
+    require_at_least(1, {"--batch": arguments.batch, "--length": arguments.length})
     model, folder = _load(arguments.source, arguments.device)
     config = _data_config(arguments.source, folder, arguments.corpus, arguments.length, model)
     if arguments.whole:
@@ -115,23 +120,34 @@ def evaluate_command(arguments: EvaluateArguments, console: Console) -> None:
 
 
 def generate_command(arguments: GenerateArguments, console: Console) -> None:
-    """Print the text as it comes."""
+    """Print the text as it comes.
+
+    Raises: ValueError, before anything is printed, for an option out of range or a prompt that fills the model.
+    """
+    require_at_least(0, {"--tokens": arguments.tokens})
     model, folder = _load(arguments.source, arguments.device)
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.encode(arguments.prompt) or [tokenizer.eos_id]
     prompt = torch.tensor([ids], device=model.head_weight.device)
-    drawn, shown = list(ids), arguments.prompt
-    console.print(shown, end="", markup=False, highlight=False, soft_wrap=True)
-    for token in stream(
+    room = model.config.max_length - len(ids)
+    if room < 1:
+        raise ValueError(
+            f"the prompt must be shorter than the model's max_length={len(ids) + room}, got {len(ids)} tokens"
+        )
+    tokens = stream(
         model,
         prompt,
-        max_new_tokens=max(0, min(arguments.tokens, model.config.max_length - len(ids))),
+        max_new_tokens=min(arguments.tokens, room),
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         generator=torch.Generator(prompt.device).manual_seed(arguments.seed),
         eos_id=tokenizer.eos_id,
-    ):
+    )
+    first = list(itertools.islice(tokens, 1))  # the options are checked here, before anything is printed
+    drawn, shown = list(ids), arguments.prompt
+    console.print(shown, end="", markup=False, highlight=False, soft_wrap=True)
+    for token in itertools.chain(first, tokens):
         drawn.append(int(token))
         text = tokenizer.decode(drawn).rstrip("\ufffd")  # a character whose bytes are not all there yet
         console.print(text[len(shown) :], end="", markup=False, highlight=False, soft_wrap=True)
@@ -140,9 +156,29 @@ def generate_command(arguments: GenerateArguments, console: Console) -> None:
 
 
 def prune_command(arguments: PruneArguments, console: Console) -> None:
-    """Prune, evaluate before and after, save."""
+    """Prune, evaluate before and after, save, and print the command that trains the result on with its zeros held.
+
+    Raises: ValueError, before anything is read, for an option out of range or an --out that holds a run or a model.
+    """
+    _check_prune(arguments)
+    with only_user(arguments.out):
+        _prune(arguments, console)
+
+
+def _check_prune(arguments: PruneArguments) -> None:
     if not arguments.heads and not arguments.weights:
         raise ValueError("say what to prune: --heads 0.3, --weights 0.5, or both")
+    if not 0 <= arguments.heads <= 1:
+        raise ValueError(f"--heads must be in [0, 1], got {arguments.heads}")
+    if not 0 <= arguments.weights < 1:
+        raise ValueError(f"--weights must be in [0, 1), got {arguments.weights}")
+    require_at_least(1, {"--batches": arguments.batches, "--batch": arguments.batch})
+    for name in (CONFIG, "config.json", CHECKPOINTS):
+        if (arguments.out / name).exists():
+            raise ValueError(f"--out must hold no run or model, {arguments.out} has {name}: give another folder")
+
+
+def _prune(arguments: PruneArguments, console: Console) -> None:
     model, folder = _load(arguments.source, arguments.device)
     config = _data_config(arguments.source, folder, arguments.corpus, None, model)
     data = load_data(config)
@@ -158,9 +194,35 @@ def prune_command(arguments: PruneArguments, console: Console) -> None:
         console.print(f"after weights: {_held_out(model, data, config, arguments.batch)}", highlight=False)
     model.save_pretrained(arguments.out)
     data.tokenizer.save(arguments.out)
-    console.print(
-        f"saved in {arguments.out}; recover with: sparse-transformers train CONFIG.toml --init {arguments.out}"
-    )
+    console.print(f"saved in {arguments.out}; recover with:\n  {recovery(arguments)}", highlight=False)
+
+
+def recovery(arguments: PruneArguments) -> str:
+    """The command that trains a pruned model on, into another folder, and holds the zeros that --weights made.
+
+    They are the smallest weights there are, so that the same share of the same scope chooses them again, at once.
+    """
+    out = arguments.out
+    command = [
+        PROGRAM,
+        "train",
+        "CONFIG.toml",
+        "--init",
+        str(out),
+        "--out",
+        str(out.with_name(f"{out.name}-recovered")),
+    ]
+    if arguments.weights:
+        command += ["--sparsify.sparsity", str(arguments.weights), "--sparsify.scope", arguments.scope]
+        command += ["--sparsify.begin", "0", "--sparsify.end", "0"]
+    return shlex.join(command)
+
+
+def require_at_least(least: int, options: Mapping[str, int | None]) -> None:
+    """Raises: ValueError naming the first option that is below ``least``; None is an option left out."""
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def describe_evaluation(result: Evaluation) -> str:
@@ -175,7 +237,7 @@ def run_config_of(source: Path, folder: Path) -> RunConfig | None:
     """The config that a run was started with, found beside the run or above its checkpoint."""
     for file in (source / CONFIG, folder.parent.parent / CONFIG):
         if file.is_file():
-            return from_dict(RunConfig, json.loads(file.read_text()), where=str(file))
+            return from_dict(RunConfig, read_record(file), where=str(file))
     return None
 
 
@@ -193,7 +255,7 @@ def _data_config(source: Path, folder: Path, corpus: str | None, length: int | N
     record |= {"tokenizer": str(folder / TOKENIZER)}
     if corpus is not None:
         record |= {"corpus": corpus, "max_documents": None, "streaming": False}
-    record |= {"length": length or record.get("length") or model.config.max_length}
+    record |= {"length": record.get("length", model.config.max_length) if length is None else length}
     return DataConfig(**record)
 
 

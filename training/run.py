@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,8 @@ def train(
         trainer = make_trainer(config)
         if start is not None:
             trainer.resume(start)
+            for line in changes(config, config.out / CONFIG):
+                console.print(f"changed since the run began: {line}", highlight=False, soft_wrap=True)
         elif overwrite:
             remove_checkpoints(config.out / CHECKPOINTS)
         replace_durably(config.out / CONFIG, json.dumps(to_dict(config), indent=1).encode())
@@ -147,6 +150,38 @@ def starting_point(out: Path, *, resume: bool, checkpoint: Path | None, overwrit
     if found is not None and not overwrite:
         raise ValueError(f"{out} holds a run up to {found.name}: add --resume to go on, --overwrite to start anew")
     return None
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """The config that a run left in ``file``. Raises: ValueError, with the way out, if it is not whole."""
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{file} is cut short or not JSON ({error}): remove it; train --resume writes it anew,"
+            " other commands then need --corpus"
+        ) from error
+    return record
+
+
+def changes(config: RunConfig, file: Path) -> list[str]:
+    """``field old → new`` for each field in which a run's config differs from the one left in ``file``, if any.
+
+    train.stop_at is no property of the run and is not compared.
+    """
+    if not file.is_file():
+        return []
+    old, new = flat(read_record(file)), flat(to_dict(config))
+    names = [name for name in {**old, **new} if name != "train.stop_at"]
+    return [f"{name} {old.get(name)} → {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+
+
+def flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"steps": 3}} as {"train.steps": 3}."""
+    found: dict[str, Any] = {}
+    for name, value in record.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def remove_checkpoints(root: Path) -> None:

@@ -1,14 +1,18 @@
 """The command from end to end: train, stop, resume, evaluate, generate, prune; errors are one line."""
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from training.checkpoint import checkpoints
-from training.cli import main
+from training.cli import _file_first, main
 from transformer import Transformer
 
 ROOT = Path(__file__).parents[2]
@@ -107,8 +111,22 @@ def test_train_stop_resume_evaluate_generate_prune(
         (["train", "{config}", "--model.pattern", "causal() & sliding_windw(3)"], "sliding_window"),
         (["train", "{config}", "--optim.warmup", "-1"], "optim.warmup must be at least 0, got -1"),
         (["train", "{config}", "--train.device", "cuda:63"], "device 'cuda:63' is not there"),
+        (
+            ["train", "{config}", "--train.device", "gpu"],
+            "device must be auto, cpu, cuda or cuda:0, cuda:1, …, got 'gpu'",
+        ),
+        (["train", "{config}", "--train.device", "meta"], "device must be auto, cpu or cuda, got 'meta'"),
+        (["train", "{config}", "--train.threads", "0"], "train.threads must be positive, got 0"),
+        (["train", "{config}", "--train.sample-every", "2", "--train.prompt", ""], "to max_length-1=15 tokens, got 0"),
+        (["train", "{config}", "--train.sample-every", "2", "--train.prompt", "x" * 16], "tokens, got 16"),
         (["evaluate", "{empty}"], "no model in"),
+        (["evaluate", "{empty}", "--batch", "0"], "--batch must be at least 1, got 0"),
+        (["evaluate", "{empty}", "--length", "0"], "--length must be at least 1, got 0"),
+        (["generate", "{empty}", "--tokens", "-4"], "--tokens must be at least 0, got -4"),
         (["prune", "{empty}", "--out", "x"], "say what to prune"),
+        (["prune", "{empty}", "--out", "x", "--heads", "1.5"], "--heads must be in [0, 1], got 1.5"),
+        (["prune", "{empty}", "--out", "x", "--weights", "1"], "--weights must be in [0, 1), got 1.0"),
+        (["prune", "{empty}", "--out", "x", "--heads", "0.5", "--batches", "0"], "--batches must be at least 1, got 0"),
     ],
 )
 def test_errors_are_one_line(
@@ -122,6 +140,89 @@ def test_errors_are_one_line(
     assert message in shown
     assert shown.count("\n") == 1
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def zeros_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor == 0 for name, tensor in Transformer.from_pretrained(folder).named_parameters()}
+
+
+@pytest.mark.parametrize("scope", ["layerwise", "global"])
+def test_the_recovery_that_prune_prints_keeps_the_zeros(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], scope: str
+) -> None:
+    run, pruned = str(tmp_path / "run"), tmp_path / "pruned"
+    assert sparse_transformers("train", str(config), "--train.steps", "2") == 0
+    arguments = ["--out", str(pruned), "--heads", "0.5", "--weights", "0.6", "--scope", scope, "--batches", "1"]
+    capsys.readouterr()
+    assert sparse_transformers("prune", run, *arguments) == 0
+    printed = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert printed[:3] == ["sparse-transformers", "train", "CONFIG.toml"]
+    config.write_text(config.read_text() + "[sparsify]\nbegin = 3\nend = 90\n")
+    assert sparse_transformers("train", str(config), *printed[3:]) == 0
+    before, after = zeros_of(pruned), zeros_of(tmp_path / "pruned-recovered" / "checkpoints" / "step-00000008")
+    assert sum(zeros.sum() for zeros in before.values()) > 0
+    assert all(torch.equal(before[name], after[name]) for name in before if ".layers." in f".{name}")
+
+
+@pytest.mark.parametrize("out", ["run", "model"])
+def test_prune_refuses_a_folder_with_a_run_or_model(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    assert sparse_transformers("train", str(config), "--train.steps", "1") == 0
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "step-00000001", tmp_path / "model")
+    before = sorted((tmp_path / out).rglob("*"))
+    assert sparse_transformers("prune", str(tmp_path / "run"), "--out", str(tmp_path / out), "--weights", "0.5") == 1
+    assert "--out must hold no run or model" in capsys.readouterr().err
+    assert sorted((tmp_path / out).rglob("*")) == before
+
+
+def test_generate_checks_before_it_prints(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sparse_transformers("train", str(config), "--train.steps", "1") == 0
+    capsys.readouterr()
+    for bad in (["--top-p", "0"], ["--top-k", "0"], ["--temperature", "-1"], ["--prompt", "x" * 16]):
+        assert sparse_transformers("generate", str(tmp_path / "run"), *bad) == 1
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert shown.err.startswith("error: ")
+        assert shown.err.count("\n") == 1
+
+
+def test_flags_may_come_before_the_file_and_changes_are_named(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sparse_transformers("train", "--train.stop-at", "2", str(config)) == 0
+    assert f"train {config} --train.stop-at 2 --resume" in capsys.readouterr().out
+    assert sparse_transformers("train", "--resume", str(config), "--optim.lr", "0.01", "--train.steps", "4") == 0
+    shown = capsys.readouterr().out
+    assert "changed since the run began: optim.lr 0.002 → 0.01\n" in shown
+    assert "changed since the run began: train.steps 8 → 4\n" in shown
+    assert shown.count("changed since") == 2
+    assert _file_first(["--out", "a.toml", "--seed", "3"]) == (None, ["--out", "a.toml", "--seed", "3"])
+
+
+def test_a_truncated_run_json_is_named_with_the_way_out(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sparse_transformers("train", str(config), "--train.steps", "1") == 0
+    record = tmp_path / "run" / "run.json"
+    record.write_text(record.read_text()[:40])
+    assert sparse_transformers("evaluate", str(tmp_path / "run")) == 1
+    assert f"{record} is cut short or not JSON" in capsys.readouterr().err
+    record.unlink()
+    flags = ["--data.length", "16", "--train.steps", "2", "--resume"]
+    assert sparse_transformers("train", str(config), *flags) == 0
+    assert sparse_transformers("evaluate", str(tmp_path / "run")) == 0
+
+
+def test_an_error_of_torch_is_one_line(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("no memory\nfor this")
+
+    monkeypatch.setattr("training.cli.train", fail)
+    assert sparse_transformers("train", str(config)) == 1
+    assert capsys.readouterr().err == "error: no memory for this\n"
 
 
 def test_debug_shows_where_an_error_came_from() -> None:
