@@ -1,6 +1,5 @@
 """What the subcommands other than train do: saved models evaluated, sampled and pruned."""
 
-import itertools
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -134,7 +133,7 @@ def generate_command(arguments: GenerateArguments, console: Console) -> None:
         raise ValueError(
             f"the prompt must be shorter than the model's max_length={len(ids) + room}, got {len(ids)} tokens"
         )
-    tokens = stream(
+    tokens = stream(  # checks its options at once
         model,
         prompt,
         max_new_tokens=min(arguments.tokens, room),
@@ -144,10 +143,9 @@ def generate_command(arguments: GenerateArguments, console: Console) -> None:
         generator=torch.Generator(prompt.device).manual_seed(arguments.seed),
         eos_id=tokenizer.eos_id,
     )
-    first = list(itertools.islice(tokens, 1))  # the options are checked here, before anything is printed
     drawn, shown = list(ids), arguments.prompt
     console.print(shown, end="", markup=False, highlight=False, soft_wrap=True)
-    for token in itertools.chain(first, tokens):
+    for token in tokens:
         drawn.append(int(token))
         text = tokenizer.decode(drawn).rstrip("\ufffd")  # a character whose bytes are not all there yet
         console.print(text[len(shown) :], end="", markup=False, highlight=False, soft_wrap=True)

@@ -47,11 +47,22 @@ class Metrics:
 
 
 def lines_up_to(path: Path, step: int) -> list[str]:
-    """The whole lines of a metrics file that belong to steps up to ``step``."""
-    if not path.is_file():
+    """The whole lines of a metrics file that belong to steps up to ``step``.
+
+    Raises: ValueError naming the line if one is not JSON with a step.
+    """
+    if step == 0 or not path.is_file():  # a run that starts anew keeps none, whole or not
         return []
     whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    return [line for line in whole if json.loads(line)["step"] <= step]
+    return [line for number, line in enumerate(whole, start=1) if _step_of(line, where=f"{path}:{number}") <= step]
+
+
+def _step_of(line: str, *, where: str) -> int:
+    try:
+        step: int = json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{where} is no line of metrics ({error!r}): remove that line") from error
+    return step
 
 
 def _board(folder: Path, step: int) -> Any:

@@ -254,13 +254,15 @@ def test_a_folder_has_one_run_at_a_time(config: Path, tmp_path: Path, capsys: py
     script = "import sys, time, pathlib; from training.folders import only_user\n"
     script += f"with only_user(pathlib.Path({str(run)!r})): print('held', flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        assert sparse_transformers("train", str(config), "--train.steps", "1") == 1
-        shown = capsys.readouterr().err
-        assert f"{run} is in use by process {process.pid}:" in shown
-        assert shown.count("\n") == 1
-        process.kill()
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            assert sparse_transformers("train", str(config), "--train.steps", "1") == 1
+        finally:
+            process.kill()
+    shown = capsys.readouterr().err
+    assert f"{run} is in use by process {process.pid}:" in shown
+    assert shown.count("\n") == 1
     assert sparse_transformers("train", str(config), "--train.steps", "1") == 0
 
 

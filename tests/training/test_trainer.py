@@ -52,6 +52,17 @@ def test_twenty_steps_equal_ten_and_ten_resumed(tmp_path: Path, train: dict[str,
     assert [step for step, _ in evaluations(tmp_path / "whole")] == [10, 20]
 
 
+def test_a_damaged_line_of_metrics_is_named_and_stops_no_new_run(tmp_path: Path) -> None:
+    small_trainer(tmp_path, train={"stop_at": 10}).run()
+    metrics = tmp_path / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join([lines[0], lines[1][:20] + "\n", *lines[2:]]))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is no line of metrics"):
+        resumed(tmp_path).run()
+    small_trainer(tmp_path, train={"stop_at": 1}).run()
+    assert [step for step, _, _ in losses(tmp_path)] == [1]
+
+
 def test_training_learns(tmp_path: Path) -> None:
     small_trainer(tmp_path, train={"steps": 60, "eval_every": 60}).run()
     history = losses(tmp_path)
