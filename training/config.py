@@ -14,6 +14,8 @@ from training.precision import DTypeName
 from transformer import AttentionConfig, DenseConfig, LayerConfig, MoEConfig, TransformerConfig
 
 Activation = Literal["swiglu", "gelu", "relu2"]
+POSITIVE_IN_TRAIN = ("steps", "batch", "accumulation", "threads", "log_every", "eval_every", "eval_batches",
+                     "save_every", "keep", "sample_every", "sample_tokens", "stop_at")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -310,26 +312,10 @@ def _feedforward(model: ModelConfig) -> DenseConfig | MoEConfig:
 
 def _check(config: RunConfig) -> None:
     train, data, optim = config.train, config.data, config.optim
-    positive: dict[str, float | None] = {
-        "train.steps": train.steps,
-        "train.batch": train.batch,
-        "train.accumulation": train.accumulation,
-        "train.log_every": train.log_every,
-        "train.eval_every": train.eval_every,
-        "train.save_every": train.save_every,
-        "train.keep": train.keep,
-        "train.eval_batches": train.eval_batches,
-        "train.sample_every": train.sample_every,
-        "train.sample_tokens": train.sample_tokens,
-        "train.stop_at": train.stop_at,
-        "train.threads": train.threads,
-        "data.length": data.length,
-        "model.layers": config.model.layers,
-        "optim.lr": optim.lr,
-        "optim.clip": optim.clip,
-        "optim.eps": optim.eps,
-        "sparsify.every": config.sparsify.every,
-    }
+    positive: dict[str, float | None] = {f"train.{name}": getattr(train, name) for name in POSITIVE_IN_TRAIN}
+    positive |= {"data.length": data.length, "model.layers": config.model.layers}
+    positive |= {"optim.lr": optim.lr, "optim.clip": optim.clip, "optim.eps": optim.eps}
+    positive |= {"sparsify.every": config.sparsify.every}
     for name, value in positive.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
