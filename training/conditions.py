@@ -13,7 +13,7 @@ import torch
 def conditions(*, device: torch.device, seed: int, dtype: str) -> dict[str, str | int]:
     """Command, commit, device, versions, threads, seed and number format of this process."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "commit": commit(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -22,6 +22,12 @@ def conditions(*, device: torch.device, seed: int, dtype: str) -> dict[str, str 
         "seed": seed,
         "dtype": dtype,
     }
+
+
+def command() -> str:
+    """What was typed, without the folder that the program lies in."""
+    program = Path(sys.argv[0]).name
+    return shlex.join(["sparse-transformers" if program == "__main__.py" else program, *sys.argv[1:]])
 
 
 def commit() -> str:
