@@ -48,7 +48,7 @@ class DemoConfig:
 
     out: Path = Path("runs/demo")
     """Folder for models, records and the page."""
-    steps: int = 1000
+    steps: int = 900
     """Training steps of each model. Below 100: a quick look, on 60 documents."""
     device: str = "auto"
     """'cpu', 'cuda', or 'auto' (the first GPU if there is one)."""
