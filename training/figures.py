@@ -113,7 +113,7 @@ def load_figure(run: Run) -> str | None:
     layers = len(lines[0]["loads"])
 
     def draw(figure: "Figure", canvas: Canvas) -> None:
-        columns = min(layers, 2 if canvas.narrow else 3)
+        columns = _columns(layers, narrow=canvas.narrow)
         rows = math.ceil(layers / columns)
         panels = np.atleast_1d(figure.subplots(rows, columns, sharex=True, sharey=True)).reshape(-1)
         for layer, axes in enumerate(panels):
@@ -127,8 +127,13 @@ def load_figure(run: Run) -> str | None:
         figure.supylabel("expert", color=MUTED, fontsize=11.5)
 
     alt = f"Expert load over training steps in {layers} mixture-of-experts layers"
-    rows = (math.ceil(layers / 3), math.ceil(layers / 2))
+    rows = [math.ceil(layers / _columns(layers, narrow=narrow)) for narrow in (False, True)]
     return figure_html(draw, name=f"load-{run.name}", alt=alt, wide=60 + 130 * rows[0], narrow=60 + 115 * rows[1])
+
+
+def _columns(layers: int, *, narrow: bool) -> int:
+    """Panels beside each other: three on a laptop, two on a phone and where three would leave a row half empty."""
+    return min(layers, 2 if narrow or layers == 4 else 3)
 
 
 def relative_loads(lines: list[Line], *, layer: int, bins: int) -> np.ndarray:
