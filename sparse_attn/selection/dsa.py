@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from sparse_attn.attend import attend
 from sparse_attn.patterns import causal
+from sparse_attn.selection.padding import without_padding
 from sparse_attn.selection.record import Selected
 from sparse_attn.selection.tokens import TokenSelection, attend_tokens
 
@@ -103,7 +104,8 @@ class DSA(nn.Module):
 
         key_mask: False marks padding, which no query sees and whose queries have no loss.
         """
-        indexer = self.index(q, k, hidden)
+        q, k, v = (without_padding(x, key_mask) for x in (q, k, v))
+        indexer = self.index(q, k, hidden if hidden is None else without_padding(hidden, key_mask))
         selection = None if self.warm_up else self.choose(*indexer, key_mask=key_mask)
         if selection is None:
             out = attend(q, k, v, pattern=causal(), key_mask=key_mask)

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sparse_attn.selection.buckets import Buckets, attend_buckets
+from sparse_attn.selection.padding import without_padding
 from sparse_attn.selection.record import Selected
 from sparse_attn.selection.tiles import Tiles, attend_tiles, merge_mean
 
@@ -83,6 +84,7 @@ class KMeansRouting(nn.Module):
     ) -> Selected:
         """The last query sits at the last key. key_mask: False marks padding, which none sees. hidden: not used."""
         self._check(q, k)
+        q, k, v = (without_padding(x, key_mask) for x in (q, k, v))
         keys = normalized(k)
         queries = keys[:, :, k.shape[2] - q.shape[2] :] if self.shared_qk else normalized(q)
         real = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if key_mask is None else key_mask

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sparse_attn.selection.buckets import Buckets, attend_buckets
+from sparse_attn.selection.padding import without_padding
 from sparse_attn.selection.record import Selected
 
 
@@ -81,6 +82,7 @@ class LSH(nn.Module):
     ) -> Selected:
         """The last query sits at the last key. key_mask: False marks padding, which none sees. hidden: not used."""
         self._check(q, k)
+        q, k, v = (without_padding(x, key_mask) for x in (q, k, v))
         if self.shared_qk:
             q, k = k[:, :, k.shape[2] - q.shape[2] :], F.normalize(k, dim=-1)
         buckets = self.choose(q, k, key_mask=key_mask)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sparse_attn.attend import attend
 from sparse_attn.patterns import causal, sliding_window
 from sparse_attn.selection.compressed import Geometry, attend_compressed
+from sparse_attn.selection.padding import without_padding
 from sparse_attn.selection.record import BlockSelection, Selected
 from sparse_attn.selection.selected import attend_selected
 
@@ -72,7 +73,8 @@ class NSA(nn.Module):
         key_mask: False for padding; a compressed key that stands for any of it is not seen.
         Raises: ValueError without hidden, or for other heads or lengths.
         """
-        self._check(q, k, hidden)
+        inputs = self._checked(q, k, hidden)
+        q, k, v, inputs = (without_padding(x, key_mask) for x in (q, k, v, inputs))
         real = None if key_mask is None else _all_real(key_mask, self.geometry)
         compressed, blocks = attend_compressed(
             q,
@@ -86,14 +88,14 @@ class NSA(nn.Module):
         chosen = BlockSelection(blocks, self.geometry.block, k.shape[2], k.shape[2] - q.shape[2])
         selected = attend_selected(q, k, v, chosen, key_mask=key_mask)
         window = attend(q, k, v, pattern=causal() & sliding_window(self.window), key_mask=key_mask)
-        gates = self.gate(hidden).sigmoid().unflatten(-1, (3, self.num_heads)).permute(2, 0, 3, 1)[..., None]
+        gates = self.gate(inputs).sigmoid().unflatten(-1, (3, self.num_heads)).permute(2, 0, 3, 1)[..., None]
         out = gates[0] * compressed + gates[1] * selected + gates[2] * window
         return Selected(out.to(q.dtype), {}, chosen)
 
     def extra_repr(self) -> str:
         return f"{self.geometry}, window={self.window}"
 
-    def _check(self, q: Tensor, k: Tensor, hidden: Tensor | None) -> None:
+    def _checked(self, q: Tensor, k: Tensor, hidden: Tensor | None) -> Tensor:
         if hidden is None:
             raise ValueError("hidden must be given: the gates of NSA read it, got None")
         if (q.shape[1], k.shape[1]) != (self.num_heads, self.num_kv_heads):
@@ -101,6 +103,7 @@ class NSA(nn.Module):
             raise ValueError(f"query and key heads must be {wanted}, got {[q.shape[1], k.shape[1]]}")
         if q.shape[2] > k.shape[2]:
             raise ValueError(f"q must not be longer than k={k.shape[2]}, got {q.shape[2]}")
+        return hidden
 
 
 class Compress(nn.Module):

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from sparse_attn.selection.padding import without_padding
 from sparse_attn.selection.record import Selected
 
 # log of a weight that is not there; finite, since -inf - -inf is NaN
@@ -93,6 +94,7 @@ class SinkhornSorting(nn.Module):
         if q.shape[2] == 0:
             return Selected(q.new_zeros(*q.shape[:3], v.shape[-1]) + 0 * q.sum(), {}, None)
         work = torch.promote_types(q.dtype, torch.float32)
+        q = without_padding(q, key_mask)
         real = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if key_mask is None else key_mask
         with torch.autocast(q.device.type, enabled=False):
             out = self._attend(q.to(work), k.to(work), v.to(work), real)

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from sparse_attn.selection.padding import without_padding
 from sparse_attn.selection.record import Selected
 from sparse_attn.selection.tokens import TokenSelection, attend_tokens
 
@@ -32,6 +33,7 @@ class TopKKeys(nn.Module):
         key_mask: Bool[Tensor, "B S"] | None = None,
     ) -> Selected:
         """The last query sits at the last key. hidden is not read; key_mask is False for padding."""
+        q, k, v = (without_padding(x, key_mask) for x in (q, k, v))
         chosen = top_k_keys(q, k, top_k=self.k, key_mask=key_mask)
         # a list for each query head: key heads are repeated, queries keep their own best
         groups = q.shape[1] // k.shape[1]

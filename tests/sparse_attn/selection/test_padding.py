@@ -1,0 +1,48 @@
+"""Whatever stands in padding, NaN too, reaches no real position: for every content-based method alike."""
+
+import pytest
+import torch
+
+from sparse_attn.selection import DSA, LSH, NSA, KMeansRouting, MoBA, SinkhornSorting, TopKKeys
+from tests.tolerances import close
+
+HEADS, DIM, LENGTH = 2, 8, 24
+
+
+def methods():
+    return {
+        "moba": MoBA(block=4, top_k=2),
+        "nsa": NSA(
+            HEADS * DIM, HEADS, HEADS, DIM, compress=4, stride=2, block=4, initial=1, local=1, top_n=3, window=5
+        ),
+        "top_k": TopKKeys(k=3),
+        "dsa": DSA(HEADS * DIM, top_k=5, heads=2, head_dim=8),
+        "lsh": LSH(DIM, HEADS, num_buckets=4, rounds=2, chunk=4),
+        "kmeans": KMeansRouting(DIM, HEADS, num_clusters=3, window=4),
+        "kmeans-top": KMeansRouting(DIM, HEADS, num_clusters=3, window=4, members="top"),
+        "sinkhorn": SinkhornSorting(DIM, HEADS, block=4, max_blocks=8),
+    }
+
+
+@pytest.mark.parametrize("name", methods())
+@pytest.mark.parametrize("first", [True, False], ids=["left", "right"])
+def test_nan_in_padding_reaches_nothing_real(name, first):
+    module = methods()[name].eval()
+    mask = torch.ones(2, LENGTH, dtype=torch.bool)
+    mask[0, : 7 if first else None] = not first
+    if not first:
+        mask[0, -7:] = False
+    draws = torch.Generator().manual_seed(3)
+    qkv = [torch.randn(2, HEADS, LENGTH, DIM, generator=draws) for _ in range(3)]
+    hidden, upstream = (torch.randn(2, LENGTH, HEADS * DIM, generator=draws) for _ in range(2))
+
+    def run(filling):
+        filled = [x.masked_fill(~mask[:, None, :, None], filling).requires_grad_() for x in qkv]
+        out = module(*filled, hidden=hidden.masked_fill(~mask[..., None], filling), key_mask=mask).out
+        # only real positions are read, as by a loss that ignores padding
+        rows = out.transpose(1, 2)[mask]
+        used = torch.autograd.grad((rows.flatten(1) * upstream[mask]).sum(), filled, allow_unused=True)
+        return [rows, *(x.transpose(1, 2)[mask] for x in used if x is not None)]
+
+    for actual, expected in zip(run(float("nan")), run(0.0), strict=True):
+        close(actual, expected)
