@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sparse_attn.backends.flex import flex_attend
 from sparse_attn.backends.folded import folded
 from sparse_attn.backends.plan import Plan, make_plan
 from sparse_attn.backends.reference import reference
@@ -23,6 +24,8 @@ from sparse_attn.patterns import Pattern, PerHead, causal, full, per_head
 
 # Side of a block of the folded backend.
 BLOCK = 64
+# Side of a block of flex_attention, whose tiles divide it.
+FLEX_BLOCK = 128
 # Below this many pairs a dense mask costs less than walking blocks.
 FEW_PAIRS = 1 << 15
 
@@ -105,7 +108,8 @@ def attend(
     return_lse: also log Σ exp(score) over the visible keys, float32 at least, differentiable; -inf where none.
     A query that sees nothing gives zeros, with zero gradient. Results agree between backends to rounding.
     backend: "triton" (CUDA, or interpreted for tests) computes the same blocks as "folded", without dropout, softcap
-    and alibi; "auto" never takes it, as it was not yet timed on a GPU.
+    and alibi; "flex" is torch's compiled flex_attention (CUDA; CPU without gradients, where it was measured slower than
+    "folded"), without dropout. "auto" takes neither, as no GPU was at hand to time them.
 
     >>> attend(q, k, v, pattern=causal() & (sliding_window(256) | sinks(4)))
 
@@ -178,9 +182,21 @@ def _by_pattern(
         scoring.softcap is not None,
     )
     name = choice.backend if call.backend == "auto" else call.backend
-    if name in ("folded", "triton"):
+    if name in ("folded", "flex", "triton"):
         if place is None:
             raise ValueError(f"backend={name!r} needs consecutive positions: use 'sdpa' or 'reference'")
+        if name == "flex":
+            layout = _layout(pattern, q_len, kv_len, place, FLEX_BLOCK) if call.layout is None else call.layout
+            return flex_attend(
+                q,
+                k,
+                v,
+                layout,
+                scoring=scoring,
+                key_mask=call.key_mask,
+                dropout=call.dropout,
+                return_lse=call.return_lse,
+            )
         if name == "triton":
             layout = _plan(pattern, q_len, kv_len, place).layout if call.layout is None else call.layout
             return triton_attend(q, k, v, layout, scale=scoring.scale, key_mask=call.key_mask, dropout=call.dropout)
@@ -270,7 +286,12 @@ def _is_plain_causal(pattern: Pattern, q_len: int, kv_len: int, place: tuple[int
 @lru_cache(maxsize=32)
 def _plan(pattern: Pattern, q_len: int, kv_len: int, place: tuple[int, int]) -> Plan:
     # Keyed by geometry, not by tensors: the same few lengths come back at every step and every layer.
-    return make_plan(pattern.layout(q_len, kv_len, block=BLOCK, offset=place[0], key_offset=place[1]))
+    return make_plan(_layout(pattern, q_len, kv_len, place, BLOCK))
+
+
+@lru_cache(maxsize=32)
+def _layout(pattern: Pattern, q_len: int, kv_len: int, place: tuple[int, int], block: int) -> BlockLayout:
+    return pattern.layout(q_len, kv_len, block=block, offset=place[0], key_offset=place[1])
 
 
 def _place(q_len: int, kv_len: int, query_positions: Tensor | None, key_positions: Tensor | None) -> _Place:

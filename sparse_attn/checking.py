@@ -6,7 +6,7 @@ from torch import Tensor
 from sparse_attn.layout import BlockLayout
 from sparse_attn.patterns import Pattern, PerHead
 
-BACKENDS = ("auto", "reference", "sdpa", "folded", "triton")
+BACKENDS = ("auto", "reference", "sdpa", "folded", "flex", "triton")
 
 
 def check_tensors(
