@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pruning.allocation import Allocation, erk
+from pruning.dynamic.sparse_adamw import SparseAdamW
 from pruning.masking import Masks
 from pruning.structure import check_fraction, unstructured
 from pruning.weights import matrices, prunable_weights
@@ -61,8 +62,12 @@ class DynamicSparsity(ABC):
         noise = {name: self._uniform(part) for name, part in matrices(self._weights).items()}
         counts = allocation(noise, sparsity)
         for name, mask in matrices(self._masks.kept).items():
-            mask.copy_(unstructured(noise[name], counts[name]))
+            mask.copy_(self.initial(name, noise[name], counts[name]))
         self._masks.apply(model)
+
+    def initial(self, name: str, noise: Float[Tensor, "out in"], removed: int) -> Bool[Tensor, "out in"]:
+        """The first mask of a matrix, without ``removed`` of its weights: at random, by uniform noise of its shape."""
+        return unstructured(noise, removed)
 
     @abstractmethod
     def update(self, optimizer: Optimizer) -> None:
@@ -92,6 +97,9 @@ class DynamicSparsity(ABC):
             self._masks.apply(self.model)
             for name, mask in self._masks.kept.items():
                 reset_state(optimizer, self._weights[name], mask != before[name])
+        if isinstance(optimizer, SparseAdamW):
+            for name, mask in self._masks.kept.items():
+                optimizer.activate(self._weights[name], mask)
         for name, mask in self._masks.kept.items():
             gradient = self._weights[name].grad
             if gradient is not None:
@@ -176,6 +184,9 @@ def highest(scores: Tensor, among: Bool[Tensor, "..."], count: int) -> Bool[Tens
 
 def reset_state(optimizer: Optimizer, parameter: nn.Parameter, where: Bool[Tensor, "..."]) -> None:
     """Set every slot of the optimiser that has the parameter's shape to 0 there: regrown weights start afresh."""
+    if isinstance(optimizer, SparseAdamW):
+        optimizer.forget(parameter, where)
+        return
     for slot in optimizer.state.get(parameter, {}).values():
         if isinstance(slot, Tensor) and slot.shape == parameter.shape:
             slot.masked_fill_(where.to(slot.device), 0)

@@ -4,17 +4,50 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pruning.allocation import Allocation
 from pruning.dynamic.base import DynamicSparsity, apportion, highest, lowest_active
+from pruning.dynamic.topology import Topology
 from pruning.weights import matrices
 
 
 @final
 class StaticSparsity(DynamicSparsity):
-    """The connections drawn at the start stay: the baseline that moving them must beat (static ERK or uniform)."""
+    """The connections of the start stay: the baseline that moving them must beat (static ERK or uniform).
+
+    topology: None draws them at random; :func:`banded`, :func:`locally_connected`, :func:`block_diagonal` or
+    :func:`small_world` () lay them out, with as many in each matrix as ``allocation`` gives it.
+    Raises: as :class:`DynamicSparsity`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        sparsity: float,
+        allocation: Allocation | None = None,
+        topology: Topology | None = None,
+        every: int = 100,
+        stop: int | None = None,
+        fraction: float = 0.3,
+        weights: Sequence[str] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.topology = topology
+        super().__init__(
+            model, sparsity=sparsity, allocation=allocation, every=every, stop=stop, fraction=fraction,
+            weights=weights, generator=generator,
+        )  # fmt: skip
+
+    def initial(self, name: str, noise: Float[Tensor, "out in"], removed: int) -> Bool[Tensor, "out in"]:
+        """As the topology lays the connections out, or at random."""
+        if self.topology is None:
+            return super().initial(name, noise, removed)
+        outputs, inputs = noise.shape
+        return self.topology(outputs, inputs, noise.numel() - removed, self.generator).to(noise.device)
 
     def due(self) -> bool:
         """Never."""

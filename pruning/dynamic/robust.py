@@ -1,0 +1,131 @@
+"""Robust rewiring: connections sampled under the gradient of an adversarial loss."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pruning.allocation import Allocation
+from pruning.dynamic.adversarial import Attack, input_embedding
+from pruning.dynamic.base import DynamicSparsity, apportion, highest, reset_state
+from pruning.weights import matrices
+
+
+@final
+class RobustRewiring(DynamicSparsity):
+    """Özdenizci & Legenstein 2021 (ICML, PMLR 139:8314): Bayesian sampling of connections under a robust objective.
+
+    w = s · θ with a sign s that is drawn once and stays, active while θ ≥ 0. After each step of the optimiser with its
+    learning rate lr, every active θ moves by lr · noise · ν, ν standard normal. Where θ < 0 the connection goes
+    dormant, and as many wake up at θ = 0: each in a matrix drawn in proportion to its size, there at random. So the
+    count of all matrices together stays, and that of each follows the objective (in DeepR that of each stays, and the
+    sign is drawn again). There is no L1 prior: decay is the optimiser's.
+
+    The objective is the loss at the worst perturbation of the input embeddings. Forward and backward run inside
+    ``parametrise()``, where each training pass is attacked by ``attack`` on the pass's own tokens; a loop of your own
+    may call :func:`adversarial_loss` instead, with attack=None here.
+
+    >>> method = RobustRewiring(model, sparsity=0.9, attack=Attack(radius=0.1))
+    >>> with method.parametrise():
+    ...     loss = model(ids, labels=ids).loss
+    ...     loss.backward()
+
+    Raises: as :class:`DynamicSparsity`; ValueError for a negative noise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        sparsity: float,
+        attack: Attack | None = None,
+        allocation: Allocation | None = None,
+        noise: float = 1e-6,
+        stop: int | None = None,
+        weights: Sequence[str] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(
+            model, sparsity=sparsity, allocation=allocation, every=1, stop=stop, weights=weights, generator=generator
+        )
+        if not noise >= 0:
+            raise ValueError(f"noise must be >= 0, got {noise}")
+        self.noise, self.attack, self._attacking = noise, attack, False
+        self._signs = {name: self._drawn_sign(name, weight) for name, weight in self._weights.items()}
+
+    def update(self, optimizer: Optimizer) -> None:
+        """Nothing before the step: the walk follows it."""
+
+    @contextmanager
+    def parametrise(self) -> Iterator[None]:
+        """Inside, passes in training mode and with gradients see perturbed embeddings; without an attack all is as
+        usual. Raises: ValueError if the model shows no input embedding."""
+        if self.attack is None:
+            yield
+            return
+        handle = input_embedding(self.model).register_forward_hook(self._perturb)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def settle(self, optimizer: Optimizer) -> None:
+        """Walk, put to sleep what changed its sign, wake up as many anywhere."""
+        if self.stop is not None and self.step >= self.stop:
+            return
+        before = {name: mask.clone() for name, mask in self._masks.kept.items()}
+        parts, kept = self.parts(), self._walk(optimizer)
+        lost = sum(int(mask.sum()) for _, _, mask in parts.values()) - sum(int(k.sum()) for k in kept.values())
+        for (name, (weight, _, mask)), count in zip(parts.items(), self._places(kept, lost), strict=True):
+            mask.copy_(kept[name] | highest(self._uniform(weight), ~kept[name], count))
+        for name, mask in self._masks.kept.items():
+            reset_state(optimizer, self._weights[name], mask != before[name])
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """The sign of every connection."""
+        return dict(self._signs)
+
+    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take the signs back."""
+        for name, sign in self._signs.items():
+            sign.copy_(state[name])
+
+    def _walk(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """Move every active θ; the connections that are still there, by matrix."""
+        rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        rate_of = {part: rates.get(id(w), 0.0) for name, w in self._weights.items() for part in matrices({name: w})}
+        signs, kept = matrices(self._signs), {}
+        for part, (weight, _, mask) in self.parts().items():
+            noise = torch.randn(weight.shape, generator=self.generator).to(weight.device, weight.dtype)
+            theta = weight * signs[part] + rate_of[part] * self.noise * noise
+            kept[part] = mask & (theta >= 0)
+            weight.copy_(torch.where(kept[part], theta * signs[part], 0))
+        return kept
+
+    def _places(self, kept: Mapping[str, Tensor], count: int) -> list[int]:
+        """How many wake up in each matrix: drawn in proportion to its size; what a full one cannot take is shared."""
+        sizes, free = [k.numel() for k in kept.values()], [int((~k).sum()) for k in kept.values()]
+        if not count:
+            return [0] * len(sizes)
+        chances = torch.tensor(sizes, dtype=torch.float64)
+        drawn = torch.multinomial(chances, count, replacement=True, generator=self.generator)
+        places = torch.bincount(drawn, minlength=len(sizes)).minimum(torch.tensor(free)).tolist()
+        rest = apportion(count - sum(places), sizes, [f - p for f, p in zip(free, places, strict=True)])
+        return [p + r for p, r in zip(places, rest, strict=True)]
+
+    def _drawn_sign(self, name: str, weight: Tensor) -> Tensor:
+        # a dormant weight is 0 and shows no sign: its own is drawn
+        coin = torch.where(self._uniform(weight) < 0.5, -1, 1)
+        return torch.where(self._masks.kept[name], torch.where(weight < 0, -1, 1), coin).to(torch.int8)
+
+    def _perturb(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if self.attack is None or self._attacking or not (self.model.training and torch.is_grad_enabled()):
+            return None
+        self._attacking = True
+        try:
+            return output + self.attack.perturbation(self.model, arguments[0])
+        finally:
+            self._attacking = False
