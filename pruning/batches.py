@@ -28,6 +28,16 @@ def batch_size(batch: Batch) -> int:
     return tensors[0].shape[0]
 
 
+def samples_of(batch: Batch) -> Iterator[Batch]:
+    """The samples of a batch one by one, each a batch of size 1; what is no tensor goes with each."""
+    for index in range(batch_size(batch)):
+        one = slice(index, index + 1)
+        if isinstance(batch, Tensor):
+            yield batch[one]
+        else:
+            yield {key: value[one] if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on `device`; other values are passed through."""
     if isinstance(batch, Tensor):
@@ -56,10 +66,13 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
     Keyword batches are passed to the model without `labels`; labels default to input_ids, and are shifted here
     (−100 is ignored). Without labels a pair counts only where both its tokens are real under `attention_mask`.
     A sample without targets adds 0.
-    Raises: ValueError if the model is an encoder by its config (``causal=False``), for which no token is next; if
-    the sequences are shorter than two tokens or the model returns no logits [B, L, V]."""
+    Raises: ValueError if the model is an encoder by its config (``causal=False``), or a model of transformers that does
+    not generate (BertForMaskedLM), for which no token is next; if the sequences are shorter than two tokens or the
+    model returns no logits [B, L, V]."""
     if getattr(getattr(model, "config", None), "causal", True) is False:
         raise ValueError("next-token loss needs a causal model, got an encoder (causal=False): pass loss=")
+    if hasattr(model, "can_generate") and not model.can_generate():
+        raise ValueError(f"next-token loss needs a model that generates, got {type(model).__name__}: pass loss=")
     keywords = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     targets = _targets(keywords)
     output = model(batch) if isinstance(batch, Tensor) else model(**{k: v for k, v in batch.items() if k != "labels"})

@@ -39,11 +39,14 @@ def _multiplier(axis: Axis, gate: Tensor, ran: set[str]) -> Callable[[nn.Module,
 
 
 def apply_gate(x: Float[Tensor, "... U"], gate: Float[Tensor, "... size"], axis: Axis) -> Float[Tensor, "... U"]:
-    """x[..., u·width + i] · gate[..., u]; gate [size], or [B, size] for x [B, ..., size·width].
+    """x[..., u·width + i] · gate[..., u]; gate [size], or [B, size] for x [B, ..., size·width], or for x
+    [B·L, size·width] if the axis says that its gate module sees samples flattened.
 
     Raises: ValueError if the shapes do not fit."""
     if x.shape[-1] != axis.size * axis.width:
         raise ValueError(f"input of {axis.gate!r} must end in size·width={axis.size * axis.width}, got {list(x.shape)}")
+    if gate.ndim == 2 and axis.flattened and x.ndim == 2 and x.shape[0] % gate.shape[0] == 0:
+        return apply_gate(x.unflatten(0, (gate.shape[0], -1)), gate, axis).flatten(0, 1)
     if gate.ndim == 2 and x.shape[0] != gate.shape[0]:
         raise ValueError(f"input of {axis.gate!r} must lead with the batch size {gate.shape[0]}, got {list(x.shape)}")
     shape = gate.shape if gate.ndim == 1 else (gate.shape[0], *[1] * (x.ndim - 2), axis.size)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from pruning.adapters import ADAPTERS, adapted_axes
+from pruning.adapters import SUPPORTED, adapted_axes
 from pruning.axes import Axis
 
 
@@ -36,6 +36,6 @@ def prunable_axes(model: nn.Module) -> list[Axis]:
     if found is None:
         raise ValueError(
             f"{type(model).__name__} declares no axes: give it prunable_axes() -> list[pruning.axes.Axis], "
-            f"or pass axes=; adapters exist for {', '.join(sorted(ADAPTERS))}"
+            f"or pass axes=; adapters exist for {', '.join(SUPPORTED)}"
         )
     return list(found)

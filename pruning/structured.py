@@ -34,10 +34,11 @@ class PruneReport:
 
     def __str__(self) -> str:
         gone, total = sum(map(len, self.removed.values())), sum(map(len, self.kept.values()))
-        lines = [f"removed {gone} of {gone + total} {self.kind}s ({self.achieved:.1%}; asked {self.asked:.1%})"]
-        for name, units in self.removed.items():
-            if units:
-                lines.append(f"  {name}: {len(units) + len(self.kept[name])} -> {len(self.kept[name])}{_listed(units)}")
+        units = "channels" if self.kind == "width" else f"{self.kind}s"
+        lines = [f"removed {gone} of {gone + total} {units} ({self.achieved:.1%}; asked {self.asked:.1%})"]
+        for name, left in self.removed.items():
+            if left:
+                lines.append(f"  {name}: {len(left) + len(self.kept[name])} -> {len(self.kept[name])}{_listed(left)}")
         lines.append(
             f"parameters {self.parameters_before:,} -> {self.parameters_after:,} "
             f"({self.parameters_after / self.parameters_before - 1:+.1%}), "
@@ -125,6 +126,32 @@ def prune_layers(
     >>> print(prune_layers(model, layer_importance(model, batches), fraction=0.25))
     Raises: as `prune_heads`."""
     return _prune(model, "layer", scores, axes_of(model, "layer", axes), fraction, False, min_layers)
+
+
+def prune_width(
+    model: nn.Module,
+    scores: Mapping[str, Tensor] | None = None,
+    *,
+    fraction: float,
+    min_width: int = 1,
+    axes: Sequence[Axis] | None = None,
+) -> PruneReport:
+    """Remove ⌊fraction · D⌋ channels of the residual stream from the whole model, in place, lowest scores first.
+
+    A channel goes from every tensor that lies along the stream: embeddings, norms, what reads it, what writes to it,
+    and the head. Heads keep their number and size, for the width is independent of them; so does rotary embedding.
+    scores: one for each channel; None ranks by magnitude (‖all weights of the channel‖₂).
+
+    The result equals the model in which the channels that go are zero wherever the stream is written (embedding rows
+    and output columns), and in which every norm over the stream takes its mean over the D' channels that stay:
+    y_i = w_i · x_i / √(Σ_{j kept} x_j² / D' + ε). Zeros alone would not do it: the model's own norms divide by D, so
+    that their outputs would be √(D / D') larger.
+
+    >>> print(prune_width(model, fraction=0.1))
+    Raises: as `prune_heads`."""
+    chosen = axes_of(model, "width", axes)
+    scores = magnitude_importance(model, chosen) if scores is None else scores
+    return _prune(model, "width", scores, chosen, fraction, False, min_width)
 
 
 def _prune(

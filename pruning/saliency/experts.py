@@ -28,8 +28,9 @@ def expert_importance(
 
     "gate_norm": mean of g_e(x) · ‖f_e(x)‖₂ over the tokens x that chose e, what the expert adds to the output (REAP,
     Lasby et al. 2025, arXiv:2510.13999); 0 for an expert that no token chose. "frequency": share of all assignments.
-    batches: token ids or keyword dicts, run in evaluation mode. The layer is the axis' ``gate`` module: it returns
-    (y, routing) and holds ``experts.forward_one``.
+    batches: token ids or keyword dicts, run in evaluation mode. The layer is the axis' ``gate`` module: either it
+    returns (y, routing) and holds ``experts.forward_one``, or it is called, as in transformers, with rows [T, D], their
+    experts [T, K] and the weights [T, K].
     Raises: ValueError for another method, without batches, or if a layer does not run.
     """
     if method not in METHODS:
@@ -55,14 +56,32 @@ def _counter(axis: Axis, sums: Tensor, *, norms: bool) -> Callable[[nn.Module, t
     """Adds the choices of each expert to sums[0], and what it contributed to sums[1]."""
 
     def hook(layer: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        routing, rows = output[1], arguments[0].flatten(0, -2)
-        sums[0] += torch.bincount(routing.expert, minlength=axis.size).cpu()
-        for expert in routing.expert.unique().tolist() if norms else []:
-            taken = routing.expert == expert
-            answers = layer.experts.forward_one(expert, rows[routing.token[taken]])  # type: ignore[operator, union-attr]
-            sums[1, expert] += (answers.double().norm(dim=-1) * routing.weight[taken].double()).sum().cpu()
+        rows = arguments[0].flatten(0, -2)
+        expert, token, weight = _assignments(arguments, output)
+        sums[0] += torch.bincount(expert, minlength=axis.size).cpu()
+        for one in expert.unique().tolist() if norms else []:
+            taken = expert == one
+            answers = _answers(layer, one, rows[token[taken]])
+            sums[1, one] += (answers.double().norm(dim=-1) * weight[taken].double()).sum().cpu()
 
     return hook
+
+
+def _assignments(arguments: tuple[Any, ...], output: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(expert, token, weight) of every assignment, [N] each."""
+    if len(arguments) == 3:
+        chosen, weights = arguments[1:]
+        tokens = torch.arange(len(chosen), device=chosen.device)[:, None].expand_as(chosen)
+        return chosen.flatten(), tokens.flatten(), weights.flatten()
+    return output[1].expert, output[1].token, output[1].weight
+
+
+def _answers(layer: Any, expert: int, rows: Tensor) -> Tensor:
+    """f_e(rows) [n, D], unweighted."""
+    if hasattr(layer, "experts"):
+        return layer.experts.forward_one(expert, rows)
+    # forward, not a call: the hooks of the layer are running
+    return layer.forward(rows, rows.new_full((len(rows), 1), expert, dtype=torch.long), rows.new_ones(len(rows), 1))
 
 
 def _score(count: Tensor, total: Tensor, method: str) -> Tensor:
