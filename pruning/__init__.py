@@ -1,5 +1,6 @@
 """Which parameters stay: scores of heads, neurons and weights, masks that hold, and surgery that shrinks."""
 
+from pruning.adapters.loading import load_pruned
 from pruning.allocation import erk, global_ranking, uniform
 from pruning.axes import Axis, Slice
 from pruning.gates import gated, masked
@@ -23,7 +24,7 @@ from pruning.schedules import cubic, linear, one_shot
 from pruning.selection import select_units
 from pruning.sparsifier import Sparsifier, select_masks, sparsify
 from pruning.structure import n_of_m, unstructured
-from pruning.structured import PruneReport, prune_experts, prune_heads, prune_layers, prune_neurons
+from pruning.structured import PruneReport, prune_experts, prune_heads, prune_layers, prune_neurons, prune_width
 from pruning.surgery import count_parameters, predict_parameters, shrink
 from pruning.weights import prunable_weights
 
@@ -45,6 +46,7 @@ __all__ = [
     "layer_importance",
     "leave_one_out",
     "linear",
+    "load_pruned",
     "magnitude",
     "magnitude_importance",
     "masked",
@@ -58,6 +60,7 @@ __all__ = [
     "prune_heads",
     "prune_layers",
     "prune_neurons",
+    "prune_width",
     "random_importance",
     "random_scores",
     "select_masks",
