@@ -1,57 +1,34 @@
 """Weights pruned to an exact count: at once (`sparsify`), or while training (`Sparsifier`)."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pruning.allocation import Allocation, global_ranking, uniform
+from pruning.allocation import Allocation
 from pruning.batches import Batch, Loss, Progress
 from pruning.calibrated.prune import prune_calibrated
+from pruning.criteria import (
+    CALIBRATED,
+    CRITERIA,
+    METHODS,
+    Scored,
+    check_name,
+    check_pair,
+    default_allocation,
+    make_allocation,
+    needs,
+    resolve_structure,
+    score_weights,
+)
+from pruning.mask_selection import select_masks
 from pruning.masking import Masks
-from pruning.saliency.data_free import magnitude, random_scores
-from pruning.saliency.first_order import gradient_scores
+from pruning.saliency.data_free import magnitude
 from pruning.schedules import Schedule
-from pruning.structure import Structure, n_of_m, parse_structure, unstructured
-from pruning.weights import inputs_last, matrices, prunable_weights
-
-CALIBRATED = ("exact_obs", "obs", "sparsegpt", "wanda")
-METHODS = ("exact_obs", "gradient", "magnitude", "obs", "random", "sparsegpt", "wanda")
-SCOPES = {"global": global_ranking, "layerwise": uniform}
-
-
-def select_masks(
-    scores: Mapping[str, Tensor],
-    *,
-    sparsity: float,
-    allocation: Allocation = uniform,
-    structure: Structure = unstructured,
-) -> Masks:
-    """Scores by parameter name → masks: `allocation` says how many weights each matrix loses, `structure` which.
-
-    Stacked experts are taken expert by expert, each as a matrix [out, in].
-    Raises: ValueError if sparsity is outside [0, 1) or a score is NaN."""
-    parts = matrices(scores)
-    counts = allocation(parts, sparsity)
-    kept = {name: _chosen(name, structure, part, counts[name]) for name, part in parts.items()}
-    return Masks({name: _assembled(name, score, kept) for name, score in scores.items()})
-
-
-def _chosen(name: str, structure: Structure, scores: Tensor, count: int) -> Tensor:
-    try:
-        return structure(scores, count)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def _assembled(name: str, score: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
-    if score.ndim == 2:
-        return kept[name].contiguous()
-    parts = [kept[f"{name}[{expert}]"] for expert in range(len(score))]
-    return torch.stack([part if inputs_last(name) else part.mT for part in parts])
+from pruning.structure import Structure, named_structure, unstructured
+from pruning.weights import prunable_weights
 
 
 def sparsify(
@@ -59,8 +36,9 @@ def sparsify(
     *,
     sparsity: float | None = None,
     method: str = "magnitude",
-    scope: str = "layerwise",
+    allocation: str | Allocation | None = None,
     structure: str | None = None,
+    rounds: int | None = None,
     calibration: Iterable[Batch] | None = None,
     loss: Loss | None = None,
     weights: Sequence[str] | None = None,
@@ -69,84 +47,83 @@ def sparsify(
 ) -> Masks:
     """Set a share `sparsity` of the model's weights to 0, in place, and return the masks.
 
-    method: "magnitude" abs(w); "gradient" abs(w·g) over `calibration` (with `loss`, None: next-token loss); "random"
-    (with `generator`); "wanda", "sparsegpt", "obs" and "exact_obs" as in `prune_calibrated`, which has their options:
-    layer by layer on what the pruned layers before put out, the last three with new values for the survivors.
-    scope: "layerwise" zeroes ⌊sparsity·n⌋ of every matrix (each expert is one), "global"
-    ⌊sparsity·N⌋ of all together. structure: None, or "n:m": n of every m consecutive inputs stay, and sparsity is
-    1 − n/m. Counts are exact under ties, where the earlier position goes first; weights that are 0 already go before
-    all others.
+    method, without data: "magnitude" abs(w); "lamp"; "synflow"; "random" (with `generator`). Over `calibration`, with
+    `loss` (None: next-token loss): "gradient" abs(w·g), g the mean gradient; "taylor" mean of abs(w·g_b) over samples;
+    "snip" abs(w·g) in rounds; "grasp" w·(Hg); "obd" w²·H_ii/2 with the Fisher diagonal (empirical with a loss);
+    "woodfisher" w²/(2[H⁻¹]_ii), survivors updated. Over `calibration` alone: "correlation"; "wanda", "sparsegpt",
+    "obs" and "exact_obs" as in `prune_calibrated`, which has their options: layer by layer on what the pruned layers
+    before put out, the last three with new values for the survivors. Each has its formula in `pruning.saliency`.
+    allocation: "uniform" takes ⌊sparsity·n⌋ of every matrix (each expert is one), "global" ⌊sparsity·N⌋ of all
+    together in one ranking, "erk", "lamp"; "owl" and "sensitivity" look at `calibration`; or a function of
+    `pruning.allocation`. None: that of the method's paper, "global" for snip, grasp, synflow and lamp, else "uniform".
+    structure: None; "n:m", n of every m consecutive inputs stay, and sparsity is 1 − n/m; "block HxW", "row" or
+    "column": whole ones go, ⌊sparsity · their number⌋ of them, each with the sum of its scores.
+    rounds: of "snip" (10) and "synflow" (100), exponential; 1 under "n:m".
+    Counts are exact under ties, where the earlier position goes first; weights that are 0 already go before all others.
     weights: parameter names; None is `prunable_weights`. Keep the masks through fine-tuning with `Masks.apply`.
-    Raises: ValueError for unknown methods and scopes, a sparsity outside [0, 1) or at odds with the structure, and a
-    method that needs calibration without it; as `prune_calibrated`."""
-    if scope not in SCOPES:
-        raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+    Raises: ValueError for unknown words, with the nearest; a sparsity outside [0, 1) or at odds with the structure; a
+    method that needs calibration without it; two choices that do not go together; as the method itself."""
+    check_name("method", method, METHODS)
+    chosen_allocation = default_allocation(method, allocation, structure)
     if method in CALIBRATED:
-        batches = _calibration(method, scope, calibration, loss)
+        batches = _calibrated(method, chosen_allocation, structure, rounds, calibration, loss)
         report = prune_calibrated(model, batches, method=method, sparsity=sparsity, structure=structure,
                                   weights=weights, progress=progress)  # fmt: skip
         return report.masks
-    share, select = _structure(structure, sparsity, scope)
+    share, select = resolve_structure(structure, sparsity)
+    check_pair(method, chosen_allocation, structure, rounds, loss)
     chosen = prunable_weights(model, weights)
-    scores = _scores(method, model, chosen, calibration, loss, generator, progress)
-    scores = {name: score.masked_fill(chosen[name].detach() == 0, -torch.inf) for name, score in scores.items()}
-    masks = select_masks(scores, sparsity=share, allocation=SCOPES[scope], structure=select)
-    masks.apply(model)
+    held = None if calibration is None else needs("sparsify", calibration)
+    rule = make_allocation(chosen_allocation, model, chosen, held, loss)
+    found = score_weights(
+        model, chosen, method=method, sparsity=share, allocation=rule, structure=select,
+        rounds=1 if structure is not None and ":" in structure else rounds,
+        calibration=held, loss=loss, generator=generator, progress=progress,
+    )  # fmt: skip
+    scores = {name: score.masked_fill(chosen[name].detach() == 0, -torch.inf) for name, score in found.scores.items()}
+    masks = select_masks(scores, sparsity=share, allocation=rule, structure=select)
+    _finish(model, masks, found)
     return masks
 
 
-def _calibration(method: str, scope: str, calibration: Iterable[Batch] | None, loss: Loss | None) -> Iterable[Batch]:
-    if calibration is None:
-        raise ValueError(f"method={method!r} needs calibration batches, got None")
-    if scope != "layerwise":
-        raise ValueError(f"method={method!r} compares weights inside a layer: scope must be 'layerwise', got {scope!r}")
-    if loss is not None:
-        raise ValueError(f"method={method!r} keeps each layer's outputs and takes no loss: loss must be None")
-    return calibration
+def _finish(model: nn.Module, masks: Masks, found: Scored) -> None:
+    if found.repair is not None:
+        found.repair(masks)
+    masks.apply(model)
 
 
-def _structure(text: str | None, sparsity: float | None, scope: str) -> tuple[float, Structure]:
-    if text is None:
-        if sparsity is None:
-            raise ValueError("sparsity must be in [0, 1), got None; only structure='n:m' implies one")
-        return sparsity, unstructured
-    n, m = parse_structure(text)
-    chosen = n_of_m(n, m)
-    if scope != "layerwise":
-        raise ValueError(f"structure={text!r} fixes every layer's sparsity: scope must be 'layerwise', got {scope!r}")
-    if sparsity is not None and abs(sparsity - (1 - n / m)) > 1e-9:
-        raise ValueError(f"structure={text!r} means sparsity={1 - n / m:g}, got {sparsity}")
-    return (m - n) / m, chosen
-
-
-def _scores(
+def _calibrated(
     method: str,
-    model: nn.Module,
-    weights: Mapping[str, nn.Parameter],
+    allocation: str | Allocation,
+    structure: str | None,
+    rounds: int | None,
     calibration: Iterable[Batch] | None,
     loss: Loss | None,
-    generator: torch.Generator | None,
-    progress: Progress,
-) -> dict[str, Tensor]:
-    if method == "magnitude":
-        return {name: magnitude(weight) for name, weight in weights.items()}
-    if method == "random":
-        return {name: random_scores(weight, generator=generator) for name, weight in weights.items()}
-    if method == "gradient":
-        if calibration is None:
-            raise ValueError("method='gradient' needs calibration batches, got None")
-        return gradient_scores(model, weights, calibration, loss=loss, progress=progress)
-    near = get_close_matches(method, METHODS, n=1, cutoff=0.5)
-    raise ValueError(
-        f"method must be one of {', '.join(METHODS)}, got {method!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-    )
+) -> list[Batch]:
+    """The batches of a method of `pruning.calibrated`. Raises: ValueError for what it does not go with."""
+    batches = needs(f"method={method!r}", calibration)
+    if allocation != "uniform":
+        raise ValueError(
+            f"method={method!r} compares weights inside a layer: allocation must be 'uniform', got {allocation!r}"
+        )
+    if structure is not None and ":" not in structure:
+        named_structure(structure)
+        raise ValueError(f"method={method!r} chooses weights or n:m groups: structure must be None or 'n:m', "
+                         f"got {structure!r}")  # fmt: skip
+    if loss is not None:
+        raise ValueError(f"method={method!r} keeps each layer's outputs and takes no loss: loss must be None")
+    if rounds is not None:
+        raise ValueError(f"method={method!r} goes block by block: rounds must be None, got {rounds}")
+    return batches
 
 
 class Sparsifier:
     """Prunes a model while it trains: saliency × allocation × structure × schedule, each a function.
 
-    saliency(weight) → scores of its shape (`magnitude`; `taylor` reads weight.grad); allocation (scores, sparsity) →
-    count of each matrix; structure (scores, count) → mask; schedule(step) → sparsity. Whenever the schedule rises the
+    saliency(weight) → scores of its shape (`magnitude`; `taylor` reads weight.grad), or the name of a method of
+    `sparsify` that scores weights, with its `calibration`, `loss` and `generator`; allocation (scores, sparsity) →
+    count of each matrix; structure (scores, count) → mask; schedule(step) → sparsity. Allocation and structure may be
+    names too, as in `sparsify` (None: the method's own, "uniform" for a function). Whenever the schedule rises the
     masks are chosen again; what was pruned stays pruned. Call `before_step`, then the optimiser, then `after_step`.
 
     >>> sparsifier = Sparsifier(model, schedule=cubic(0.8, begin=100, end=900, every=50))
@@ -154,20 +131,33 @@ class Sparsifier:
     ...     optimizer.step()
     ...     sparsifier.after_step(optimizer)
 
-    A sparsity that the schedule asks at step 0 is applied at once. Raises: ValueError if the schedule leaves [0, 1)."""
+    A sparsity that the schedule asks at step 0 is applied at once. Raises: ValueError if the schedule leaves [0, 1),
+    for unknown names, and for choices that do not go together."""
 
     def __init__(
         self,
         model: nn.Module,
         *,
         schedule: Schedule,
-        saliency: Callable[[Tensor], Tensor] = magnitude,
-        allocation: Allocation = uniform,
-        structure: Structure = unstructured,
+        saliency: str | Callable[[Tensor], Tensor] = magnitude,
+        allocation: str | Allocation | None = None,
+        structure: str | Structure = unstructured,
+        calibration: Iterable[Batch] | None = None,
+        loss: Loss | None = None,
+        generator: torch.Generator | None = None,
         weights: Sequence[str] | None = None,
     ) -> None:
         self.model, self.schedule, self.saliency = model, schedule, saliency
-        self.allocation, self.structure = allocation, structure
+        self.loss, self.generator = loss, generator
+        self.calibration = None if calibration is None else needs("Sparsifier", calibration)
+        method, text = saliency if isinstance(saliency, str) else "magnitude", structure
+        check_name("saliency", method, CRITERIA)
+        name = text if isinstance(text, str) else None
+        self.allocation = default_allocation(method, allocation, name)
+        check_pair(method, self.allocation, name, None, loss)
+        if CRITERIA[method].data:
+            needs(f"saliency={method!r}", self.calibration)
+        self.structure = named_structure(structure) if isinstance(structure, str) else structure
         self.step, self.sparsity = 0, 0.0
         self._weights = prunable_weights(model, weights)
         self._masks = Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in self._weights.items()})
@@ -187,11 +177,24 @@ class Sparsifier:
     def _advance(self) -> None:
         asked = self.schedule(self.step)
         if asked > self.sparsity:
-            scores = {name: self.saliency(weight).masked_fill(~self._masks.kept[name], -torch.inf)
-                      for name, weight in self._weights.items()}  # fmt: skip
-            self._masks = select_masks(scores, sparsity=asked, allocation=self.allocation, structure=self.structure)
-            self._masks.apply(self.model)
+            rule = make_allocation(self.allocation, self.model, self._weights, self.calibration, self.loss)
+            found = self._score(asked, rule)
+            scores = {name: score.masked_fill(~self._masks.kept[name], -torch.inf)
+                      for name, score in found.scores.items()}  # fmt: skip
+            self._masks = select_masks(scores, sparsity=asked, allocation=rule, structure=self.structure)
+            _finish(self.model, self._masks, found)
             self.sparsity = asked
+
+    def _score(self, sparsity: float, allocation: Allocation) -> Scored:
+        if not isinstance(self.saliency, str):
+            return Scored({name: self.saliency(weight) for name, weight in self._weights.items()})
+        # the schedule makes the rounds
+        rounds = 1 if CRITERIA[self.saliency].rounds else None
+        return score_weights(
+            self.model, self._weights, method=self.saliency, sparsity=sparsity, allocation=allocation,
+            structure=self.structure, rounds=rounds, calibration=self.calibration, loss=self.loss,
+            generator=self.generator, progress=None,
+        )  # fmt: skip
 
     def masks(self) -> Masks:
         """The masks in force."""

@@ -1,7 +1,9 @@
 """Scores and a count → a mask with exactly that many zeros, whatever the ties."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -82,3 +84,101 @@ def parse_structure(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.isdigit() for part in parts):
         raise ValueError(f"structure must be None or 'n:m' such as '2:4', got {text!r}")
     return int(parts[0]), int(parts[1])
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Whole tiles of `height` × `width` weights of a matrix [out, in] go or stay; None is the whole dimension.
+
+    Called as any structure, with a count of weights that must be a whole number of tiles. `select_masks` counts and
+    ranks the tiles themselves: a tile's score is the sum over its weights."""
+
+    height: int | None
+    width: int | None
+
+    def __post_init__(self) -> None:
+        for name, value in (("height", self.height), ("width", self.width)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} of a block must be >= 1, got {value}")
+
+    def __str__(self) -> str:
+        if self.height is None or self.width is None:
+            return "row" if self.width is None else "column"
+        return f"block {self.height}x{self.width}"
+
+    def __call__(self, scores: Float[Tensor, "out in"], count: int) -> Bool[Tensor, "out in"]:
+        """The mask with `count` zeros, in the tiles of least score; of equal tiles the earlier go first.
+
+        Raises: ValueError as `shape`, and if the count is no whole number of tiles."""
+        height, width = self.shape(scores)
+        if count % (height * width):
+            raise ValueError(f"{self} removes a multiple of {height * width} weights, got count {count}")
+        return self.spread(unstructured(self.pooled(scores), count // (height * width)), scores)
+
+    def shape(self, scores: Float[Tensor, "out in"]) -> tuple[int, int]:
+        """Height and width of a tile of this matrix. Raises: ValueError unless tiles fill the matrix."""
+        sizes = tuple(scores.shape[-2:])
+        height, width = self.height or max(sizes[0], 1), self.width or max(sizes[1], 1)
+        if sizes[0] % height or sizes[1] % width:
+            raise ValueError(f"{self} needs a matrix [out, in] divisible by {height}x{width}, got {list(sizes)}")
+        return height, width
+
+    def pooled(self, scores: Float[Tensor, "out in"]) -> Float[Tensor, "rows columns"]:
+        """The score of each tile: the sum over its weights, in float32 or wider; weights of score −inf, which are gone
+        already, add nothing, and a tile of them alone keeps −inf."""
+        height, width = self.shape(scores)
+        tiles = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        tiles = tiles.unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2).flatten(2)
+        gone = tiles == -torch.inf
+        return tiles.masked_fill(gone, 0).sum(-1).masked_fill(gone.all(-1), -torch.inf)
+
+    def spread(self, kept: Bool[Tensor, "rows columns"], scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        """What is kept of the tiles → what is kept of the weights of `scores`."""
+        height, width = self.shape(scores)
+        return kept.repeat_interleave(height, 0).repeat_interleave(width, 1)
+
+
+def block(height: int, width: int) -> Tiles:
+    """Blocks of height outputs × width inputs, which block-sparse kernels skip.
+
+    >>> block(1, 2)(torch.tensor([[1.0, 2.0, 0.0, 2.5]]), 2)
+    tensor([[ True,  True, False, False]])
+
+    Raises: ValueError if a size is below 1; when it is used, for a matrix that the blocks do not fill."""
+    return Tiles(height, width)
+
+
+def rows() -> Tiles:
+    """Whole rows: all weights into one output."""
+    return Tiles(1, None)
+
+
+def columns() -> Tiles:
+    """Whole columns: all weights from one input."""
+    return Tiles(None, 1)
+
+
+def tile_sizes(structure: Tiles, scores: Mapping[str, Tensor]) -> dict[str, int]:
+    """Number of weights in one tile of each matrix. Raises: ValueError naming a matrix that tiles do not fill."""
+    sizes = {}
+    for name, score in scores.items():
+        try:
+            sizes[name] = math.prod(structure.shape(score))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return sizes
+
+
+def named_structure(text: str) -> Structure:
+    """ "2:4", "block 16x16", "row" or "column" → the structure. Raises: ValueError for any other text."""
+    if text in ("row", "column"):
+        return rows() if text == "row" else columns()
+    found = re.fullmatch(r"block (\d+)x(\d+)", text)
+    if found:
+        return block(int(found[1]), int(found[2]))
+    if ":" in text:
+        return n_of_m(*parse_structure(text))
+    raise ValueError(
+        f"structure must be None, 'n:m' such as '2:4', 'block HxW' such as 'block 16x16', 'row' or 'column', "
+        f"got {text!r}"
+    )

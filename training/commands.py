@@ -216,7 +216,9 @@ def _prune(arguments: PruneArguments, console: Console) -> None:
         console.print(str(prune_heads(model, head_importance(model, drawn), fraction=arguments.heads)), highlight=False)
         console.print(f"after heads: {_held_out(model, data, config, arguments.batch)}", highlight=False)
     if arguments.weights:
-        sparsify(model, sparsity=arguments.weights, scope=arguments.scope)
+        sparsify(
+            model, sparsity=arguments.weights, allocation="global" if arguments.scope == "global" else "uniform"
+        )
         console.print(f"after weights: {_held_out(model, data, config, arguments.batch)}", highlight=False)
     model.save_pretrained(arguments.out)
     data.tokenizer.save(arguments.out)

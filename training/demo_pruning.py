@@ -139,7 +139,7 @@ def zero_weights(model: Transformer, evaluate: Evaluate) -> Iterator[Line]:
     for sparsity in SPARSITIES:
         variant = copy.deepcopy(model)
         if sparsity:
-            sparsify(variant, sparsity=sparsity, scope="global")
+            sparsify(variant, sparsity=sparsity, allocation="global")
         weights = prunable_weights(variant).values()
         yield {
             "sparsity": sparsity,

@@ -1,4 +1,4 @@
-"""Scores that need no data: magnitude and chance."""
+"""Scores that need no data: magnitude, LAMP and chance."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pruning.allocation.counts import lamp_of_magnitudes
 from pruning.axes import Axis
 from pruning.saliency.record import AxisScores, Normalize, record
 
@@ -13,6 +14,17 @@ from pruning.saliency.record import AxisScores, Normalize, record
 def magnitude(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """abs(w), for each weight."""
     return weight.detach().abs()
+
+
+def lamp(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """w_u² / Σ_{v: |w_v| ≥ |w_u|} w_v² over one matrix, float64: magnitudes made comparable across matrices.
+
+    Lee et al. 2021 (arXiv:2010.07611), eq. 2. A stack of experts [E, ·, ·] is scored expert by expert. Of equal
+    magnitudes the earlier position scores lower, as it goes first. Inside a matrix the order is that of the magnitudes:
+    the score means something under one ranking of all matrices."""
+    matrix = weight.detach().abs()
+    parts = matrix if weight.ndim == 3 else matrix[None]
+    return torch.stack([lamp_of_magnitudes(part) for part in parts]).view(weight.shape)
 
 
 def random_scores(weight: Float[Tensor, "..."], *, generator: torch.Generator | None = None) -> Float[Tensor, "..."]:

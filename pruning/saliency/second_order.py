@@ -15,8 +15,10 @@ from pruning.batches import (
     evaluating,
     model_batches,
     next_token_loss,
+    samples_of,
     scalar_loss,
 )
+from pruning.saliency.products import twice_differentiable
 
 ESTIMATORS = ("empirical_fisher", "fisher", "hutchinson")
 
@@ -85,9 +87,10 @@ def _terms(
 ) -> Iterator[list[Tensor]]:
     """What one draw on a batch adds to the sum over samples."""
     if estimator == "hutchinson":
-        yield _hutchinson(scalar_loss(model, batch, loss), weights, generator)
+        with twice_differentiable(model):
+            yield _hutchinson(scalar_loss(model, batch, loss), weights, generator)
         return
-    for sample in _samples(batch):
+    for sample in samples_of(batch):
         if estimator == "fisher":
             value, scale = _drawn_loss(model, sample, generator)
         else:
@@ -107,15 +110,6 @@ def _hutchinson(value: Tensor, weights: list[nn.Parameter], generator: torch.Gen
 def _signs(weight: Tensor, generator: torch.Generator | None) -> Tensor:
     """±1, drawn on the CPU so that a seed means the same everywhere."""
     return (torch.randint(2, weight.shape, generator=generator) * 2 - 1).to(weight)
-
-
-def _samples(batch: Batch) -> Iterator[Batch]:
-    for index in range(batch_size(batch)):
-        one = slice(index, index + 1)
-        if isinstance(batch, Tensor):
-            yield batch[one]
-        else:
-            yield {key: value[one] if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def _drawn_loss(model: nn.Module, sample: Batch, generator: torch.Generator | None) -> tuple[Tensor, int]:

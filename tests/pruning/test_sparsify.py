@@ -80,16 +80,16 @@ def test_n_of_m_keeps_the_n_largest_of_each_group(n, more, groups, first, data):
             assert [kept[i] for i in range(start, start + m)] == [i in order[more:] for i in range(start, start + m)]
 
 
-@given(st.integers(0, 99), st.sampled_from(["global", "layerwise"]), st.sampled_from(["magnitude", "random"]))
-def test_the_number_of_non_zeros_is_exact_even_where_all_weights_tie(percent, scope, method):
+@given(st.integers(0, 99), st.sampled_from(["global", "uniform"]), st.sampled_from(["magnitude", "random"]))
+def test_the_number_of_non_zeros_is_exact_even_where_all_weights_tie(percent, allocation, method):
     model = Mixed()
     for parameter in model.parameters():
         nn.init.constant_(parameter, 0.5)
-    masks = sparsify(model, sparsity=percent / 100, scope=scope, method=method)
+    masks = sparsify(model, sparsity=percent / 100, allocation=allocation, method=method)
     weights = prunable_weights(model)
     parts = [part for w in weights.values() for part in (w if w.ndim == 3 else [w])]
     zeros = [int((part == 0).sum()) for part in parts]
-    if scope == "global":
+    if allocation == "global":
         assert sum(zeros) == percent * sum(part.numel() for part in parts) // 100
     else:
         assert zeros == [percent * part.numel() // 100 for part in parts]
@@ -100,7 +100,7 @@ def test_what_stays_dense():
     assert list(prunable_weights(Mixed())) == ["experts", "first.weight", "down.weight"]
     model = Mixed()
     before = copy.deepcopy(model.state_dict())
-    sparsify(model, sparsity=0.9, scope="global")
+    sparsify(model, sparsity=0.9, allocation="global")
     changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
     assert changed == {"experts", "first.weight", "second.weight", "down.weight"}
 
@@ -167,15 +167,15 @@ def test_gradient_scores_are_the_weight_times_the_mean_gradient():
     ({"sparsity": 1.0}, r"sparsity must be in|fraction must be in \[0, 1\), got 1.0"),
     ({"sparsity": -0.1}, r"\[0, 1\), got -0.1"),
     ({}, "sparsity must be in .* got None"),
-    ({"sparsity": 0.5, "method": "magnitud"}, "wanda, got 'magnitud'; did you mean 'magnitude'"),
+    ({"sparsity": 0.5, "method": "magnitud"}, "wanda, woodfisher, got 'magnitud'; did you mean 'magnitude'"),
     ({"sparsity": 0.5, "method": "xyz"}, "got 'xyz'$"),
     ({"sparsity": 0.5, "method": "gradient"}, "needs calibration batches, got None"),
-    ({"sparsity": 0.5, "scope": "local"}, "scope must be one of global, layerwise, got 'local'"),
-    ({"structure": "2-4"}, "'n:m' such as '2:4', got '2-4'"),
+    ({"sparsity": 0.5, "allocation": "unifrom"}, "erk, global, lamp, owl, .*got 'unifrom'; did you mean 'uniform'"),
+    ({"structure": "2-4"}, "'n:m' such as '2:4', .* got '2-4'"),
     ({"structure": "4:4"}, "0 < n < m, got 4:4"),
     ({"structure": "2:3"}, r"experts\[0\]: 2:3 needs dimension -1 divisible by 3, got shape \[4, 8\]"),
     ({"structure": "2:4", "sparsity": 0.6}, "means sparsity=0.5, got 0.6"),
-    ({"structure": "2:4", "scope": "global"}, "scope must be 'layerwise'"),
+    ({"structure": "2:4", "allocation": "global"}, "allocation must be 'uniform'"),
 ])  # fmt: skip
 def test_bad_options_change_nothing(options, message):
     model = Mixed()

@@ -166,10 +166,10 @@ def test_neurons_go_and_the_config_follows(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scope", ["global", "layerwise"])
-def test_weights_are_zeroed_where_they_should_be_and_reload(tmp_path, kind, scope):
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_weights_are_zeroed_where_they_should_be_and_reload(tmp_path, kind, allocation):
     model = build(kind)
-    masks = sparsify(model, sparsity=0.5, scope=scope)
+    masks = sparsify(model, sparsity=0.5, allocation=allocation)
     dense = ("embedding", "norm", "router", "head.weight")
     assert not any(part in name for name in masks.kept for part in dense)
     assert masks.zeros == sum(int((p == 0).sum()) for name, p in model.named_parameters() if name in masks.kept)

@@ -1,0 +1,68 @@
+"""Scores of weights and a sparsity → masks."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from pruning.allocation.counts import Allocation, global_ranking, uniform
+from pruning.masking import Masks
+from pruning.structure import Structure, Tiles, tile_sizes, unstructured
+from pruning.weights import inputs_last, matrices
+
+# (scores by parameter name, sparsity) → masks
+Select = Callable[[Mapping[str, Tensor], float], Masks]
+
+
+def ranked_globally(scores: Mapping[str, Tensor], sparsity: float) -> Masks:
+    """`select_masks` by one ranking over all matrices: how most methods before training choose."""
+    return select_masks(scores, sparsity=sparsity, allocation=global_ranking)
+
+
+def select_masks(
+    scores: Mapping[str, Tensor],
+    *,
+    sparsity: float,
+    allocation: Allocation = uniform,
+    structure: Structure = unstructured,
+) -> Masks:
+    """Scores by parameter name → masks: `allocation` says how many weights each matrix loses, `structure` which.
+
+    Stacked experts are taken expert by expert, each as a matrix [out, in]. Under tiles (blocks, rows, columns) the
+    allocation counts tiles, each with the sum of its weights' scores.
+    Raises: ValueError if sparsity is outside [0, 1), a score is NaN, or tiles of unequal size meet an allocation that
+    shares one number of removals among matrices."""
+    parts = matrices(scores)
+    if isinstance(structure, Tiles):
+        kept = _tiled(parts, sparsity, allocation, structure)
+    else:
+        counts = allocation(parts, sparsity)
+        kept = {name: _chosen(name, structure, part, counts[name]) for name, part in parts.items()}
+    return Masks({name: _assembled(name, score, kept) for name, score in scores.items()})
+
+
+def _tiled(parts: Mapping[str, Tensor], sparsity: float, allocation: Allocation, structure: Tiles) -> dict[str, Tensor]:
+    sizes = tile_sizes(structure, parts)
+    if allocation is not uniform and len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"structure {structure} has tiles of {min(sizes.values())} to {max(sizes.values())} weights here, which no "
+            f"single ranking compares: allocation must be 'uniform'"
+        )
+    pooled = {name: structure.pooled(part) for name, part in parts.items()}
+    counts = allocation(pooled, sparsity)
+    kept = {name: _chosen(name, unstructured, tiles, counts[name]) for name, tiles in pooled.items()}
+    return {name: structure.spread(kept[name], part) for name, part in parts.items()}
+
+
+def _chosen(name: str, structure: Structure, scores: Tensor, count: int) -> Tensor:
+    try:
+        return structure(scores, count)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _assembled(name: str, score: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
+    if score.ndim == 2:
+        return kept[name].contiguous()
+    parts = [kept[f"{name}[{expert}]"] for expert in range(len(score))]
+    return torch.stack([part if inputs_last(name) else part.mT for part in parts])

@@ -1,0 +1,61 @@
+"""SynFlow: scores without data that no layer's collapse survives."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pruning.batches import Progress
+from pruning.mask_selection import ranked_globally
+from pruning.saliency.linear_flow import check_linear, flow_input, flow_model, total_flow
+from pruning.saliency.rounds import Select, scored_in_rounds
+
+
+def synflow_scores(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    *,
+    sparsity: float | None = None,
+    rounds: int = 100,
+    select: Select | None = None,
+    example: Tensor | None = None,
+    progress: Progress = None,
+) -> dict[str, Float[Tensor, "..."]]:
+    """w · ∂R/∂w with R = 1ᵀ Π abs(W) 1, the flow through all paths of the network: float64, never negative.
+
+    Tanaka et al. 2020 (arXiv:2006.05467), eq. 1 and algorithm 1: `rounds` exponential steps to `sparsity`, the flow
+    taken again after each; a weight that went in an earlier round scores −inf. Without a sparsity the flow is taken
+    once. In a stack of layers the scores of each layer add up to R, so that the fewer weights a layer has left the more
+    each carries, and none goes empty before the others; residual branches are conserved inside each branch.
+    The model is copied in float64 and made linear by `flow_model`; it is not touched itself. example: token ids, or an
+    input, of the shape that the model takes. select(scores, sparsity) → masks makes the rounds (None: one ranking over
+    all matrices); progress wraps them.
+    Raises: ValueError for rounds < 1, a sparsity outside [0, 1), a model that does not become linear, and a
+    weight that no flow reaches."""
+    names = {id(parameter): name for name, parameter in weights.items()}
+    own = {name: names[id(p)] for name, p in model.named_parameters() if id(p) in names}
+    flow, given = flow_model(model), flow_input(model, example)
+    copies = {own[name]: p for name, p in flow.named_parameters() if name in own}
+    copies = {name: copies[name] for name in weights}
+    check_linear(flow, given)
+    for parameter in flow.parameters():
+        parameter.requires_grad_(False)
+    for copied in copies.values():
+        copied.requires_grad_(True)
+
+    def score() -> dict[str, Tensor]:
+        with torch.enable_grad():
+            total = total_flow(flow, given)
+            found = torch.autograd.grad(total, list(copies.values()), allow_unused=True, materialize_grads=True)
+        return {name: (copied.detach() * g) for (name, copied), g in zip(copies.items(), found, strict=True)}
+
+    dry = [name for name, found in score().items() if not found.any() and copies[name].any()]
+    if dry:
+        raise ValueError(f"flow must reach every weight, got none in {dry[0]!r}: leave it out by weights=")
+
+    if sparsity is None:
+        return score()
+    return scored_in_rounds(
+        copies, score, sparsity=sparsity, rounds=rounds, select=select or ranked_globally, progress=progress
+    )
