@@ -1,6 +1,7 @@
 """NeST: growth of connections and neurons against plain loops, its schedule, and its neurons' births."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -144,7 +145,7 @@ def test_counts_follow_the_schedule_and_unborn_neurons_have_no_connection(kind):
             for weight in (layer.up.weight.mT, layer.gate.weight.mT, layer.down.weight):
                 assert not weight[:, ~live].any()
     assert len(alive[0]) == (2 if kind == "dense" else 0)
-    assert all(a <= b for a, b in zip(counts[:7], counts[1:7], strict=False)) and counts[6] > 1.5 * counts[0]
+    assert all(a <= b for a, b in pairwise(counts[:7])) and counts[6] > 1.5 * counts[0]
     assert counts[-1] == counts[10] and abs(counts[-1] - 0.2 * total) <= len(method.masks().kept)
     if kind == "dense":
         births_seen = [sum(now.values()) for now in alive]

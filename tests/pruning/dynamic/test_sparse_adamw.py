@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pruning.dynamic import DSR, SET, SNFS, DeepR, PreferentialAttachment, RigL, SparseAdamW, StaticSparsity
+from pruning.dynamic.base import reset_state
 from tests.pruning.dynamic.test_methods import net, steps
 from tests.tolerances import close
 
@@ -77,6 +78,18 @@ def test_kept_moments_stay_and_new_ones_start_at_zero():
     assert state["mean"].tolist() == [before[1].item(), 0.0] and state["index"].tolist() == [1, 3]
     optimizer.forget(parameter, torch.tensor([[True, True, False, False]]))
     assert state["mean"].tolist() == [0.0, 0.0]
+
+
+def test_a_connection_that_goes_and_comes_between_two_steps_starts_afresh():
+    parameter = nn.Parameter(torch.ones(2, 2))
+    optimizer = SparseAdamW([parameter], lr=0.1)
+    reset_state(optimizer, parameter, torch.ones(2, 2, dtype=torch.bool))
+    optimizer.activate(parameter, torch.tensor([[True, True], [False, True]]))
+    parameter.grad = torch.ones(2, 2)
+    optimizer.step()
+    reset_state(optimizer, parameter, torch.tensor([[False, True], [True, False]]))
+    for name in ("mean", "square"):
+        assert (optimizer.state[parameter][name] != 0).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
