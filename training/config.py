@@ -19,7 +19,8 @@ POSITIVE_IN_TRAIN = ("steps", "batch", "accumulation", "threads", "log_every", "
                      "save_every", "keep", "sample_every", "sample_tokens", "stop_at")  # fmt: skip
 
 
-SparsifyMethod = Literal["magnitude", "static", "set", "rigl", "snfs", "dsr", "deep_r", "top_kast"]
+SparsifyMethod = Literal["magnitude", "static", "set", "rigl", "snfs", "dsr", "deep_r", "top_kast",
+                         "nest", "preferential", "robust_rewiring"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,15 @@ class SparsifyConfig:
     sparsity: float = 0.0
     """Share of the weights of matrices that is zero in the end; 0 prunes nothing."""
     method: SparsifyMethod = "magnitude"
-    """'magnitude' prunes a dense start along a schedule. 'set', 'rigl', 'snfs', 'dsr', 'deep_r' and 'top_kast' are
-    sparse from the first step and move their connections; 'static' keeps those that were drawn at random."""
+    """'magnitude' prunes a dense start along a schedule. 'set', 'rigl', 'snfs', 'dsr', 'deep_r', 'preferential',
+    'robust_rewiring' and 'top_kast' are sparse from the first step and move their connections; 'nest' starts sparser,
+    grows connections and neurons, then prunes; 'static' keeps those that it starts with."""
     fraction: float = 0.3
-    """Share of the connections that an update of set, rigl, snfs or dsr moves."""
+    """Share of the connections that an update of set, rigl, snfs, dsr or preferential moves."""
+    topology: Literal["random", "banded", "local", "block_diagonal", "small_world"] = "random"
+    """How 'static' lays its connections out."""
+    attack: float = 0.05
+    """Size of the change of the embeddings under which 'robust_rewiring' trains, in units of their RMS; 0 for none."""
     allocation: Literal["erk", "uniform"] = "erk"
     """How a method that is sparse from the start spreads its weights: Erdős–Rényi, or evenly."""
     begin: int = 0
