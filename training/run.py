@@ -13,7 +13,25 @@ import torch
 from rich.console import Console
 
 from pruning import Sparsifier, cubic, erk, global_ranking, one_shot, uniform
-from pruning.dynamic import DSR, SET, SNFS, DeepR, DynamicSparsity, RigL, StaticSparsity, TopKAST
+from pruning.dynamic import (
+    DSR,
+    SET,
+    SNFS,
+    Attack,
+    DeepR,
+    DynamicSparsity,
+    NeST,
+    PreferentialAttachment,
+    RigL,
+    RobustRewiring,
+    StaticSparsity,
+    TopKAST,
+    Topology,
+    banded,
+    block_diagonal,
+    locally_connected,
+    small_world,
+)
 from training.allocator import keep_freed_memory
 from training.checkpoint import LATEST, checkpoints, latest_checkpoint
 from training.config import DataConfig, RunConfig, SparsifyConfig, to_dict
@@ -29,6 +47,10 @@ from transformer import Transformer
 
 CONFIG = "run.json"
 NAMED = 3  # files left out that are named
+TOPOLOGIES: dict[str, Topology | None] = {
+    "random": None, "banded": banded, "local": locally_connected, "block_diagonal": block_diagonal,
+    "small_world": small_world(),
+}  # fmt: skip
 
 
 def train(
@@ -107,9 +129,16 @@ def _sparse_from_the_start(config: SparsifyConfig, model: Transformer, steps: in
     stop = config.end or max(1, steps * 3 // 4)
     if config.method == "deep_r":
         return DeepR(model, stop=stop, **sizes)
+    if config.method == "robust_rewiring":
+        return RobustRewiring(model, stop=stop, attack=Attack(config.attack) if config.attack else None, **sizes)
     if config.method == "static":
-        return StaticSparsity(model, **sizes)
-    kinds: dict[str, type[DynamicSparsity]] = {"set": SET, "rigl": RigL, "snfs": SNFS, "dsr": DSR}
+        return StaticSparsity(model, topology=TOPOLOGIES[config.topology], **sizes)
+    if config.method == "nest":
+        updates = max(2, stop // config.every)
+        return NeST(model, every=config.every, growths=updates // 2, prunings=updates - updates // 2, **sizes)
+    kinds: dict[str, type[DynamicSparsity]] = {
+        "set": SET, "rigl": RigL, "snfs": SNFS, "dsr": DSR, "preferential": PreferentialAttachment,
+    }  # fmt: skip
     return kinds[config.method](model, every=config.every, stop=stop, fraction=config.fraction, **sizes)
 
 
