@@ -168,7 +168,7 @@ def _matrix(tensor: Tensor, turned: bool) -> Shaped[Tensor, "rows columns"]:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
 def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
