@@ -10,7 +10,8 @@ from tests.training.models import small_trainer
 from training.config import SparsifyConfig
 from training.run import make_sparsifiers
 
-METHODS = ["static", "set", "rigl", "snfs", "dsr", "deep_r", "top_kast"]
+METHODS = ["static", "set", "rigl", "snfs", "dsr", "deep_r", "top_kast", "nest", "preferential",
+           "robust_rewiring"]  # fmt: skip
 
 
 def losses(out: Path) -> list[float]:
@@ -23,6 +24,16 @@ def trainer(out: Path, method: str, **train):
     config = SparsifyConfig(sparsity=0.8, method=method, every=3, fraction=0.3)
     made.sparsifiers = tuple(make_sparsifiers(config, made.model, steps=made.train.steps))
     return made
+
+
+@pytest.mark.parametrize("topology", ["banded", "local", "block_diagonal", "small_world"])
+def test_a_topology_is_one_word(topology, tmp_path):
+    model = small_trainer(tmp_path).model
+    masks = {}
+    for name in ("random", topology):
+        config = SparsifyConfig(sparsity=0.8, method="static", topology=name)
+        masks[name] = make_sparsifiers(config, model, steps=20)[0].masks().kept
+    assert not any(one.equal(two) for one, two in zip(masks["random"].values(), masks[topology].values(), strict=True))
 
 
 @pytest.mark.parametrize("method", METHODS)
