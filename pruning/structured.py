@@ -133,6 +133,7 @@ def prune_width(
     scores: Mapping[str, Tensor] | None = None,
     *,
     fraction: float,
+    multiple: int = 8,
     min_width: int = 1,
     axes: Sequence[Axis] | None = None,
 ) -> PruneReport:
@@ -141,6 +142,9 @@ def prune_width(
     A channel goes from every tensor that lies along the stream: embeddings, norms, what reads it, what writes to it,
     and the head. Heads keep their number and size, for the width is independent of them; so does rotary embedding.
     scores: one for each channel; None ranks by magnitude (‖all weights of the channel‖₂).
+    multiple: the width that stays is one of it, and so fewer channels may go than asked; matrix kernels like rows of 16
+    bytes, and transformers' products over stacked experts demand them. Stock transformers loads a Llama only if its
+    number of heads divides the width.
 
     The result equals the model in which the channels that go are zero wherever the stream is written (embedding rows
     and output columns), and in which every norm over the stream takes its mean over the D' channels that stay:
@@ -148,10 +152,12 @@ def prune_width(
     that their outputs would be √(D / D') larger.
 
     >>> print(prune_width(model, fraction=0.1))
-    Raises: as `prune_heads`."""
+    Raises: as `prune_heads`; ValueError if multiple is below 1."""
+    if multiple < 1:
+        raise ValueError(f"multiple must be >= 1, got {multiple}")
     chosen = axes_of(model, "width", axes)
     scores = magnitude_importance(model, chosen) if scores is None else scores
-    return _prune(model, "width", scores, chosen, fraction, False, min_width)
+    return _prune(model, "width", scores, chosen, fraction, False, min_width, multiple)
 
 
 def _prune(
@@ -162,10 +168,13 @@ def _prune(
     fraction: float,
     layerwise: bool,
     least: int,
+    multiple: int = 1,
 ) -> PruneReport:
     kept: dict[str, list[int]] = {}
     for part in [[axis] for axis in axes] if layerwise else [axes]:
-        count = removal_count(fraction, sum(axis.size for axis in part))
+        size = sum(axis.size for axis in part)
+        left = -(-(size - removal_count(fraction, size)) // multiple) * multiple
+        count = max(0, size - left)
         kept |= select_units(scores, part, count=count, min_units=least)
     before, predicted = count_parameters(model), predict_parameters(model, axes, kept)
     shrink(model, axes, kept)

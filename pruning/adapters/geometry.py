@@ -184,12 +184,13 @@ def _width(place: Place, told: Told) -> Axis:
     family, size = place.family, width_of(place)
     base = [(f"{place.prefix}{family.embedding}.weight", 1), (f"{place.prefix}{family.norm}.weight", 0)]
     slices = [Slice(name, dim, 1) for name, dim in base]
+    weight_of(place.base, family.embedding)
     for index, layer in enumerate(place.layers):
         slices += [Slice(f"{place.where(index)}.{name}", dim, 1) for name, dim in _width_of_layer(family, layer)]
     embedding = place.base.get_submodule(family.embedding).weight
     for name in _HEADS:
         head = getattr(place.model, name, None)
-        if head is not None and head.weight is not embedding:
+        if head is not None and weight_of(place.model, name) is not embedding:
             slices.append(Slice(f"{name}.weight", 1, 1))
 
     def resize(kept: list[int]) -> None:
