@@ -3,6 +3,8 @@
 from pruning.adapters.loading import load_pruned
 from pruning.allocation import erk, global_ranking, uniform
 from pruning.axes import Axis, Slice
+from pruning.execution import SparseLinear, choose_execution, restore_dense
+from pruning.formats import decode, encode, load_compact, save_compact, smallest
 from pruning.gates import gated, masked
 from pruning.masking import Masks
 from pruning.model_axes import prunable_axes
@@ -26,6 +28,7 @@ from pruning.sparsifier import Sparsifier, select_masks, sparsify
 from pruning.structure import n_of_m, unstructured
 from pruning.structured import PruneReport, prune_experts, prune_heads, prune_layers, prune_neurons, prune_width
 from pruning.surgery import count_parameters, predict_parameters, shrink
+from pruning.torch_prune import from_torch_prune, to_torch_prune
 from pruning.weights import prunable_weights
 
 __all__ = [
@@ -34,11 +37,16 @@ __all__ = [
     "Masks",
     "PruneReport",
     "Slice",
+    "SparseLinear",
     "Sparsifier",
+    "choose_execution",
     "count_parameters",
     "cubic",
+    "decode",
+    "encode",
     "erk",
     "expert_importance",
+    "from_torch_prune",
     "gate_importance",
     "gated",
     "global_ranking",
@@ -46,6 +54,7 @@ __all__ = [
     "layer_importance",
     "leave_one_out",
     "linear",
+    "load_compact",
     "load_pruned",
     "magnitude",
     "magnitude_importance",
@@ -63,11 +72,15 @@ __all__ = [
     "prune_width",
     "random_importance",
     "random_scores",
+    "restore_dense",
+    "save_compact",
     "select_masks",
     "select_units",
     "shrink",
+    "smallest",
     "sparsify",
     "taylor",
+    "to_torch_prune",
     "uniform",
     "unstructured",
 ]
