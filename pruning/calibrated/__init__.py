@@ -1,6 +1,7 @@
 """Pruning that looks at calibration data: Wanda, SparseGPT, optimal brain surgeon, and least-squares refits."""
 
 from pruning.calibrated.hessian import layer_hessian
+from pruning.calibrated.journal import Finished, Journal
 from pruning.calibrated.prune import CALIBRATED, prune_calibrated
 from pruning.calibrated.reconstruct import (
     exact_obs,
@@ -18,6 +19,8 @@ from pruning.calibrated.report import CalibratedReport, MatrixReport
 __all__ = [
     "CALIBRATED",
     "CalibratedReport",
+    "Finished",
+    "Journal",
     "MatrixReport",
     "exact_obs",
     "layer_hessian",

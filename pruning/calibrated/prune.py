@@ -15,6 +15,7 @@ from pruning.calibrated import reconstruct
 from pruning.calibrated.blocks import Recorded, find_blocks, record_calls, run_model, without_cache
 from pruning.calibrated.capture import Moments, recording
 from pruning.calibrated.hessian import dead_inputs, layer_hessian
+from pruning.calibrated.journal import Finished, Journal
 from pruning.calibrated.reconstruct import Pruned, magnitude_mask, output_error, wanda_mask
 from pruning.calibrated.report import CalibratedReport, MatrixReport
 from pruning.calibrated.selection import Groups
@@ -58,6 +59,7 @@ def prune_calibrated(
     dtype: torch.dtype = torch.float32,
     weights: Sequence[str] | None = None,
     progress: Progress = None,
+    journal: Journal | None = None,
 ) -> CalibratedReport:
     """Zero ⌊sparsity · n⌋ weights of every matrix, in place, choosing by what the layers see on `calibration`.
 
@@ -65,15 +67,16 @@ def prune_calibrated(
     structure: None, or "n:m", which implies the sparsity. refit: solve the survivors by least squares afterwards
     ("obs" always does). damping: share of the Hessian's mean diagonal that is added to it. block: columns of one
     SparseGPT block. dtype: of the sums and the solvers, float32 or float64.
-    weights: parameter names; None is `prunable_weights`.
+    weights: parameter names; None is `prunable_weights`. journal: keeps each finished block, and gives back those that
+    an earlier run of the same arguments on the same dense model finished.
 
     The blocks (the nn.ModuleList with most of the weights) are run one at a time, on the outputs of those already
     pruned. Other weights, and those shared between blocks, come last, in a pass of the whole model; if the blocks do
     not feed one another, all do, and a warning says so. Each expert is calibrated on the rows that the router gave it;
     one that got none is pruned by magnitude, which a warning and the report say. Padding does not count.
     Raises: ValueError for bad options and empty calibration, before anything changes; for a layer whose inputs are
-    not finite or whose Hessian cannot be factorised (it is named; those before it are pruned already), and for a weight
-    that its module never multiplied with."""
+    not finite or whose Hessian cannot be factorised (it is named; those before it are pruned already), for a weight
+    that its module never multiplied with, and for a journal of another model."""
     plan = _plan(method, sparsity, structure, refit, damping, block, dtype)
     chosen = prunable_weights(model, weights)
     inputs = find_inputs(model, chosen)
@@ -88,10 +91,10 @@ def prune_calibrated(
                           f"the inputs that it has in the dense model", stacklevel=3)  # fmt: skip
             blocks = []
         *owned, rest = _by_block(inputs, blocks)
-        reports = _prune_blocks(blocks, owned, recorded, batches, plan, progress)
+        reports = _prune_blocks(blocks, owned, recorded, batches, plan, progress, journal)
         if rest:
             runs = [partial(run_model, model, batch) for batch in batches]
-            reports += _prune_stage(rest, runs, batches, plan)
+            reports += _journaled(len(blocks), rest, runs, batches, plan, journal)
     report = CalibratedReport(_masks(chosen, reports), tuple(one for one, _, _ in reports), bool(blocks))
     if report.unseen:
         warnings.warn(f"no calibration row reached {', '.join(report.unseen)}: pruned by magnitude", stacklevel=3)
@@ -176,6 +179,7 @@ def _prune_blocks(
     batches: Sequence[Batch],
     plan: _Plan,
     progress: Progress,
+    journal: Journal | None,
 ) -> list[_Done]:
     """Block after block: see its inputs, prune it, and put out what the next one gets."""
     done: list[_Done] = []
@@ -183,13 +187,43 @@ def _prune_blocks(
     for index, block in progress(numbered) if progress else numbered:
         calls = recorded.calls[index]
         runs = [partial(call.run, block, hidden) for call, hidden in zip(calls, states, strict=True)]
-        done += _prune_stage(owned[index], runs, batches, plan)
+        done += _journaled(index, owned[index], runs, batches, plan, journal)
         if index + 1 < len(blocks):
             del runs
             for at, call in enumerate(calls):
                 states[at] = call.run(block, states[at])
         calls.clear()
     return done
+
+
+def _journaled(
+    index: int,
+    inputs: Sequence[Inputs],
+    runs: Sequence[Callable[[], Any]],
+    batches: Sequence[Batch],
+    plan: _Plan,
+    journal: Journal | None,
+) -> list[_Done]:
+    """What `_prune_stage` does; what the journal has is put in place instead."""
+    if journal is None:
+        return _prune_stage(inputs, runs, batches, plan)
+    found = journal.read(index)
+    if found is not None:
+        return _restored(index, inputs, found)
+    done = _prune_stage(inputs, runs, batches, plan)
+    journal.write(index, [Finished(one, matrix.view(matrix.parameter.detach()), kept) for one, matrix, kept in done])
+    return done
+
+
+def _restored(index: int, inputs: Sequence[Inputs], found: Sequence[Finished]) -> list[_Done]:
+    matrices = {one.label: one for use in inputs for part in use.weights.values() for one in part}
+    names = [one.report.name for one in found]
+    if sorted(names) != sorted(matrices):
+        raise ValueError(f"the journal of block {index} must hold {sorted(matrices)}, got {sorted(names)}")
+    for one in found:
+        matrix = matrices[one.report.name]
+        matrix.view(matrix.parameter.detach()).copy_(one.weight)
+    return [(one.report, matrices[one.report.name], one.kept) for one in found]
 
 
 def _prune_stage(
