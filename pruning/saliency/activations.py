@@ -106,9 +106,9 @@ def units_of(x: Float[Tensor, "... U"], axis: Axis) -> Float[Tensor, "... size w
 def _count(rows: Units, statistic: str, limit: float) -> Float[Tensor, "size"]:
     squares = rows.square().sum(-1)
     if statistic == "active":
-        return (squares > limit**2).sum(0)
+        return (squares > limit**2).double().sum(0)
     if statistic == "firing":
-        return (squares > limit * squares.mean()).sum(0) if len(rows) else squares.sum(0)
+        return (squares > limit * squares.mean()).double().sum(0)
     return squares.sum(0)
 
 

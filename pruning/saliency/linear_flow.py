@@ -13,6 +13,7 @@ ATTENTIONS: dict[tuple[str, str, str, str], Callable[[], Any]] = {
     ("query", "key", "value", "output"): dict,
     ("q_proj", "k_proj", "v_proj", "o_proj"): type(None),
 }
+KNOWN = "SynFlow knows this library's models, Llama-like ones, and stacks of linear layers and activation modules"
 FEEDFORWARDS = (("gate", "up", "down"), ("gate_proj", "up_proj", "down_proj"))
 
 
@@ -135,6 +136,5 @@ def check_linear(flow: nn.Module, given: Tensor) -> None:
     if not abs(doubled - 2 * whole) <= 1e-6 * abs(whole):
         raise ValueError(
             f"{type(flow).__name__} must be linear once its norms, gates, softmax and activation modules are, got "
-            f"a flow of {doubled:g} from twice the input that gives {whole:g}: SynFlow knows this library's models, "
-            f"Llama-like ones, and stacks of linear layers and activation modules"
+            f"a flow of {doubled:g} from twice the input that gives {whole:g}: {KNOWN}"
         )

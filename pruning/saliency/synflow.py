@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pruning.batches import Progress
 from pruning.mask_selection import ranked_globally
-from pruning.saliency.linear_flow import check_linear, flow_input, flow_model, total_flow
+from pruning.saliency.linear_flow import KNOWN, check_linear, flow_input, flow_model, total_flow
 from pruning.saliency.rounds import Select, scored_in_rounds
 
 
@@ -37,6 +37,9 @@ def synflow_scores(
     own = {name: names[id(p)] for name, p in model.named_parameters() if id(p) in names}
     flow, given = flow_model(model), flow_input(model, example)
     copies = {own[name]: p for name, p in flow.named_parameters() if name in own}
+    foreign = [name for name in weights if name not in copies]
+    if foreign:
+        raise ValueError(f"weights must be parameters of the model, got {foreign[0]!r}")
     copies = {name: copies[name] for name in weights}
     check_linear(flow, given)
     for parameter in flow.parameters():
@@ -52,7 +55,7 @@ def synflow_scores(
 
     dry = [name for name, found in score().items() if not found.any() and copies[name].any()]
     if dry:
-        raise ValueError(f"flow must reach every weight, got none in {dry[0]!r}: leave it out by weights=")
+        raise ValueError(f"flow must reach every weight, got none in {dry[0]!r}: {KNOWN}; weights= leaves it out")
 
     if sparsity is None:
         return score()
