@@ -21,6 +21,7 @@ from sparse_attn.checking import check_options, check_tensors
 from sparse_attn.heads import over_heads
 from sparse_attn.layout import BlockLayout
 from sparse_attn.patterns import Pattern, PerHead, causal, full, per_head
+from sparse_attn.patterns.documents import split_documents
 
 # Side of a block of the folded backend.
 BLOCK = 64
@@ -32,7 +33,8 @@ FEW_PAIRS = 1 << 15
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """What ``backend="auto"`` takes, and why. pairs: "all", "causal" or "masked", how the sdpa backend is called."""
+    """What ``backend="auto"`` takes, and why. pairs: "all", "causal" or "masked", how the sdpa backend is called;
+    "documents" where each document is a call of its own, for which "auto" chooses again."""
 
     backend: str
     pairs: str
@@ -158,8 +160,21 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scoring: Scoring,
     """One pattern for all heads: the output, and the log-sum-exp if asked."""
     if call.bare and scoring.plain and _is_dense(pattern, q.shape[2], k.shape[2]):
         return [sdpa_unmasked(q, k, v, scale=scoring.scale, causal=pattern == causal(), dropout=call.dropout)]
+    apart = _apart(pattern, q.shape[2], k.shape[2]) if call.bare and call.backend == "auto" else None
+    if apart is not None:
+        sizes, inside = apart
+        rows, keys, values = (x.split(list(sizes), dim=2) for x in (q, k, v))
+        outs = [_attend(a, b, c, inside, scoring, call)[0] for a, b, c in zip(rows, keys, values, strict=True)]
+        return [torch.cat(outs, dim=2)]
     out, lse = _by_pattern(q, k, v, pattern, scoring, call)
     return [out, lse] if call.return_lse else [out]
+
+
+@lru_cache(maxsize=32)
+def _apart(pattern: Pattern, q_len: int, kv_len: int) -> tuple[tuple[int, ...], Pattern] | None:
+    """Documents that are worth a call each: lengths, and the pattern inside one. None where blocks do as well."""
+    split = split_documents(pattern, q_len) if q_len == kv_len else None
+    return split if split is not None and len(split[0]) * BLOCK <= q_len else None
 
 
 # The one graph break of a compiled model: each attention layer whose pattern is neither full() nor causal(), or that
@@ -234,6 +249,9 @@ def explain_backend(
     if isinstance(pattern, PerHead):
         raise ValueError("pattern must be one head's: per_head chooses for each pattern of its .heads by itself")
     seen = full() if pattern is None else pattern
+    apart = _apart(seen, q_len, keys) if place == (0, 0) and not (key_mask or return_lse) else None
+    if apart is not None and query_positions is None and key_positions is None:
+        return BackendChoice("auto", "documents", f"each of {len(apart[0])} documents attends by itself: {apart[1]}")
     return _choose(seen, False, q_len, keys, place, key_mask, return_lse, alibi, softcap)
 
 

@@ -1,1 +1,1 @@
-"""Ways to compute the same attention: reference (oracle), sdpa (dense, by torch), folded, flex and triton (block-sparse)."""
+"""Ways to compute the same attention: reference (oracle), sdpa (dense, by torch); block-sparse folded, flex, triton."""

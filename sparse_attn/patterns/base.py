@@ -153,6 +153,11 @@ class _And(Pattern):
         return " & ".join(f"({part})" if isinstance(part, _Or) else str(part) for part in self.parts)
 
 
+def parts_of(pattern: Pattern) -> tuple[Pattern, ...]:
+    """The members of an intersection; any other pattern alone."""
+    return pattern.parts if isinstance(pattern, _And) else (pattern,)
+
+
 @dataclass(frozen=True)
 class _Or(Pattern):
     parts: tuple[Pattern, ...]

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import reduce
+from itertools import accumulate, pairwise
+from operator import and_
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sparse_attn.patterns.base import Intervals, Pattern, at_least, integers
+from sparse_attn.patterns.bands import full
+from sparse_attn.patterns.base import Intervals, Pattern, at_least, integers, parts_of
 
 
 @dataclass(frozen=True)
@@ -67,3 +70,19 @@ def documents(*lengths: int | Iterable[int]) -> Pattern:
     if not sizes:
         raise ValueError("lengths must hold at least one length, got none")
     return _Documents(tuple(at_least("lengths", size, 1) for size in sizes))
+
+
+def split_documents(pattern: Pattern, length: int) -> tuple[tuple[int, ...], Pattern] | None:
+    """The documents' lengths within ``length`` positions, and what each sees inside itself, as if it were alone.
+
+    None unless the pattern is ``documents(…)``, alone or in an intersection with patterns of distance alone (causal, a
+    window, dilation): those look the same from the start of a document.
+    """
+    parts = parts_of(pattern)
+    found = [part for part in parts if isinstance(part, _Documents)]
+    rest = [part for part in parts if not isinstance(part, _Documents)]
+    if len(found) != 1 or not all(part.is_relative for part in rest):
+        return None
+    ends = [0, *(min(end, length) for end in accumulate(found[0].lengths)), length]
+    sizes = tuple(end - start for start, end in pairwise(ends) if end > start)
+    return sizes, reduce(and_, rest) if rest else full()

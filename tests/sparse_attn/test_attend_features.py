@@ -13,6 +13,7 @@ from sparse_attn import (
     bigbird,
     causal,
     documents,
+    explain_backend,
     full,
     merge,
     pack,
@@ -199,3 +200,27 @@ def test_bad_options():
     ):
         with pytest.raises(ValueError, match=message):
             unchecked(q, k, v, **options)
+
+
+@pytest.mark.parametrize("inside", [None, causal(), causal() & sliding_window(40), causal() & sinks(2)], ids=str)
+def test_documents_that_attend_apart_are_those_of_the_reference(inside):
+    """Long documents are a call each, where what they see inside depends on distances alone."""
+    pattern = documents(90, 1, 165) if inside is None else inside & documents(90, 1, 165)
+    draws = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, heads, 330, 8, generator=draws).requires_grad_() for heads in (4, 2, 2)]
+    grad = torch.randn(2, 4, 330, 8, generator=draws)
+    options = {"softcap": 3.0, "alibi": alibi_slopes(4)}
+    for chosen in ({}, options):
+        results = []
+        for backend in ("auto", "reference"):
+            out = attend(*inputs, pattern=pattern, backend=backend, **chosen)
+            results.append([out, *torch.autograd.grad(out, inputs, grad)])
+        for actual, expected in zip(*results, strict=True):
+            close(actual, expected)
+    relative = inside is None or inside.is_relative
+    assert (explain_backend(pattern, 330).pairs == "documents") == relative
+
+
+def test_many_short_documents_are_walked_by_blocks():
+    assert explain_backend(causal() & documents([8] * 50), 400).backend == "folded"
+    assert explain_backend(causal() & documents(100, 300), 400, key_mask=True).pairs == "masked"
