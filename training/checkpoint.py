@@ -52,18 +52,30 @@ def save_checkpoint(
         raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
     root.mkdir(parents=True, exist_ok=True)
     folder, aside = root / f"step-{step:08d}", root / f".writing-{step:08d}"
-    _remove_unfinished(root)
+    remove_unfinished(root)
     try:
         aside.mkdir()
         _write_files(aside, model, optimizers, tokenizer, state, write)
-        _put_in_place(aside, folder)
+        complete(aside, folder, keep=keep, write=write)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise _failed_to_write(error, folder, latest_checkpoint(root)) from error
-    replace_durably(root / LATEST, folder.name.encode())
-    for old in [other for other in checkpoints(root) if other.name <= folder.name][:-keep]:
-        shutil.rmtree(old)
+        raise failed_to_write(error, folder, latest_checkpoint(root)) from error
     return folder
+
+
+def complete(aside: Path, folder: Path, *, keep: int, write: Write = write_durably) -> None:
+    """Give the files of ``aside`` a manifest, flush them, move them to ``folder`` and make that the latest.
+
+    The newest ``keep`` checkpoints up to it stay.
+    """
+    files = {p.name: {"bytes": p.stat().st_size, "blake2b": _hash(p)} for p in sorted(aside.iterdir())}
+    write(aside / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1).encode())
+    for path in aside.iterdir():
+        _flush(path)
+    _put_in_place(aside, folder)
+    replace_durably(folder.parent / LATEST, folder.name.encode())
+    for old in [other for other in checkpoints(folder.parent) if other.name <= folder.name][:-keep]:
+        shutil.rmtree(old)
 
 
 def load_checkpoint(folder: Path, *, model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
@@ -72,13 +84,22 @@ def load_checkpoint(folder: Path, *, model: nn.Module, optimizers: Optimizers) -
     Raises: ValueError, naming the file and what to do, if a file is missing, cut short or changed, the weights have
     other shapes than the model's, or the moments are another optimiser's. Nothing is changed then.
     """
-    verify(folder)
-    weights = _read_tensors(folder, MODEL)
-    check_shapes(weights, model, folder / MODEL)
-    slots = _read_tensors(folder, OPTIMIZER)
+    weights, slots, state = read_checkpoint(folder)
+    check_shapes(weights, model.state_dict(), folder / MODEL)
     load_optimizers(optimizers, slots, model=model)
     model.load_state_dict(weights)
-    return join_tensors(json.loads((folder / STATE).read_text()), _read_tensors(folder, STATE_TENSORS))
+    return state
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """(weights by name, optimiser state by ``slot:name``, state) of a checkpoint.
+
+    Raises: ValueError, naming the file and what to do, if a file is missing, cut short or changed.
+    """
+    verify(folder)
+    weights, slots = _read_tensors(folder, MODEL), _read_tensors(folder, OPTIMIZER)
+    state = join_tensors(json.loads((folder / STATE).read_text()), _read_tensors(folder, STATE_TENSORS))
+    return weights, slots, state
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -122,9 +143,9 @@ def verify(folder: Path) -> None:
             raise ValueError(f"{file} is not what was written (hash differs); {_instead(folder)}")
 
 
-def check_shapes(weights: Mapping[str, Tensor], model: nn.Module, file: Path) -> None:
-    """Raises: ValueError if names or shapes differ from the model's, naming the first."""
-    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+def check_shapes(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], file: Path) -> None:
+    """Raises: ValueError if names or shapes differ from the model's ``own``, naming the first."""
+    wanted = {name: list(tensor.shape) for name, tensor in own.items()}
     found = {name: list(tensor.shape) for name, tensor in weights.items()}
     for name in [*wanted, *found]:
         if wanted.get(name) != found.get(name):
@@ -190,10 +211,6 @@ def _write_files(
     write(folder / OPTIMIZER, safetensors.save(optimizer_tensors(optimizers, model=model)))
     write(folder / STATE_TENSORS, safetensors.save(tensors))
     write(folder / STATE, json.dumps(plain).encode())
-    files = {p.name: {"bytes": p.stat().st_size, "blake2b": _hash(p)} for p in sorted(folder.iterdir())}
-    write(folder / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1).encode())
-    for path in folder.iterdir():
-        _flush(path)
 
 
 def _put_in_place(aside: Path, folder: Path) -> None:
@@ -207,13 +224,15 @@ def _put_in_place(aside: Path, folder: Path) -> None:
         shutil.rmtree(retired)
 
 
-def _remove_unfinished(root: Path) -> None:
+def remove_unfinished(root: Path) -> None:
+    """Remove what a process left that died while it wrote a checkpoint."""
     for pattern in (".writing-*", ".retired-*"):
         for path in root.glob(pattern):
             shutil.rmtree(path)
 
 
-def _failed_to_write(error: Exception, folder: Path, good: Path | None) -> OSError:
+def failed_to_write(error: BaseException, folder: Path, good: Path | None) -> OSError:
+    """The error to raise: what failed, and the checkpoint that is still good."""
     kept = f"{good} is intact: resume from it" if good else "no checkpoint was complete before it"
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
     if full:

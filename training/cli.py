@@ -26,6 +26,7 @@ from training.commands import (
     upcycle_command,
 )
 from training.config import RunConfig, load_config
+from training.distributed import torchrun_environment
 from training.finite import NonFiniteError
 from training.run import train
 
@@ -108,7 +109,8 @@ def _train(argv: list[str]) -> int:
     file, flags = _file_first(argv)
     default = TrainArguments(run=RunConfig() if file is None else load_config(file))
     arguments = tyro.cli(TrainArguments, args=flags, default=default, prog=f"{PROGRAM} train [CONFIG.toml]")
-    console = Console()
+    environment = torchrun_environment()
+    console = Console(quiet=environment is not None and environment.rank > 0)
     outcome = train(
         arguments.run,
         resume=arguments.resume,

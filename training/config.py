@@ -8,7 +8,9 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
 
 from moe.losses import Scope
 from training.model_config import ModelConfig
@@ -162,6 +164,20 @@ class SparsifyConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """Many processes, started by torchrun; a run of one process reads none of this."""
+
+    expert_parallel: Annotated[int, arg(aliases=["--expert-parallel"])] = 1
+    """Ranks that share out one copy of the experts; a divisor of the number of processes."""
+    shard: Annotated[Literal["none", "fsdp"], arg(aliases=["--shard"])] = "none"
+    """Of parameters, gradients and moments outside expert parallel, each rank holds all ('none') or a part ('fsdp')."""
+    async_checkpoints: bool = False
+    """Write checkpoints while training goes on, from a copy of the weights and moments on each device."""
+    timeout_s: float = 600.0
+    """Seconds that a rank waits for the others in one exchange before the job ends with an error."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A training run."""
 
@@ -176,6 +192,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sparsify: SparsifyConfig = field(default_factory=SparsifyConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -223,6 +240,7 @@ def _check(config: RunConfig) -> None:
     positive |= {"optim.lr": optim.lr, "optim.clip": optim.clip, "optim.eps": optim.eps}
     positive |= {"optim.memory_lr": optim.memory_lr}
     positive |= {"sparsify.every": config.sparsify.every}
+    positive |= {f"distributed.{name}": getattr(config.distributed, name) for name in ("expert_parallel", "timeout_s")}
     for name, value in positive.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")

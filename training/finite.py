@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+NOT_SEEN = "not seen when the step was run again"
 
 
 class NonFiniteError(ArithmeticError):
@@ -28,7 +31,7 @@ def first_non_finite(model: nn.Module, run: Callable[[], Any]) -> str:
     spoilt = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
     if spoilt:
         return f"every layer's output is finite; first in the gradient of {spoilt[-1]}"
-    return "not seen when the step was run again"
+    return NOT_SEEN
 
 
 def _outputs(model: nn.Module, run: Callable[[], Any]) -> list[str]:
@@ -54,5 +57,7 @@ def _outputs(model: nn.Module, run: Callable[[], Any]) -> list[str]:
 
 
 def _finite(tensor: Tensor) -> bool:
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
     values = tensor.coalesce().values() if tensor.is_sparse else tensor
     return not values.is_floating_point() or bool(torch.isfinite(values).all())

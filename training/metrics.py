@@ -45,6 +45,19 @@ class Metrics:
             self._board.close()
 
 
+class NoMetrics:
+    """Takes what :class:`Metrics` takes and writes nothing: for every process but the first."""
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
 def _scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The numbers of a line by name; those that come one for each layer as name/0, name/1, …"""
     for name, value in line.items():

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moe import MemoryValues
 from moe.memory_values import sparse_tables
@@ -96,13 +97,15 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, router_lr: float 
     """
     exempt = {id(parameter) for parameter in _embeddings(model)}
     rowwise = {id(table) for table in sparse_tables(model)}
-    groups: dict[tuple[float, float], list[Tensor]] = {}
+    groups: dict[tuple[float, float, object], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in rowwise:
             decays = parameter.ndim >= 2 and id(parameter) not in exempt and "bias" not in name.rpartition(".")[2]
             factor = router_lr if "router" in name.split(".") else 1.0
-            groups.setdefault((weight_decay if decays else 0.0, factor), []).append(parameter)
-    return [{"params": p, "weight_decay": decay, "lr_factor": factor} for (decay, factor), p in groups.items()]
+            # a fused step takes tensors of one mesh, or of none
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups.setdefault((weight_decay if decays else 0.0, factor, mesh), []).append(parameter)
+    return [{"params": p, "weight_decay": decay, "lr_factor": factor} for (decay, factor, _), p in groups.items()]
 
 
 def lr_multiplier(
@@ -178,6 +181,11 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
 def clip(parameters: Iterable[Tensor], norm: Tensor, *, limit: float) -> None:
     """Scale gradients in place by min(1, limit/norm), given their norm (Pascanu et al. 2013, arXiv:1211.5063)."""
     torch.nn.utils.clip_grads_with_norm_([p for p in parameters if p.grad is not None], limit, norm)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, sharing its memory: of a DTensor its shard, of any other all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _embeddings(model: nn.Module) -> list[Tensor]:

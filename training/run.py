@@ -5,6 +5,8 @@ import json
 import random
 import shutil
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +39,21 @@ from training.checkpoint import LATEST, checkpoints, latest_checkpoint
 from training.config import DataConfig, RunConfig, SparsifyConfig, to_dict
 from training.corpora import Corpus, load_corpus
 from training.data import Data, prepare
+from training.distributed import Ranks, joined, torchrun_environment
+from training.distributed.agreement import on_device, require_alike, require_rows, require_same_config
+from training.distributed.faults import one_clear_error
 from training.durable import replace_durably
 from training.folders import mark, only_user
 from training.model_config import model_config
 from training.moments import Sparsifier as Method
+from training.parallel import Alone, Parallel
 from training.tokenizer import FILE_NAME as TOKENIZER
-from training.trainer import CHECKPOINTS, Outcome, Trainer
+from training.trainer import CHECKPOINTS, Outcome, Trainer, choose_device
 from transformer import Transformer
 
 CONFIG = "run.json"
 NAMED = 3  # files left out that are named
-TOPOLOGIES: dict[str, Topology | None] = {
-    "random": None, "banded": banded, "local": locally_connected, "block_diagonal": block_diagonal,
-    "small_world": small_world(),
-}  # fmt: skip
+SEEDS_APART = 1_000_003  # between the seeds of two ranks
 
 
 def train(
@@ -68,23 +71,70 @@ def train(
     Raises: ValueError or OSError, in one line that says what to do, before work starts where that is possible.
     """
     console = console or Console(quiet=True)
-    with only_user(config.out):
-        start = starting_point(config.out, resume=resume, checkpoint=checkpoint, overwrite=overwrite)
+    environment = torchrun_environment()
+    if environment is None:
+        if config.distributed.expert_parallel > 1:
+            wanted = config.distributed.expert_parallel
+            raise ValueError(
+                f"distributed.expert_parallel must be 1 in a run of one process, got {wanted}:"
+                f" torchrun --nproc-per-node {wanted} -m training train …"
+            )
+        start = Start(resume=resume, checkpoint=checkpoint, overwrite=overwrite)
+        return _train(config, start, parallel=Alone(), console=console)
+    start = Start(resume=resume, checkpoint=checkpoint, overwrite=overwrite)
+    if environment.restarts and latest_checkpoint(config.out / CHECKPOINTS) is not None:
+        start = Start(resume=True)  # torchrun gives the processes that it restarts the first ones' arguments
+    settings = config.distributed
+    advice = f"checkpoints in {config.out / CHECKPOINTS} are whole: start again with --resume"
+    with (
+        joined(
+            environment, device=config.train.device, expert_parallel=settings.expert_parallel,
+            timeout_s=settings.timeout_s,
+        ) as world,
+        one_clear_error(timeout_s=settings.timeout_s, advice=advice),
+    ):  # fmt: skip
+        require_rows(config, ranks=world.ranks)
+        with closing(Ranks(world, shard=settings.shard, background=settings.async_checkpoints)) as parallel:
+            require_same_config(flat(to_dict(config)), parallel.gathered)
+            config = on_device(config, world, parallel.gathered)
+            return _train(config, start, parallel=parallel, console=console)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: see :func:`starting_point`."""
+
+    resume: bool = False
+    checkpoint: Path | None = None
+    overwrite: bool = False
+
+
+def _train(config: RunConfig, start: Start, *, parallel: Parallel, console: Console) -> Outcome:
+    first = parallel.rank == 0
+    with only_user(config.out) if first else nullcontext():
+        point = starting_point(config.out, resume=start.resume, checkpoint=start.checkpoint, overwrite=start.overwrite)
+        require_alike("checkpoint", str(point), parallel.gathered)
         keep_freed_memory()
-        trainer = make_trainer(config)
-        if start is not None:
-            trainer.resume(start)
+        trainer = make_trainer(config, parallel=parallel)
+        require_alike("fingerprint of the data", trainer.data.fingerprint, parallel.gathered)
+        if point is not None:
+            trainer.resume(point)
             for line in changes(config, config.out / CONFIG):
                 console.print(f"changed since the run began: {line}", highlight=False, soft_wrap=True)
-        elif overwrite:
+        elif start.overwrite and first:
             remove_checkpoints(config.out / CHECKPOINTS)
-        replace_durably(config.out / CONFIG, json.dumps(to_dict(config), indent=1).encode())
+        if first:
+            replace_durably(config.out / CONFIG, json.dumps(to_dict(config), indent=1).encode())
         console.print(describe(trainer), highlight=False)
         return trainer.run(console=console)
 
 
-def make_trainer(config: RunConfig) -> Trainer:
-    """Everything that a run needs, at its first step; global generators are seeded."""
+def make_trainer(config: RunConfig, *, parallel: Parallel | None = None) -> Trainer:
+    """Everything that a run needs, at its first step; global generators are seeded.
+
+    parallel: the processes that train the model together, each with generators of its own once the model is made.
+    """
+    parallel = parallel or Alone()
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     data_config = config.data
@@ -92,7 +142,10 @@ def make_trainer(config: RunConfig) -> Trainer:
         data_config = _with_tokenizer_of(data_config, model_folder(config.init))
     data = load_data(data_config)
     seed_everything(config.seed)
-    model = make_model(config, vocab_size=data.tokenizer.vocab_size)
+    model = make_model(config, vocab_size=data.tokenizer.vocab_size).to(choose_device(config.train.device))
+    parallel.place(model)
+    if parallel.rank:
+        seed_everything(config.seed + SEEDS_APART * parallel.rank)
     return Trainer(
         model,
         data,
@@ -102,6 +155,7 @@ def make_trainer(config: RunConfig) -> Trainer:
         train=config.train,
         seed=config.seed,
         sparsifiers=make_sparsifiers(config.sparsify, model, steps=config.train.steps, seed=config.seed),
+        parallel=parallel,
     )
 
 
@@ -270,7 +324,7 @@ def describe(trainer: Trainer) -> str:
     total, active = model.num_parameters(), model.num_parameters(active=True)
     tokens, skipped = len(data.train), _naming(data.skipped)
     precision_name = str(precision.dtype).removeprefix("torch.")
-    return (
+    return trainer.parallel.describe() + (
         f"{total:,} parameters ({active:,} active), {tokens:,} training tokens"
         f" ({data.train_bytes / 2**20:.1f} MiB), {data.held_out_bytes / 2**20:.2f} MiB held out,"
         f" vocabulary {data.tokenizer.vocab_size}\n{skipped}"

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 TENSOR = "$tensor"
 
@@ -18,7 +19,9 @@ def split_tensors(value: Any, prefix: str = "") -> tuple[Any, dict[str, Tensor]]
     """
     if isinstance(value, Tensor):
         name = prefix or "value"
-        return {TENSOR: name}, {name: value.detach().cpu().contiguous().clone()}
+        # of a DTensor each process keeps its shard, where it is
+        own = value if isinstance(value, DTensor) else value.cpu().contiguous()
+        return {TENSOR: name}, {name: own.detach().clone()}
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):

@@ -1,5 +1,6 @@
 """One training step's arithmetic: a batch to its losses and gradients."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -141,12 +142,15 @@ def accumulate(
     micro_batches: int = 1,
     side: SideLosses = NO_SIDE_LOSSES,
     autocast: AbstractContextManager[object] | None = None,
+    run: Callable[[Batch], StepOutput] | None = None,
+    around: Callable[[bool], AbstractContextManager[object]] | None = None,
 ) -> StepOutput:
     """Add the gradient of the batch's loss to the parameters, one micro-batch at a time.
 
     loss = Σ_m n_m/N · loss_m with n_m of the batch's N targets in micro-batch m: the cross-entropy and its gradient
     equal the whole batch's. The z-loss does too without padding, and load balance by sequence for micro-batches of as
     many targets; the other side losses are no means over tokens and are taken within each micro-batch.
+    run: the forward pass of a micro-batch, in place of :func:`forward`. around(last): a context for the passes of each.
     Raises: ValueError if micro_batches does not divide the batch.
     """
     size = len(batch.inputs)
@@ -156,9 +160,11 @@ def accumulate(
     total = max(1, batch.num_targets)
     outputs = []
     for start in range(0, size, rows):
-        with autocast or nullcontext():
-            output = forward(model, batch.rows(start, start + rows), side=side)
-        (output.loss * (output.targets / total)).backward()
+        part = batch.rows(start, start + rows)
+        with nullcontext() if around is None else around(start + rows == size):
+            with autocast or nullcontext():
+                output = forward(model, part, side=side) if run is None else run(part)
+            (output.loss * (output.targets / total)).backward()
         outputs.append(output)
     return _combined(outputs, total)
 

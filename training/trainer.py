@@ -4,9 +4,11 @@ import dataclasses
 import errno
 import math
 import shutil
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,18 @@ import torch
 from rich.console import Console
 
 from moe import MixtureOfDepths, MoE, NoisyTopKRouter
-from training.checkpoint import Write, checkpoint_bytes, latest_checkpoint, load_checkpoint, save_checkpoint
+from training.checkpoint import Write, checkpoint_bytes, latest_checkpoint
 from training.config import OptimConfig, TrainConfig
 from training.data import Batch, Batches, Data
 from training.durable import write_durably
 from training.evaluation import Evaluation, evaluate
 from training.finite import NonFiniteError, first_non_finite
-from training.metrics import Metrics
+from training.metrics import Metrics, NoMetrics
 from training.moments import Sparsifier, all_agree, balance_routers, finish_all, parametrised
-from training.optim import clip, gradient_norm, longest_warmup, lr_multiplier, make_optimizers, set_lr
+from training.optim import longest_warmup, lr_multiplier, make_optimizers, set_lr
+from training.parallel import Alone, Parallel, blame
 from training.precision import choose_precision
-from training.progress import ProgressBar, interruptions
+from training.progress import Interruption, ProgressBar, interruptions
 from training.state import random_state, set_random_state
 from training.step import SideLosses, StepOutput, accumulate, depth_stats, routing_stats
 from transformer import Transformer, generate
@@ -49,7 +52,8 @@ class Trainer:
     """Trains a model on tokenised data, step by step.
 
     out: folder for metrics.jsonl and checkpoints/. length: tokens of a sequence. sparsifiers: take part in each step
-    (see :mod:`training.moments`). write: puts checkpoint files on the disk.
+    (see :mod:`training.moments`). write: puts checkpoint files on the disk. parallel: the processes that train this
+    model together, which has been placed on them; None for one.
     Tables of memories get sparse gradients and row-wise Adam (:func:`training.optim.make_optimizers`).
     Raises: OSError before any work if the disk has no room for a checkpoint; ValueError if samples are asked for and
     the prompt has no token or leaves the model no room for one, or a load loss from routers that estimate no load.
@@ -67,7 +71,9 @@ class Trainer:
         seed: int = 0,
         sparsifiers: Sequence[Sparsifier] = (),
         write: Write = write_durably,
+        parallel: Parallel | None = None,
     ) -> None:
+        self.parallel: Parallel = parallel or Alone()
         self.out, self.length, self.optim, self.train, self.data = out, length, optim, train, data
         self.device = choose_device(train.device)
         self.precision = choose_precision(train.dtype, device=self.device)
@@ -110,7 +116,7 @@ class Trainer:
 
         Raises: ValueError, naming what to do, if the checkpoint is damaged or belongs to another model or other data.
         """
-        state = load_checkpoint(checkpoint, model=self.model, optimizers=self.optimizers)
+        state = self.parallel.load(checkpoint, model=self.model, optimizers=self.optimizers)
         if state["fingerprint"] != self.data.fingerprint:
             raise ValueError(f"{checkpoint} was trained on other text or with another tokenizer: start a new --out")
         if len(state["sparsifiers"]) != len(self.sparsifiers):
@@ -134,11 +140,11 @@ class Trainer:
         loss, result = math.nan, None
         self.model.train()
         with (
-            Metrics(self.out, step=self.step, tensorboard=self.train.tensorboard) as metrics,
+            self._metrics() as metrics,
             ProgressBar(console, step=self.step, steps=self.train.steps) as bar,
             interruptions() as interruption,
         ):
-            while self.step < last and interruption.name is None:
+            while self.step < last and not self._interrupted(interruption):
                 line = self.train_step()
                 loss = line["loss"]
                 bar.show(line)
@@ -155,6 +161,7 @@ class Trainer:
                 if self.step % self.train.save_every == 0:
                     self.save()
         checkpoint = self.saved[1] if self.saved and self.saved[0] == self.step else self.save()
+        self.parallel.finish(checkpoint, self.model)
         stopped = interruption.name or ("stop_at" if self.step < self.train.steps else None)
         return Outcome(self.step, self.tokens, self.seconds, loss, result, checkpoint, stopped)
 
@@ -167,18 +174,19 @@ class Trainer:
         lr = self.optim.lr * self._lr_multiplier()
         set_lr(self.optimizers.main, lr)
         generators = random_state()
-        batch = self.batches.next().to(self.device)
+        batch = self.parallel.rows(self.batches.next()).to(self.device)
         try:
             output = self._forward_backward(batch)
         except FloatingPointError as error:  # a router refuses logits that are not finite
-            raise self._non_finite(math.nan, math.nan, batch, generators) from error
-        loss, total, norm = output.ce.item(), output.loss.item(), gradient_norm(self.model.parameters())
-        if not (math.isfinite(total) and math.isfinite(norm.item())):
+            refused = self.parallel.refused(error)
+            raise refused or self._non_finite(math.nan, math.nan, batch, generators) from error
+        loss, total, norm = output.ce.item(), output.loss.item(), self.parallel.gradient_norm(self.model.parameters())
+        if self.parallel.highest(not (math.isfinite(total) and math.isfinite(norm.item()))):
             raise self._non_finite(total, norm.item(), batch, generators)
         if all_agree(self.sparsifiers, self.optimizers.main):
             # a sparsifier may have cleared the gradients of absent weights: what is clipped is what is left
-            left = gradient_norm(self.model.parameters()) if self.sparsifiers else norm
-            clip(self.model.parameters(), left, limit=self.optim.clip)
+            left = self.parallel.gradient_norm(self.model.parameters()) if self.sparsifiers else norm
+            self.parallel.clip(self.model.parameters(), left, limit=self.optim.clip)
             self.optimizers.step()
         self.optimizers.zero_grad()
         balance_routers(self.model)
@@ -187,13 +195,15 @@ class Trainer:
         if self.step + 1 == self.train.steps:
             finish_all(self.sparsifiers)
         seconds = time.perf_counter() - started
-        self.step, self.tokens, self.seconds = self.step + 1, self.tokens + batch.inputs.numel(), self.seconds + seconds
-        return self._line(output, loss=loss, lr=lr, norm=norm.item(), rate=batch.inputs.numel() / seconds)
+        tokens = self.tokens + batch.inputs.numel() * self.parallel.ranks
+        self.step, self.tokens, self.seconds = self.step + 1, tokens, self.seconds + seconds
+        line = self._line(output, loss=loss, lr=lr, norm=norm.item(), rate=batch.inputs.numel() / seconds)
+        return self.parallel.reduced(line)
 
     def evaluate(self) -> Evaluation:
         """Loss on the held-out text, with the weights that a training step's forward pass sees."""
         with parametrised(self.sparsifiers):
-            return evaluate(
+            result = evaluate(
                 self.model,
                 self.data.held_out,
                 self.data.tokenizer,
@@ -202,6 +212,8 @@ class Trainer:
                 max_batches=self.train.eval_batches,
                 autocast=self.precision.autocast(self.device),
             )
+            self.parallel.rest(self.model)
+        return result
 
     def sample(self) -> str:
         """The prompt continued by a few tokens, drawn with a generator of its own (the run's own numbers stay)."""
@@ -211,6 +223,7 @@ class Trainer:
         new = min(self.train.sample_tokens, room)
         with parametrised(self.sparsifiers):
             out = generate(self.model, ids, max_new_tokens=new, temperature=0.8, top_p=0.95, generator=generator)
+            self.parallel.rest(self.model)
         self.model.train()
         return self.data.tokenizer.decode(out[0].tolist())
 
@@ -225,7 +238,7 @@ class Trainer:
             "random": random_state(),
             "sparsifiers": [sparsifier.state_dict() for sparsifier in self.sparsifiers],
         }
-        folder = save_checkpoint(
+        folder = self.parallel.save(
             self.out / CHECKPOINTS,
             step=self.step,
             model=self.model,
@@ -243,7 +256,18 @@ class Trainer:
         if not 0 < count < room:
             raise ValueError(f"train.prompt must have from 1 to max_length-1={room - 1} tokens, got {count}")
 
-    def _forward_backward(self, batch: Batch) -> StepOutput:
+    def _metrics(self) -> Metrics | NoMetrics:
+        if self.parallel.rank:
+            return NoMetrics()
+        return Metrics(self.out, step=self.step, tensorboard=self.train.tensorboard)
+
+    def _interrupted(self, interruption: Interruption) -> bool:
+        """Whether any process was asked to stop: all of them end after the same step."""
+        number = self.parallel.highest(0 if interruption.name is None else signal.Signals[interruption.name].value)
+        interruption.name = signal.Signals(number).name if number else None
+        return number > 0
+
+    def _forward_backward(self, batch: Batch, *, diagnose: bool = False) -> StepOutput:
         with parametrised(self.sparsifiers):
             return accumulate(
                 self.model,
@@ -251,6 +275,8 @@ class Trainer:
                 micro_batches=self.train.accumulation,
                 side=self.side,
                 autocast=self.precision.autocast(self.device),
+                run=partial(self.parallel.forward, self.model, side=self.side),
+                around=lambda last: self.parallel.micro_batch(last=last, diagnose=diagnose),
             )
 
     def _lr_multiplier(self) -> float:
@@ -291,7 +317,8 @@ class Trainer:
 
     def _non_finite(self, loss: float, norm: float, batch: Batch, generators: dict[str, Any]) -> NonFiniteError:
         set_random_state(generators)
-        where = first_non_finite(self.model, lambda: self._forward_backward(batch))
+        where = first_non_finite(self.model, lambda: self._forward_backward(batch, diagnose=True))
+        where = blame(self.parallel, where, finite=math.isfinite(loss))
         self.optimizers.zero_grad()
         good = latest_checkpoint(self.out / CHECKPOINTS)
         kept = f"the last good checkpoint is {good}" if good else "no checkpoint had been written yet"

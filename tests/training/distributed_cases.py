@@ -1,0 +1,66 @@
+"""Runs of a small model that one process and many must train alike, by name."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.training.models import small_data
+from training.config import OptimConfig, TrainConfig
+from training.parallel import Parallel
+from training.trainer import Trainer
+from transformer import DenseConfig, MoEConfig, Transformer, TransformerConfig
+
+STEPS = 5
+# name: (feed-forward, settings of [train])
+RUNS: dict[str, tuple[DenseConfig | MoEConfig, dict[str, Any]]] = {
+    "dense": (DenseConfig(hidden=24), {}),
+    "moe": (MoEConfig(hidden=8, num_experts=6, k=2, shared_hidden=8), {"aux_scope": "global", "aux": 0.1}),
+    "sigmoid": (MoEConfig(hidden=8, num_experts=4, k=2, router="sigmoid"), {"aux": 0.0, "accumulation": 2}),
+}
+# runs in a world of so many ranks: (name, expert_parallel, shard)
+LAYOUTS = {
+    1: [("moe", 1, "none")],
+    2: [
+        ("dense", 1, "none"),
+        ("dense", 1, "fsdp"),
+        ("moe", 1, "fsdp"),
+        ("moe", 2, "none"),
+        ("moe", 2, "fsdp"),
+        ("sigmoid", 2, "none"),
+    ],
+    4: [("moe", 2, "fsdp"), ("moe", 4, "none"), ("sigmoid", 2, "none")],
+}
+
+# what is saved by how many ranks in which layout, at which step, and where it goes on
+SAVED, SAVED_STEP = [("moe", 2, "none"), ("moe", 2, "fsdp")], 3
+RESUMED = {2: [(1, "fsdp"), (2, "none")], 3: [(3, "fsdp"), (1, "none")]}
+
+
+def make_model(name: str) -> Transformer:
+    """The seeded model of a run; no dropout, as its masks would differ between numbers of processes."""
+    torch.manual_seed(0)
+    config = TransformerConfig.uniform(
+        vocab_size=257, dim=16, num_layers=2, num_heads=2, feedforward=RUNS[name][0], max_length=16
+    )
+    return Transformer(config)
+
+
+def make_trainer(
+    name: str, out: Path, *, parallel: Parallel | None = None, sparsifiers: Any = None, **settings: Any
+) -> Trainer:
+    """A trainer of STEPS steps of 24 sequences; sparsifiers: a function of the placed model."""
+    model = make_model(name)
+    if parallel is not None:
+        parallel.place(model)
+    defaults = {"steps": STEPS, "batch": 24, "dtype": "float32", "eval_every": 100, "save_every": 100, "device": "cpu"}
+    return Trainer(
+        model, small_data(), out=out, length=16, optim=OptimConfig(lr=0.01, warmup=2),
+        train=TrainConfig(**(defaults | RUNS[name][1] | settings)), parallel=parallel,
+        sparsifiers=[] if sparsifiers is None else sparsifiers(model),
+    )  # fmt: skip
+
+
+def without_clock(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics less what the clock says."""
+    return {key: value for key, value in line.items() if key not in {"time", "tokens_per_s"}}

@@ -1,0 +1,38 @@
+"""One plain model out of the parts that the ranks hold."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moe import ShardedExperts
+from transformer import Transformer
+
+
+@torch.no_grad()
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the model as one process would hold it, on every rank; every rank calls it."""
+    found = {
+        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        for name, tensor in model.state_dict().items()
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, ShardedExperts):
+            found |= {f"{name}.{key}": value.detach() for key, value in module.whole().named_parameters()}
+    return found
+
+
+def export(model: Transformer, folder: Path, *, write: bool) -> None:
+    """Gather the model and leave config.json and model.safetensors in ``folder``, one whole model for
+    :meth:`Transformer.from_pretrained`. Every rank calls it; the one with ``write`` writes.
+
+    Every rank holds the whole weights for a moment.
+    """
+    weights = whole_weights(model)
+    if not write:
+        return
+    with torch.device("meta"):
+        plain = Transformer(model.config)
+    plain.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()}, assign=True)
+    plain.save_pretrained(folder)

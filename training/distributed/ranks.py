@@ -1,0 +1,334 @@
+"""Data parallel (replicated, or sharded by FSDP2) times expert parallel, for one model."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as Sharded
+from torch.nn.parallel import DistributedDataParallel
+
+from moe import LayerDrop, MemoryValues, MixtureOfDepths, MoE, shard_experts
+from training.checkpoint import Write
+from training.compression import GradientCompressor
+from training.data import Batch
+from training.distributed.checkpoint import (
+    Layout,
+    gathered_tensors,
+    is_sharded,
+    load_sharded,
+    load_whole,
+    write_sharded,
+)
+from training.distributed.export import export
+from training.distributed.faults import tell_others
+from training.distributed.world import EXPERT, REPLICATE, World
+from training.finite import NonFiniteError
+from training.optim import Optimizers, local
+from training.step import SideLosses, StepOutput, forward
+from training.tokenizer import Tokenizer
+from transformer import Transformer
+
+Shard = Literal["none", "fsdp"]
+MEANS = ("loss", "entropy", "dropped", "aux", "z", "side", "passed", "predicted")
+SUMS = ("loads", "tokens_per_s")
+
+
+class Ranks:
+    """One of the processes that train one model together: :class:`training.parallel.Parallel`.
+
+    Every rank takes its own rows of the same batch. The loss is the mean over all its targets, so a gradient is the
+    mean over ranks of the ranks' own: of replicated parameters it is averaged by DistributedDataParallel, of sharded
+    ones by FSDP2, and of an expert the sum over the E ranks that send it tokens, divided by E
+    (:func:`moe.shard_experts`) and averaged over the R = ranks / E copies.
+
+    shard: "none" keeps all but the experts whole on every rank; "fsdp" shards each block, and what is outside blocks,
+    over all ranks, parameters, gradients and moments alike. With expert_parallel > 1 in ``world`` the experts are
+    spread over their own dimension of the grid and replicated over the other, in either case. background: checkpoints
+    are written while training goes on, from a copy.
+    """
+
+    def __init__(self, world: World, *, shard: Shard = "none", background: bool = False) -> None:
+        self.world, self.shard = world, shard
+        self.expert_ranks = world.grid.get_group(EXPERT).size()
+        self.copies = world.ranks // self.expert_ranks
+        self.experts: dict[str, nn.Parameter] = {}
+        self.layouts: dict[str, Layout] = {}
+        # its own group: a checkpoint in the background talks while training does
+        self.writers = dist.new_group(backend="gloo")
+        self.background = ThreadPoolExecutor(1) if background else None
+        self.writing: Future[None] | None = None
+        self.compressor: GradientCompressor | None = None
+        self.data_parallel: DistributedDataParallel | None = None
+        self.root: FSDPModule | None = None
+
+    @property
+    def rank(self) -> int:
+        """This process, from 0."""
+        return self.world.rank
+
+    @property
+    def ranks(self) -> int:
+        """How many processes there are."""
+        return self.world.ranks
+
+    def place(self, model: Transformer) -> None:
+        """Shard the experts, then replicate or shard the rest, in place.
+
+        Every rank must have built the same model from the same seed.
+        Raises: ValueError for a model that cannot be trained so: see :func:`check_model`.
+        """
+        check_model(model, expert_parallel=self.expert_ranks, shard=self.shard)
+        if self.expert_ranks > 1:
+            names = shard_experts(model, self.world.grid.get_group(EXPERT))
+            self.experts = {name: model.get_parameter(name) for name in names}
+            self.layouts = dict.fromkeys(names, partial(whole_stack, grid=self.world.grid))
+        if self.shard == "fsdp":
+            self.root = _shard(model, self.world, set(self.experts.values()))
+            return
+        step = _Step(model)
+        ignored = [f"model.{name}" for name in self.experts]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, ignored)
+        # buffers are counts that the layers reduce themselves; what a skipped layer holds gets no gradient
+        skips = any(skipping(module) for module in model.modules())
+        self.data_parallel = DistributedDataParallel(step, broadcast_buffers=False, find_unused_parameters=skips)
+
+    def rows(self, batch: Batch) -> Batch:
+        """Rows rank·B/ranks … (rank + 1)·B/ranks. Raises: ValueError unless the ranks divide the batch."""
+        share, rest = divmod(len(batch.inputs), self.ranks)
+        if rest:
+            raise ValueError(f"train.batch must be a multiple of the {self.ranks} processes, got {len(batch.inputs)}")
+        return batch.rows(self.rank * share, (self.rank + 1) * share)
+
+    def forward(self, model: Transformer, batch: Batch, side: SideLosses) -> StepOutput:
+        """:func:`training.step.forward`, through DistributedDataParallel where the parameters are replicated."""
+        if self.data_parallel is None:
+            return forward(model, batch, side=side)
+        output: StepOutput = self.data_parallel(batch, side)
+        return output
+
+    @contextmanager
+    def micro_batch(self, *, last: bool, diagnose: bool = False) -> Iterator[None]:
+        """Reduce gradients in the last micro-batch only. diagnose: leave replicated ones as each rank made them."""
+        if self.root is not None:
+            self.root.set_requires_gradient_sync(last)
+            yield
+        elif self.data_parallel is not None and (diagnose or not last):
+            with self.data_parallel.no_sync():
+                yield
+        else:
+            yield
+        if last and not diagnose and self.copies > 1:
+            self._average_experts()
+
+    def _average_experts(self) -> None:
+        for parameter in self.experts.values():
+            if parameter.grad is None:  # no token came
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad, group=self.world.grid.get_group(REPLICATE))
+            parameter.grad /= self.copies
+
+    def gradient_norm(self, parameters: Iterable[Tensor]) -> Tensor:
+        """√ Σ over ranks and parameters of ‖g‖² / (ranks that hold the same g): one exchange of one number."""
+        experts = {id(parameter) for parameter in self.experts.values()}
+        held: dict[int, list[Tensor]] = {}
+        for parameter in parameters:
+            if parameter.grad is not None:
+                whole = self.copies if id(parameter) in experts else self.ranks
+                copies = 1 if isinstance(parameter.grad, DTensor) else whole
+                held.setdefault(copies, []).append(local(parameter.grad))
+        squares = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for copies, gradients in held.items():
+            squares += torch.nn.utils.get_total_norm(gradients).double().square() / copies
+        dist.all_reduce(squares)
+        return squares.sqrt().float()
+
+    def clip(self, parameters: Iterable[Tensor], norm: Tensor, *, limit: float) -> None:
+        """Each rank scales what it holds by min(1, limit / (norm + 1e-6)), torch's factor."""
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                local(parameter.grad).mul_(factor)
+
+    def reduced(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        """``loads`` and ``tokens_per_s`` summed over ranks, the other measurements averaged: one exchange."""
+        chosen = {name: line[name] for name in (*MEANS, *SUMS)}
+        values = torch.tensor(list(_numbers(chosen)), dtype=torch.float64, device=self.world.device)
+        dist.all_reduce(values)
+        totals = iter(values.tolist())
+        found = {name: _filled(line[name], totals, 1.0 if name in SUMS else self.ranks) for name in chosen}
+        return {**line, **found}
+
+    def highest(self, value: int) -> int:
+        """The largest of the ranks' values."""
+        held = torch.tensor(value, device=self.world.device)
+        dist.all_reduce(held, op=dist.ReduceOp.MAX)
+        return int(held)
+
+    def gathered(self, text: str) -> list[str]:
+        """Every rank's text."""
+        return gather_texts(text, group=self.writers)
+
+    def refused(self, error: FloatingPointError) -> Exception | None:
+        """The error of this rank alone; the others read it when they miss this rank."""
+        reason = f"rank {self.rank}: {error}"
+        tell_others(reason)
+        return NonFiniteError(f"{reason}; nothing was updated and the checkpoints stay")
+
+    def rest(self, model: Transformer) -> None:
+        """FSDP2 keeps what is outside the blocks gathered after a forward pass that no backward pass follows."""
+        if self.root is not None:
+            self.root.reshard()
+
+    def save(
+        self, root: Path, *, step: int, model: Transformer, optimizers: Optimizers, tokenizer: Tokenizer,
+        state: Mapping[str, Any], keep: int, write: Write,
+    ) -> Path:  # fmt: skip
+        """Each rank writes its own part (:mod:`training.distributed.checkpoint`), in the background if so asked: then
+        from a copy, and an error of the writing is raised by the next :meth:`save` or :meth:`finish`."""
+        self._settle()
+        if self.compressor is not None:
+            state = {**state, "compressor": self.compressor.state_dict()}
+        tensors, shared, own = gathered_tensors(
+            model, optimizers, state, layouts=self.layouts, rank=self.rank, copy=self.background is not None
+        )
+        folder = root / f"step-{step:08d}"
+        job = partial(
+            write_sharded, folder, tensors=tensors, shared=shared, own=own, model=model, tokenizer=tokenizer,
+            keep=keep, write=write, rank=self.rank, tell=self._tell, group=self.writers,
+        )  # fmt: skip
+        if self.background is None:
+            job()
+        else:
+            self.writing = self.background.submit(job)
+        return folder
+
+    def load(self, folder: Path, *, model: Transformer, optimizers: Optimizers) -> dict[str, Any]:
+        """Each rank reads its own part, whatever the number of ranks that wrote it."""
+        here: dict[str, Any] = {"optimizers": optimizers, "layouts": self.layouts, "rank": self.rank}
+        if not is_sharded(folder):
+            return load_whole(folder, model=model, **here)
+        state = load_sharded(folder, model=model, tell=self._tell, **here)
+        if self.compressor is not None and "compressor" in state:
+            self.compressor.load_state_dict(state["compressor"])
+        return state
+
+    def finish(self, folder: Path, model: Transformer) -> None:
+        """Wait until the checkpoint is complete, and put the whole model into its folder."""
+        self._settle()
+        export(model, folder, write=self.rank == 0)
+        dist.barrier(group=self.writers)
+
+    def close(self) -> None:
+        """Let a checkpoint that is being written come to its end; nothing is raised."""
+        if self.background is not None:
+            self.background.shutdown()
+
+    def _settle(self) -> None:
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            writing.result()
+
+    def _tell(self, text: str) -> list[str]:
+        return gather_texts(text, group=self.writers)
+
+    def describe(self) -> str:
+        """How the ranks share the model."""
+        rest = "sharded over all" if self.shard == "fsdp" else "on every rank"
+        experts = f"experts over {self.expert_ranks} in {self.copies} copies, the rest {rest}"
+        return f"{self.ranks} processes: {experts if self.experts else f'parameters {rest}'}\n"
+
+
+class _Step(nn.Module):
+    """The forward pass of a step as a module, for DistributedDataParallel to wrap."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, side: SideLosses) -> StepOutput:
+        return forward(self.model, batch, side=side)
+
+
+def check_model(model: Transformer, *, expert_parallel: int, shard: Shard) -> None:
+    """Raises: ValueError where ranks would run different layers, for experts that the ranks cannot share out
+    evenly, and for tables of memories, whose sparse gradients are not reduced."""
+    if any(isinstance(module, MemoryValues) for module in model.modules()):
+        raise ValueError(
+            "tables of memories (product_key, peer) are trained by one process: their gradients are sparse"
+        )
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    if expert_parallel > 1 and not layers:
+        raise ValueError(f"distributed.expert_parallel must be 1 for a model without experts, got {expert_parallel}")
+    for layer in layers:
+        if layer.num_experts % expert_parallel:
+            raise ValueError(
+                f"{layer.name}: num_experts must be a multiple of distributed.expert_parallel={expert_parallel},"
+                f" got {layer.num_experts}"
+            )
+    if expert_parallel > 1 or shard == "fsdp":
+        for name, module in model.named_modules():
+            if skipping(module):
+                raise ValueError(
+                    f"{name}: every rank must run the same layers under expert parallel or FSDP2, and a"
+                    f" {type(module).__name__} may skip one: distributed.expert_parallel=1 and shard='none'"
+                )
+
+
+def skipping(module: nn.Module) -> bool:
+    """Whether a module may leave a layer out of a step."""
+    return isinstance(module, MixtureOfDepths) or (isinstance(module, LayerDrop) and module.p > 0)
+
+
+def _shard(model: Transformer, world: World, ignored: set[nn.Parameter]) -> FSDPModule:
+    for block in model.layers:
+        fully_shard(block, mesh=world.line, ignored_params=ignored)
+    root = fully_shard(model, mesh=world.line, ignored_params=ignored)
+    # the trainer asks for hidden states and applies the head in chunks
+    register_fsdp_forward_method(model, "hidden_states")
+    return root
+
+
+def whole_stack(part: Tensor, *, grid: DeviceMesh) -> Tensor:
+    """This rank's experts [E / E_ranks, …] as a DTensor of all [E, …] that shares their memory."""
+    return DTensor.from_local(part.detach(), grid, [Replicate(), Sharded(0)], run_check=False)
+
+
+def gather_texts(text: str, *, group: dist.ProcessGroup) -> list[str]:
+    """Every rank's text by rank, over a gloo group: sizes first, then bytes; nothing is unpickled."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    mine = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
+    sizes = torch.zeros(ranks, dtype=torch.int64)
+    sizes[rank] = len(mine)
+    dist.all_reduce(sizes, group=group)
+    rows = torch.zeros(ranks, int(sizes.max()), dtype=torch.uint8)
+    rows[rank, : len(mine)] = mine
+    dist.all_reduce(rows, group=group)
+    return [bytes(row[:size].tolist()).decode().strip() for row, size in zip(rows, sizes.tolist(), strict=True)]
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers(item)
+    else:
+        yield float(value)
+
+
+def _filled(like: Any, totals: Iterator[float], parts: float) -> Any:
+    """The next totals, divided by ``parts``, in the shape of ``like``; whole numbers stay whole."""
+    if isinstance(like, Mapping):
+        return {key: _filled(item, totals, parts) for key, item in like.items()}
+    if isinstance(like, list):
+        return [_filled(item, totals, parts) for item in like]
+    total = next(totals) / parts
+    return int(total) if isinstance(like, int) and math.isfinite(total) else total

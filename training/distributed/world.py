@@ -1,0 +1,107 @@
+"""The processes that torchrun started: who this one is, how they talk, and in what grid they stand."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+REPLICATE, EXPERT, RANKS = "replicate", "expert", "ranks"
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What torchrun tells a process. restarts: how often torchrun has started all processes anew."""
+
+    rank: int
+    ranks: int
+    local_rank: int
+    restarts: int
+
+
+@dataclass(frozen=True)
+class World:
+    """All processes of a run.
+
+    grid: the mesh (replicate, expert) = (ranks / expert_parallel, expert_parallel); row-major, so that the ranks that
+    share out one copy of the experts follow each other. line: the same ranks in one dimension.
+    """
+
+    rank: int
+    ranks: int
+    device: torch.device
+    grid: DeviceMesh
+    line: DeviceMesh
+
+
+def torchrun_environment(variables: Mapping[str, str] = os.environ) -> Environment | None:
+    """What torchrun (or another launcher that sets the same variables) says; None if there was none.
+
+    Raises: ValueError, naming them, if only some of the variables are there, or they are no ranks.
+    """
+    missing = [name for name in VARIABLES if name not in variables]
+    if "RANK" in missing and "WORLD_SIZE" in missing:
+        return None
+    if missing:
+        raise ValueError(f"a launcher must set {', '.join(VARIABLES)}, missing: {', '.join(missing)}; use torchrun")
+    rank, ranks, local_rank = (int(variables[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not 0 <= rank < ranks:
+        raise ValueError(f"RANK must be in [0, WORLD_SIZE={ranks}), got {rank}")
+    return Environment(rank, ranks, local_rank, int(variables.get("TORCHELASTIC_RESTART_COUNT", "0")))
+
+
+@contextmanager
+def joined(
+    environment: Environment, *, device: str = "auto", expert_parallel: int = 1, timeout_s: float = 600.0
+) -> Iterator[World]:
+    """The process group of all ranks, NCCL between GPUs and gloo otherwise, left when the block ends.
+
+    device: ``auto`` or ``cuda``: each rank its own GPU, if there are any; ``cpu``. timeout_s: how long a rank waits for
+    the others in one exchange before it gives up.
+    Raises: ValueError if the numbers do not fit: the same on every rank, before any of them waits for another.
+    """
+    where = rank_device(device, local_rank=environment.local_rank)
+    check_grid(environment.ranks, expert_parallel)
+    if not timeout_s > 0:
+        raise ValueError(f"distributed.timeout_s must be positive, got {timeout_s}")
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s)
+    )
+    try:
+        yield make_world(where, expert_parallel=expert_parallel)
+    finally:
+        dist.destroy_process_group()
+
+
+def make_world(device: torch.device, *, expert_parallel: int = 1) -> World:
+    """The grid of the processes of the default group. Every rank calls it."""
+    ranks = dist.get_world_size()
+    check_grid(ranks, expert_parallel)
+    shape = (ranks // expert_parallel, expert_parallel)
+    grid = init_device_mesh(device.type, shape, mesh_dim_names=(REPLICATE, EXPERT))
+    line = init_device_mesh(device.type, (ranks,), mesh_dim_names=(RANKS,))
+    return World(dist.get_rank(), ranks, device, grid, line)
+
+
+def check_grid(ranks: int, expert_parallel: int) -> None:
+    """Raises: ValueError unless expert_parallel is a divisor of the ranks."""
+    if expert_parallel < 1 or ranks % expert_parallel:
+        raise ValueError(f"distributed.expert_parallel must divide the {ranks} processes, got {expert_parallel}")
+
+
+def rank_device(name: str, *, local_rank: int) -> torch.device:
+    """Raises: ValueError for a device of one number, or a rank without a GPU of its own."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if name not in ("auto", "cuda"):
+        raise ValueError(f"train.device must be auto, cpu or cuda with several processes, got {name!r}")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"local rank {local_rank} needs a GPU of its own, {torch.cuda.device_count()} are visible")
+    return torch.device("cuda", local_rank)
