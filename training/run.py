@@ -54,6 +54,10 @@ from transformer import Transformer
 CONFIG = "run.json"
 NAMED = 3  # files left out that are named
 SEEDS_APART = 1_000_003  # between the seeds of two ranks
+TOPOLOGIES: dict[str, Topology | None] = {
+    "random": None, "banded": banded, "local": locally_connected, "block_diagonal": block_diagonal,
+    "small_world": small_world(),
+}  # fmt: skip
 
 
 def train(
