@@ -107,7 +107,7 @@ def test_whole_counts_refuses_more_than_there_is():
 def test_no_matrix_falls_below_its_least_density(shapes, percent, seed, density, base):
     scores = scores_of(shapes, seed)
     total = percent * sum(s.numel() for s in scores.values()) // 100
-    limits = {n: s.numel() - max(1, -(-int(round(density * 100)) * s.numel() // 100)) for n, s in scores.items()}
+    limits = {n: s.numel() - max(1, -(-round(density * 100) * s.numel() // 100)) for n, s in scores.items()}
     if total > sum(limits.values()):
         with pytest.raises(ValueError, match="weights go, not"):
             min_density(base, density)(scores, percent / 100)

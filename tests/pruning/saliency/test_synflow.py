@@ -1,6 +1,7 @@
 """SynFlow: products of matrices by hand, the conservation law, and no layer that collapses."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.tolerances import close
 def stack(sizes, *, activation=nn.ReLU, seed=0):
     torch.manual_seed(seed)
     layers = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b), activation(), nn.LayerNorm(b)]
     return nn.Sequential(*layers[:-2])
 
