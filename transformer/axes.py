@@ -10,7 +10,7 @@ from transformer.attention import Attention
 from transformer.block import Block
 from transformer.feedforward import FeedForward
 from transformer.layer_config import DenseConfig
-from transformer.unit_axes import expert_axis, layer_axis
+from transformer.unit_axes import expert_axis, layer_axis, width_axis
 
 if TYPE_CHECKING:
     from transformer.model import Transformer
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def prunable_axes(model: "Transformer") -> list[Axis]:
     """One "head" axis for each attention (grouped by key-value head), one "neuron" axis for each dense feed-forward,
-    one "expert" axis for each mixture of experts, and one "layer" axis for the whole model.
+    one "expert" axis for each mixture of experts, and for the whole model one "layer" axis and one "width" axis (the
+    latter unless some block chooses tokens, keys or memories).
 
     Attention with ``qk_norm="full"`` has no head axis: a head that goes would change the norm of those that stay.
     Nor has one whose heads choose their keys: the choice would change with them.
@@ -31,7 +32,8 @@ def prunable_axes(model: "Transformer") -> list[Axis]:
             axes.append(_neuron_axis(model, index, layer.feedforward))
         if isinstance(layer.feedforward, MoE) and (experts := expert_axis(model, index, layer.feedforward)):
             axes.append(experts)
-    return [*axes, layer_axis(model)]
+    width = width_axis(model)
+    return [*axes, layer_axis(model), *([] if width is None else [width])]
 
 
 def _heads_part(attention: Attention) -> bool:

@@ -104,6 +104,7 @@ _ROPE_KEYS: dict[str, dict[str, str]] = {
     },
 }  # fmt: skip
 PRUNED = "pruned_layers"  # [heads, key-value heads, neurons] of each layer, which pruning leaves in the config
+PRUNED_WIDTH = "pruned_width"  # the width, where the config's own class would refuse it
 _TRAINING_ONLY = ("bias_update", "head_dropout", "drop_connect", "path_dropout", "layer_drop")
 _WINDOWED = re.compile(r"causal\(\) & sliding_window\((\d+)\)|sliding_window\((\d+)\) & causal\(\)")
 
@@ -133,7 +134,8 @@ def read_config(record: Mapping[str, Any]) -> TransformerConfig:
     layers = tuple(_layer(record, family, index) for index in range(_size(record, "num_hidden_layers")))
     theta, scaling = _rope(record)
     return TransformerConfig(
-        vocab_size=_size(record, "vocab_size"), dim=_size(record, "hidden_size"), layers=layers,
+        vocab_size=_size(record, "vocab_size"), layers=layers,
+        dim=_size(record, "hidden_size" if record.get(PRUNED_WIDTH) is None else PRUNED_WIDTH),
         max_length=_size(record, "max_position_embeddings"), rope_theta=theta, rope_scaling=scaling,
         norm_eps=record["rms_norm_eps"], tied=record["tie_word_embeddings"],
     )  # fmt: skip

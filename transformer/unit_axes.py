@@ -1,4 +1,4 @@
-"""Whole experts and whole layers of this library's transformer, as axes for :mod:`pruning`."""
+"""Whole experts, whole layers and channels of this library's transformer, as axes for :mod:`pruning`."""
 
 import dataclasses
 from typing import TYPE_CHECKING, cast
@@ -7,7 +7,9 @@ from torch import nn
 
 from moe import HashRouter, MoE
 from pruning.axes import Axis, Slice
+from transformer.attention import Attention
 from transformer.block import Block
+from transformer.feedforward import FeedForward
 from transformer.layer_config import MoEConfig
 
 if TYPE_CHECKING:
@@ -60,3 +62,49 @@ def layer_axis(model: "Transformer") -> Axis:
         kind="layer", layer=0, name="layers", size=size, width=1, gate="layers", slices=(), least=1, resize=resize,
         modules=tuple(f"layers.{index}" for index in range(size)),
     )  # fmt: skip
+
+
+# of a block, the tensors that lie along the residual stream and the dimension that does
+_STREAM = {
+    "attention_norm.weight": 0, "feedforward_norm.weight": 0, "attention.query.weight": 1, "attention.key.weight": 1,
+    "attention.value.weight": 1, "attention.output.weight": 0, "feedforward.gate.weight": 1,
+    "feedforward.up.weight": 1, "feedforward.down.weight": 0, "feedforward.experts.up": 1,
+    "feedforward.experts.down": 1, "feedforward.shared.up": 1, "feedforward.shared.down": 1,
+    "feedforward.router.weight": 1, "feedforward.router.noise_weight": 1,
+}  # fmt: skip
+_ASIDE = {
+    "attention.query.bias", "attention.key.bias", "attention.value.bias", "attention.query_norm.weight",
+    "attention.key_norm.weight", "feedforward.router.bias",
+}  # fmt: skip
+
+
+def width_axis(model: "Transformer") -> Axis | None:
+    """The channels of the residual stream; None where a block has parts that choose tokens, keys or memories by it.
+
+    The model that is left equals the one whose channels are zero and whose norms average over those that stay.
+    """
+    if not all(_is_plain(cast(Block, block)) for block in model.layers):
+        return None
+    slices = [Slice("embedding.weight", 1, 1), Slice("norm.weight", 0, 1)]
+    slices += [Slice("head.weight", 1, 1)] if model.head is not None else []
+    for index, block in enumerate(model.layers):
+        names = [name for name, _ in block.named_parameters() if name in _STREAM]
+        slices += [Slice(f"layers.{index}.{name}", _STREAM[name], 1) for name in names]
+
+    def resize(kept: list[int]) -> None:
+        model.embedding.embedding_dim = len(kept)
+        for block in model.layers:
+            for module in block.modules():
+                if hasattr(module, "dim"):
+                    setattr(module, "dim", len(kept))  # noqa: B010 (nn.Module's own type for attributes is a tensor)
+        model.config = dataclasses.replace(model.config, dim=len(kept))
+
+    return Axis(
+        kind="width", layer=0, name="width", size=model.config.dim, width=1, gate="layers", slices=tuple(slices),
+        least=1, resize=resize,
+    )  # fmt: skip
+
+
+def _is_plain(block: Block) -> bool:
+    known = isinstance(block.attention, Attention | None) and isinstance(block.feedforward, FeedForward | MoE | None)
+    return known and all(name in _STREAM or name in _ASIDE for name, _ in block.named_parameters())

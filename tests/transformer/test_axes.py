@@ -49,7 +49,7 @@ def test_surgery_equals_the_masked_model_and_survives_the_disk(config, kept, tmp
 
 def test_a_norm_over_all_heads_offers_none_of_them():
     kinds = [(axis.kind, axis.layer) for axis in model_of(normed("full")).prunable_axes()]
-    assert kinds == [("neuron", 0), ("neuron", 1), ("layer", 0)]
+    assert kinds == [("neuron", 0), ("neuron", 1), ("layer", 0), ("width", 0)]
 
 
 def test_the_config_and_the_flops_say_what_is_left():

@@ -126,6 +126,20 @@ def test_unequal_layers_of_a_pruned_llama_are_read_here(kept, tmp_path):
         to_hugging_face(read, tmp_path / "back")
 
 
+@pytest.mark.parametrize(("width", "recorded"), [(18, False), (17, True)])
+def test_a_llama_of_another_width_is_read_here(width, recorded, tmp_path):
+    model = peer("llama")
+    axes = [axis for axis in prunable_axes(model) if axis.kind == "width"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if recorded else "error")
+        shrink(model, axes, {axes[0].name: list(range(width))})
+    assert hasattr(model.config, "pruned_width") is recorded
+    model.save_pretrained(tmp_path)
+    read = from_hugging_face(tmp_path)
+    assert read.config.dim == width
+    torch.testing.assert_close(ours(read), theirs(model), rtol=1e-4, atol=1e-4)
+
+
 def test_layers_that_are_alike_again_lose_the_record_and_load_anywhere(tmp_path):
     model = pruned_peer({"model.layers.1.self_attn.heads": [0, 1, 2]})
     with warnings.catch_warnings():
