@@ -16,13 +16,10 @@ from moe.losses import Scope
 from training.model_config import ModelConfig
 from training.optim import Schedule
 from training.precision import DTypeName
+from training.sparsify_config import SparsifyConfig, check_sparsify
 
 POSITIVE_IN_TRAIN = ("steps", "batch", "accumulation", "threads", "log_every", "eval_every", "eval_batches",
                      "save_every", "keep", "sample_every", "sample_tokens", "stop_at")  # fmt: skip
-
-
-SparsifyMethod = Literal["magnitude", "static", "set", "rigl", "snfs", "dsr", "deep_r", "top_kast",
-                         "nest", "preferential", "robust_rewiring"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,35 +132,6 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class SparsifyConfig:
-    """Weights pruned while training, or absent from the start; the zeros are held."""
-
-    sparsity: float = 0.0
-    """Share of the weights of matrices that is zero in the end; 0 prunes nothing."""
-    method: SparsifyMethod = "magnitude"
-    """'magnitude' prunes a dense start along a schedule. 'set', 'rigl', 'snfs', 'dsr', 'deep_r', 'preferential',
-    'robust_rewiring' and 'top_kast' are sparse from the first step and move their connections; 'nest' starts sparser,
-    grows connections and neurons, then prunes; 'static' keeps those that it starts with."""
-    fraction: float = 0.3
-    """Share of the connections that an update of set, rigl, snfs, dsr or preferential moves."""
-    topology: Literal["random", "banded", "local", "block_diagonal", "small_world"] = "random"
-    """How 'static' lays its connections out."""
-    attack: float = 0.05
-    """Size of the change of the embeddings under which 'robust_rewiring' trains, in units of their RMS; 0 for none."""
-    allocation: Literal["erk", "uniform"] = "erk"
-    """How a method that is sparse from the start spreads its weights: Erdős–Rényi, or evenly."""
-    begin: int = 0
-    """Step at which pruning begins."""
-    end: int = 0
-    """Step at which magnitude pruning reaches its share, along a cubic (Zhu & Gupta 2017), at or before 'begin' at
-    once; step after which the connections of the other methods rest, 0 for three quarters of the training."""
-    every: int = 50
-    """Steps between choices of what to prune or move."""
-    scope: Literal["layerwise", "global"] = "layerwise"
-    """Whether weights are compared inside each matrix or over all of them."""
-
-
-@dataclass(frozen=True)
 class DistributedConfig:
     """Many processes, started by torchrun; a run of one process reads none of this."""
 
@@ -251,10 +219,9 @@ def _check(config: RunConfig) -> None:
         raise ValueError(f"train.accumulation must divide batch={train.batch}, got {train.accumulation}")
     if config.model.max_length is not None and config.model.max_length < data.length:
         raise ValueError(f"model.max_length must be at least data.length={data.length}, got {config.model.max_length}")
-    if not 0 <= config.sparsify.sparsity < 1:
-        raise ValueError(f"sparsify.sparsity must be in [0, 1), got {config.sparsify.sparsity}")
-    if not 0 < config.sparsify.fraction <= 1:
-        raise ValueError(f"sparsify.fraction must be in (0, 1], got {config.sparsify.fraction}")
+    check_sparsify(config.sparsify)
+    if train.compile and config.sparsify.method == "variational":
+        raise ValueError("train.compile must be false for sparsify.method='variational', whose hooks it would skip")
     _check_optim(optim)
 
 

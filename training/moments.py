@@ -51,6 +51,82 @@ class Finisher(Protocol):
         ...
 
 
+@runtime_checkable
+class GateOwner(Protocol):
+    """A sparsifier with parameters of its own: scores, gates, thresholds, noise levels."""
+
+    def named_gates(self) -> dict[str, nn.Parameter]:
+        """Them by name."""
+        ...
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups for the optimiser of the model's parameters, each with its ``lr_factor`` and ``weight_decay``."""
+        ...
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """A sparsifier that acts on evaluations."""
+
+    def observe(self, held_out: float) -> None:
+        """The loss on held-out text, in nats a token."""
+        ...
+
+
+def add_gates(sparsifiers: Sequence[Sparsifier], optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimiser the sparsifiers' own parameters, as groups of their own."""
+    for sparsifier in sparsifiers:
+        for group in sparsifier.parameter_groups() if isinstance(sparsifier, GateOwner) else []:
+            optimizer.add_param_group(group)
+
+
+def gate_moments(sparsifiers: Sequence[Sparsifier], optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """The optimiser's state of the sparsifiers' own parameters, for a checkpoint."""
+    return {name: dict(optimizer.state.get(gate, {})) for name, gate in _all_gates(sparsifiers).items()}
+
+
+def load_gate_moments(
+    sparsifiers: Sequence[Sparsifier], optimizer: torch.optim.Optimizer, saved: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """The inverse of :func:`gate_moments`. Raises: ValueError if the parameters are not those of these sparsifiers."""
+    gates = _all_gates(sparsifiers)
+    if saved.keys() != gates.keys():
+        odd = sorted(saved.keys() ^ gates.keys())
+        raise ValueError(f"the optimiser's state must be that of {len(gates)} gates, got {odd[0]!r} besides")
+    for name, gate in gates.items():
+        optimizer.state[gate] = {
+            slot: value.to(gate.device) if value.ndim or optimizer.defaults.get("fused") else value
+            for slot, value in saved[name].items()
+        }
+
+
+def _all_gates(sparsifiers: Sequence[Sparsifier]) -> dict[str, nn.Parameter]:
+    return {
+        f"{index}:{name}": gate
+        for index, sparsifier in enumerate(sparsifiers)
+        if isinstance(sparsifier, GateOwner)
+        for name, gate in sparsifier.named_gates().items()
+    }
+
+
+def observe_all(sparsifiers: Sequence[Sparsifier], held_out: float) -> None:
+    """Tell every sparsifier that asks the loss of an evaluation."""
+    for sparsifier in sparsifiers:
+        if isinstance(sparsifier, Observer):
+            sparsifier.observe(held_out)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode, and parametrisations are deterministic."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def finish_all(sparsifiers: Sequence[Sparsifier]) -> None:
     """Tell every sparsifier that waits for it that the last step has been taken."""
     for sparsifier in sparsifiers:

@@ -14,29 +14,9 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from pruning import Sparsifier, cubic, erk, global_ranking, one_shot, uniform
-from pruning.dynamic import (
-    DSR,
-    SET,
-    SNFS,
-    Attack,
-    DeepR,
-    DynamicSparsity,
-    NeST,
-    PreferentialAttachment,
-    RigL,
-    RobustRewiring,
-    StaticSparsity,
-    TopKAST,
-    Topology,
-    banded,
-    block_diagonal,
-    locally_connected,
-    small_world,
-)
 from training.allocator import keep_freed_memory
 from training.checkpoint import LATEST, checkpoints, latest_checkpoint
-from training.config import DataConfig, RunConfig, SparsifyConfig, to_dict
+from training.config import DataConfig, RunConfig, to_dict
 from training.corpora import Corpus, load_corpus
 from training.data import Data, prepare
 from training.distributed import Ranks, joined, torchrun_environment
@@ -45,8 +25,8 @@ from training.distributed.faults import one_clear_error
 from training.durable import replace_durably
 from training.folders import mark, only_user
 from training.model_config import model_config
-from training.moments import Sparsifier as Method
 from training.parallel import Alone, Parallel
+from training.sparsity import make_pace, make_sparsifiers
 from training.tokenizer import FILE_NAME as TOKENIZER
 from training.trainer import CHECKPOINTS, Outcome, Trainer, choose_device
 from transformer import Transformer
@@ -54,10 +34,6 @@ from transformer import Transformer
 CONFIG = "run.json"
 NAMED = 3  # files left out that are named
 SEEDS_APART = 1_000_003  # between the seeds of two ranks
-TOPOLOGIES: dict[str, Topology | None] = {
-    "random": None, "banded": banded, "local": locally_connected, "block_diagonal": block_diagonal,
-    "small_world": small_world(),
-}  # fmt: skip
 
 
 def train(
@@ -159,45 +135,9 @@ def make_trainer(config: RunConfig, *, parallel: Parallel | None = None) -> Trai
         train=config.train,
         seed=config.seed,
         sparsifiers=make_sparsifiers(config.sparsify, model, steps=config.train.steps, seed=config.seed),
+        pace=make_pace(config.sparsify, steps=config.train.steps, warmup=config.optim.warmup),
         parallel=parallel,
     )
-
-
-def make_sparsifiers(config: SparsifyConfig, model: Transformer, *, steps: int, seed: int = 0) -> list[Method]:
-    """The method of a [sparsify] section, none where its sparsity is 0. seed: of the connections drawn."""
-    if config.sparsity == 0:
-        return []
-    if config.method != "magnitude":
-        return [_sparse_from_the_start(config, model, steps, seed)]
-    if config.end > config.begin:
-        schedule = cubic(config.sparsity, begin=config.begin, end=config.end, every=config.every)
-    else:
-        schedule = one_shot(config.sparsity, step=config.begin)
-    allocation = global_ranking if config.scope == "global" else uniform
-    return [Sparsifier(model, schedule=schedule, allocation=allocation)]
-
-
-def _sparse_from_the_start(config: SparsifyConfig, model: Transformer, steps: int, seed: int) -> Method:
-    sizes: dict[str, Any] = {
-        "sparsity": config.sparsity, "allocation": erk if config.allocation == "erk" else uniform,
-    }  # fmt: skip
-    if config.method == "top_kast":
-        return TopKAST(model, every=config.every, **sizes)
-    sizes["generator"] = torch.Generator().manual_seed(seed)
-    stop = config.end or max(1, steps * 3 // 4)
-    if config.method == "deep_r":
-        return DeepR(model, stop=stop, **sizes)
-    if config.method == "robust_rewiring":
-        return RobustRewiring(model, stop=stop, attack=Attack(config.attack) if config.attack else None, **sizes)
-    if config.method == "static":
-        return StaticSparsity(model, topology=TOPOLOGIES[config.topology], **sizes)
-    if config.method == "nest":
-        updates = max(2, stop // config.every)
-        return NeST(model, every=config.every, growths=updates // 2, prunings=updates - updates // 2, **sizes)
-    kinds: dict[str, type[DynamicSparsity]] = {
-        "set": SET, "rigl": RigL, "snfs": SNFS, "dsr": DSR, "preferential": PreferentialAttachment,
-    }  # fmt: skip
-    return kinds[config.method](model, every=config.every, stop=stop, fraction=config.fraction, **sizes)
 
 
 def make_model(config: RunConfig, *, vocab_size: int) -> Transformer:

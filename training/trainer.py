@@ -23,11 +23,23 @@ from training.durable import write_durably
 from training.evaluation import Evaluation, evaluate
 from training.finite import NonFiniteError, first_non_finite
 from training.metrics import Metrics, NoMetrics
-from training.moments import Sparsifier, all_agree, balance_routers, finish_all, parametrised
+from training.moments import (
+    Sparsifier,
+    add_gates,
+    all_agree,
+    balance_routers,
+    evaluating,
+    finish_all,
+    gate_moments,
+    load_gate_moments,
+    observe_all,
+    parametrised,
+)
 from training.optim import longest_warmup, lr_multiplier, make_optimizers, set_lr
 from training.parallel import Alone, Parallel, blame
 from training.precision import choose_precision
 from training.progress import Interruption, ProgressBar, interruptions
+from training.sparsity import Pace
 from training.state import random_state, set_random_state
 from training.step import SideLosses, StepOutput, accumulate, depth_stats, routing_stats
 from transformer import Transformer, generate
@@ -52,7 +64,8 @@ class Trainer:
     """Trains a model on tokenised data, step by step.
 
     out: folder for metrics.jsonl and checkpoints/. length: tokens of a sequence. sparsifiers: take part in each step
-    (see :mod:`training.moments`). write: puts checkpoint files on the disk. parallel: the processes that train this
+    (see :mod:`training.moments`); their own parameters join the optimiser.
+    pace: what prunings do to the learning rate. write: puts checkpoint files on the disk. parallel: the processes that train this
     model together, which has been placed on them; None for one.
     Tables of memories get sparse gradients and row-wise Adam (:func:`training.optim.make_optimizers`).
     Raises: OSError before any work if the disk has no room for a checkpoint; ValueError if samples are asked for and
@@ -71,6 +84,7 @@ class Trainer:
         seed: int = 0,
         sparsifiers: Sequence[Sparsifier] = (),
         write: Write = write_durably,
+        pace: Pace | None = None,
         parallel: Parallel | None = None,
     ) -> None:
         self.parallel: Parallel = parallel or Alone()
@@ -91,6 +105,8 @@ class Trainer:
             eps=optim.eps,
             router_lr=optim.router_lr,
         )
+        add_gates(sparsifiers, self.optimizers.main)
+        self.pace = pace or Pace()
         self.batches = Batches(data.train, batch=train.batch, length=length, seed=seed)
         self.sparsifiers, self.seed, self._write = tuple(sparsifiers), seed, write
         self.side = SideLosses(
@@ -122,6 +138,7 @@ class Trainer:
         if len(state["sparsifiers"]) != len(self.sparsifiers):
             saved, now = len(state["sparsifiers"]), len(self.sparsifiers)
             raise ValueError(f"{checkpoint} has the state of {saved} sparsifiers, this run has {now}")
+        load_gate_moments(self.sparsifiers, self.optimizers.main, state.get("gates", {}))
         self.batches.load_state_dict(state["data"])
         for sparsifier, saved_state in zip(self.sparsifiers, state["sparsifiers"], strict=True):
             sparsifier.load_state_dict(saved_state)
@@ -152,6 +169,7 @@ class Trainer:
                     metrics.write(line)
                 if self._due(self.train.eval_every):
                     result = self.evaluate()
+                    observe_all(self.sparsifiers, result.loss)
                     metrics.write(_evaluation_line(self.step, result))
                     console.print(f"step {self.step}: held-out {result.bits_per_byte:.4f} bits per byte")
                 if self.train.sample_every and self.step % self.train.sample_every == 0:
@@ -201,8 +219,8 @@ class Trainer:
         return self.parallel.reduced(line)
 
     def evaluate(self) -> Evaluation:
-        """Loss on the held-out text, with the weights that a training step's forward pass sees."""
-        with parametrised(self.sparsifiers):
+        """Loss on the held-out text, with the weights that the sparsifiers give evaluation."""
+        with evaluating(self.model), parametrised(self.sparsifiers):
             result = evaluate(
                 self.model,
                 self.data.held_out,
@@ -221,7 +239,7 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(self.seed + self.step)
         room = self.model.config.max_length - ids.shape[1]
         new = min(self.train.sample_tokens, room)
-        with parametrised(self.sparsifiers):
+        with evaluating(self.model), parametrised(self.sparsifiers):
             out = generate(self.model, ids, max_new_tokens=new, temperature=0.8, top_p=0.95, generator=generator)
             self.parallel.rest(self.model)
         self.model.train()
@@ -237,6 +255,7 @@ class Trainer:
             "fingerprint": self.data.fingerprint,
             "random": random_state(),
             "sparsifiers": [sparsifier.state_dict() for sparsifier in self.sparsifiers],
+            "gates": gate_moments(self.sparsifiers, self.optimizers.main),
         }
         folder = self.parallel.save(
             self.out / CHECKPOINTS,
@@ -281,8 +300,8 @@ class Trainer:
 
     def _lr_multiplier(self) -> float:
         steps, kind, decay_fraction = self.train.steps, self.optim.schedule, self.optim.decay_fraction
-        return lr_multiplier(
-            self.step,
+        return self.pace.factor(self.step) * lr_multiplier(
+            self.pace.clock(self.step),
             steps=steps,
             kind=kind,
             warmup=min(self.optim.warmup, longest_warmup(steps, kind=kind, decay_fraction=decay_fraction)),

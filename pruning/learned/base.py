@@ -131,6 +131,7 @@ class LearnedSparsity(ABC):
             for name, weight in self._weights.items():
                 weight.copy_(self.effective(name, weight.detach(), training=False))
             self._held = Masks({name: weight.detach() != 0 for name, weight in self._weights.items()})
+            self._held.apply(self.model)  # −w · 0 is −0, which is other bits
             self.finished = True
         return self._held
 

@@ -49,7 +49,7 @@ class Regularized(LearnedSparsity):
 
     def effective(self, name: str, theta: Tensor, *, training: bool) -> Tensor:
         """θ in training, the largest of θ in evaluation."""
-        return theta * 1 if training else theta * self._largest.kept[name]
+        return theta if training else theta * self._largest.kept[name]
 
     def loss(self) -> Tensor:
         """strength · penalty / number of weights."""
@@ -70,7 +70,7 @@ class Proximal(LearnedSparsity):
         self,
         model: nn.Module,
         *,
-        strength: float,
+        strength: float = 0.02,
         axes: Sequence[Axis] | None = None,
         weights: Sequence[str] | None = None,
     ) -> None:
@@ -79,7 +79,7 @@ class Proximal(LearnedSparsity):
 
     def effective(self, name: str, theta: Tensor, *, training: bool) -> Tensor:
         """θ: its zeros are its own."""
-        return theta * 1
+        return theta
 
     def settle(self, optimizer: Optimizer) -> None:
         """The proximal step."""

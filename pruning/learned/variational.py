@@ -65,7 +65,7 @@ class VariationalDropout(LearnedSparsity):
         if not training:
             return theta * (spread <= self.threshold)
         if name in self._linear:
-            return theta * 1
+            return theta
         noise = self.noise(name, theta.shape, "normal").to(theta.dtype)
         return theta + theta.abs() * torch.exp(spread / 2) * noise
 

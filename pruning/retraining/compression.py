@@ -55,7 +55,7 @@ class LearningCompression(LearnedSparsity):
 
     def effective(self, name: str, theta: Tensor, *, training: bool) -> Tensor:
         """w in training, c in evaluation."""
-        return theta * 1 if training else self._evaluated[name]
+        return theta if training else self._evaluated[name]
 
     def loss(self) -> Tensor:
         """μ/2 ‖w − c − λ/μ‖²."""

@@ -53,7 +53,7 @@ class Phases(LearnedSparsity):
 
     def effective(self, name: str, theta: Tensor, *, training: bool) -> Tensor:
         """θ as it is: a sparse phase has its zeros in θ."""
-        return theta * 1
+        return theta
 
     def before_step(self, optimizer: Optimizer) -> bool:
         """Clear the gradients of what is held at 0."""
@@ -163,7 +163,7 @@ class HardThresholding(Phases):
 
     def effective(self, name: str, theta: Tensor, *, training: bool) -> Tensor:
         """θ in training, the largest of θ in evaluation."""
-        return theta * 1 if training else theta * self._largest.kept[name]
+        return theta if training else theta * self._largest.kept[name]
 
     @torch.no_grad()
     def masks(self) -> Masks:

@@ -1,0 +1,84 @@
+"""The [sparsify] table of a run's config, and which of its settings go together."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+SparsifyMethod = Literal[
+    "magnitude", "static", "set", "rigl", "snfs", "dsr", "deep_r", "top_kast",
+    "nest", "preferential", "robust_rewiring",
+    "movement", "feedback", "dnw", "iht", "dsd", "lc", "generalization",
+    "l1", "hoyer_square", "group_lasso", "sigmoid_units", "softplus_units", "polarized_units",
+    "soft_movement", "l0", "l0_units", "str", "variational", "variational_units", "proximal", "group_proximal",
+]  # fmt: skip
+# These find their sparsity; `strength` is what they are asked.
+FINDING = ("soft_movement", "l0", "l0_units", "str", "variational", "variational_units", "proximal", "group_proximal")
+STRONG = (*FINDING, "lc", "l1", "hoyer_square", "group_lasso", "sigmoid_units", "softplus_units", "polarized_units")
+
+
+@dataclass(frozen=True)
+class SparsifyConfig:
+    """Weights or units pruned while training, or absent from the start; the zeros are held."""
+
+    sparsity: float = 0.0
+    """Share of the weights of matrices (of units, for the methods of units) that is zero in the end; 0 prunes nothing.
+    The methods that find their sparsity take 'strength' in its place."""
+    method: SparsifyMethod = "magnitude"
+    """'magnitude' prunes a dense start along a schedule. 'set', 'rigl', 'snfs', 'dsr', 'deep_r', 'preferential',
+    'robust_rewiring' and 'top_kast' are sparse from the first step and move their connections; 'nest' starts sparser,
+    grows connections and neurons, then prunes; 'static' keeps those that it starts with. 'movement', 'feedback' and
+    'dnw' train dense weights through a masked forward pass; 'iht' and 'dsd' alternate sparse and dense
+    phases, 'lc' pulls weights to their largest, 'generalization' prunes after evaluations. 'l1', 'hoyer_square' and
+    'group_lasso' shrink and prune at the end, 'sigmoid_units', 'softplus_units' and 'polarized_units' gate heads and
+    neurons. These find their own sparsity: 'soft_movement', 'l0', 'str', 'variational' and 'proximal' for weights,
+    'l0_units', 'variational_units' and 'group_proximal' for heads and neurons."""
+    strength: float | None = None
+    """Coefficient of the method's penalty; its own default if left out."""
+    gate_lr: float = 10.0
+    """Factor on the learning rate for scores, gates, thresholds and noise levels."""
+    fraction: float = 0.3
+    """Share of the connections that an update of set, rigl, snfs, dsr or preferential moves; of the weights that one
+    evaluation of 'generalization' prunes at most."""
+    topology: Literal["random", "banded", "local", "block_diagonal", "small_world"] = "random"
+    """How 'static' lays its connections out."""
+    attack: float = 0.05
+    """Size of the change of the embeddings under which 'robust_rewiring' trains, in units of their RMS; 0 for none."""
+    allocation: Literal["erk", "uniform"] = "erk"
+    """How a method that is sparse from the start spreads its weights: Erdős–Rényi, or evenly."""
+    begin: int = 0
+    """Step at which pruning begins."""
+    end: int = 0
+    """Step at which magnitude pruning reaches its share, at or before 'begin' at once; at which movement and feedback
+    do, or after which the connections of the methods that are sparse from the start rest, 0 for three quarters of the
+    training; at which the sparse phase of dsd ends (0: begin and end at one and two thirds of the training)."""
+    every: int = 50
+    """Steps between choices of what to prune or move; of a phase of iht; between compression steps of lc."""
+    schedule: Literal["cubic", "linear", "exponential", "iterative"] = "cubic"
+    """How magnitude, movement and feedback go from 'begin' to 'end': along a cubic (Zhu & Gupta 2017), evenly, with
+    the same share of what is left in equal times, or in rounds of 'every' steps of retraining."""
+    scope: Literal["layerwise", "global"] = "layerwise"
+    """Whether weights are compared inside each matrix or over all of them."""
+    rate: Literal["keep", "rewarm", "rewind"] = "keep"
+    """What each pruning of magnitude, movement or feedback does to the learning rate: nothing, a warm-up of
+    optim.warmup steps again, or the rate's schedule starting again after its warm-up (Renda et al. 2020)."""
+
+
+def check_sparsify(config: SparsifyConfig) -> None:
+    """Raises: ValueError, naming the field, its bound and its value."""
+    if not 0 <= config.sparsity < 1:
+        raise ValueError(f"sparsify.sparsity must be in [0, 1), got {config.sparsity}")
+    if not 0 < config.fraction <= 1:
+        raise ValueError(f"sparsify.fraction must be in (0, 1], got {config.fraction}")
+    if config.method in FINDING and config.sparsity:
+        raise ValueError(
+            f"sparsify.sparsity must be 0 for method={config.method!r}, which finds its own (set sparsify.strength),"
+            f" got {config.sparsity}"
+        )
+    if config.strength is not None:
+        if config.method not in STRONG:
+            raise ValueError(f"sparsify.strength must be left out for method={config.method!r}, got {config.strength}")
+        if not config.strength > 0:
+            raise ValueError(f"sparsify.strength must be positive, got {config.strength}")
+    if not config.gate_lr > 0:
+        raise ValueError(f"sparsify.gate_lr must be positive, got {config.gate_lr}")
+    if config.rate != "keep" and config.method not in ("magnitude", "movement", "feedback"):
+        raise ValueError(f"sparsify.rate must be 'keep' for method={config.method!r}, got {config.rate!r}")

@@ -1,0 +1,190 @@
+"""From the [sparsify] table to a method that takes part in training."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from pruning import Sparsifier, erk, global_ranking, prunable_axes, uniform
+from pruning.axes import Axis
+from pruning.dynamic import (
+    DSR,
+    SET,
+    SNFS,
+    Attack,
+    DeepR,
+    DynamicSparsity,
+    NeST,
+    PreferentialAttachment,
+    RigL,
+    RobustRewiring,
+    StaticSparsity,
+    TopKAST,
+    Topology,
+    banded,
+    block_diagonal,
+    locally_connected,
+    small_world,
+)
+from pruning.learned import (
+    L0,
+    STR,
+    L0Units,
+    Movement,
+    Proximal,
+    Regularized,
+    SoftMovement,
+    UnitGates,
+    VariationalDropout,
+    VariationalUnits,
+    group_lasso,
+    hoyer_square,
+    l1,
+)
+from pruning.retraining import (
+    DenseSparseDense,
+    Feedback,
+    GeneralizationDriven,
+    HardThresholding,
+    LearningCompression,
+    NeuralWirings,
+)
+from pruning.schedules import Schedule, cubic, exponential, iterative, linear, one_shot, prunings, rewarmed, rewound
+from training.moments import Sparsifier as Method
+from training.sparsify_config import FINDING, SparsifyConfig
+from transformer import Transformer
+
+FROM_THE_START = ("static", "set", "rigl", "snfs", "dsr", "deep_r", "top_kast", "nest", "preferential",
+                  "robust_rewiring")  # fmt: skip
+TOPOLOGIES: dict[str, Topology | None] = {
+    "random": None,
+    "banded": banded,
+    "local": locally_connected,
+    "block_diagonal": block_diagonal,
+    "small_world": small_world(),
+}
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What prunings do to the learning rate: step → the step whose rate is used, and → a factor on it."""
+
+    clock: Callable[[int], int] = lambda step: step
+    factor: Callable[[int], float] = lambda step: 1.0
+
+
+def make_sparsifiers(config: SparsifyConfig, model: Transformer, *, steps: int, seed: int = 0) -> list[Method]:
+    """The method of a [sparsify] section, none where it asks for no sparsity. seed: of what it draws."""
+    if config.method in FINDING:
+        return [_finding(config, model, seed)]
+    if config.sparsity == 0:
+        return []
+    if config.method == "magnitude":
+        allocation = global_ranking if config.scope == "global" else uniform
+        return [Sparsifier(model, schedule=_schedule(config, config.end), allocation=allocation)]
+    if config.method in FROM_THE_START:
+        return [_sparse_from_the_start(config, model, steps, seed)]
+    return [_asked(config, model, steps)]
+
+
+def make_pace(config: SparsifyConfig, *, steps: int, warmup: int) -> Pace:
+    """How the learning rate follows the prunings of a [sparsify] section. warmup: steps of a warm-up."""
+    if config.rate == "keep" or config.sparsity == 0:
+        return Pace()
+    end = config.end if config.method == "magnitude" else _end(config, steps)
+    pruned = [step for step in prunings(_schedule(config, end), steps=steps) if step > 0]
+    if config.rate == "rewarm":
+        return Pace(factor=rewarmed(pruned, warmup=max(1, warmup)))
+    return Pace(clock=rewound(pruned, to=warmup))
+
+
+def _schedule(config: SparsifyConfig, end: int) -> Schedule:
+    if end <= config.begin:
+        return one_shot(config.sparsity, step=config.begin)
+    if config.schedule == "iterative":
+        rounds = max(1, (end - config.begin) // config.every)
+        return iterative(config.sparsity, begin=config.begin, every=config.every, rounds=rounds)
+    make = {"cubic": cubic, "linear": linear, "exponential": exponential}[config.schedule]
+    return make(config.sparsity, begin=config.begin, end=end, every=config.every)
+
+
+def _end(config: SparsifyConfig, steps: int) -> int:
+    return config.end or max(1, steps * 3 // 4)
+
+
+def _sparse_from_the_start(config: SparsifyConfig, model: Transformer, steps: int, seed: int) -> Method:
+    sizes: dict[str, Any] = {
+        "sparsity": config.sparsity, "allocation": erk if config.allocation == "erk" else uniform,
+    }  # fmt: skip
+    if config.method == "top_kast":
+        return TopKAST(model, every=config.every, **sizes)
+    sizes["generator"] = torch.Generator().manual_seed(seed)
+    stop = _end(config, steps)
+    if config.method == "deep_r":
+        return DeepR(model, stop=stop, **sizes)
+    if config.method == "robust_rewiring":
+        return RobustRewiring(model, stop=stop, attack=Attack(config.attack) if config.attack else None, **sizes)
+    if config.method == "static":
+        return StaticSparsity(model, topology=TOPOLOGIES[config.topology], **sizes)
+    if config.method == "nest":
+        updates = max(2, stop // config.every)
+        return NeST(model, every=config.every, growths=updates // 2, prunings=updates - updates // 2, **sizes)
+    kinds: dict[str, type[DynamicSparsity]] = {
+        "set": SET, "rigl": RigL, "snfs": SNFS, "dsr": DSR, "preferential": PreferentialAttachment,
+    }  # fmt: skip
+    return kinds[config.method](model, every=config.every, stop=stop, fraction=config.fraction, **sizes)
+
+
+def _finding(config: SparsifyConfig, model: Transformer, seed: int) -> Method:
+    strong: Options = {} if config.strength is None else {"strength": config.strength}
+    gates: Options = {**strong, "gate_lr": config.gate_lr}
+    drawn: Options = {**gates, "generator": torch.Generator().manual_seed(seed)}
+    made: dict[str, Callable[[], Method]] = {
+        "soft_movement": lambda: SoftMovement(model, **gates),
+        "l0": lambda: L0(model, **drawn),
+        "l0_units": lambda: L0Units(model, **drawn),
+        "str": lambda: STR(model, **gates),
+        "variational": lambda: VariationalDropout(model, **drawn),
+        "variational_units": lambda: VariationalUnits(model, **drawn),
+        "proximal": lambda: Proximal(model, **strong),
+        "group_proximal": lambda: Proximal(model, axes=_units(model), **strong),
+    }
+    return made[config.method]()
+
+
+def _asked(config: SparsifyConfig, model: Transformer, steps: int) -> Method:
+    strong: Options = {} if config.strength is None else {"strength": config.strength}
+    spread: Options = {"allocation": global_ranking if config.scope == "global" else uniform}
+    asked: Options = {"sparsity": config.sparsity, **spread}
+    shrinking: Options = {**asked, **strong}
+    gates: Options = {"sparsity": config.sparsity, "gate_lr": config.gate_lr, **strong}
+    gradual: Options = {"schedule": _schedule(config, _end(config, steps)), "every": config.every, **spread}
+    begin, end = (config.begin, config.end) if config.end else (steps // 3, max(steps * 2 // 3, steps // 3 + 1))
+    made: dict[str, Callable[[], Method]] = {
+        "movement": lambda: Movement(model, gate_lr=config.gate_lr, **gradual),
+        "feedback": lambda: Feedback(model, **gradual),
+        "dnw": lambda: NeuralWirings(model, sparsity=config.sparsity),
+        "iht": lambda: HardThresholding(
+            model, sparse_steps=config.every, dense_steps=config.every, begin=config.begin, **asked
+        ),
+        "dsd": lambda: DenseSparseDense(model, begin=begin, end=end, **asked),
+        "lc": lambda: LearningCompression(
+            model, every=config.every, mu=1e-3 if config.strength is None else config.strength, **asked
+        ),
+        "generalization": lambda: GeneralizationDriven(model, begin=config.begin, most=config.fraction, **asked),
+        "l1": lambda: Regularized(model, penalty=l1, **shrinking),
+        "hoyer_square": lambda: Regularized(model, penalty=hoyer_square, **shrinking),
+        "group_lasso": lambda: Regularized(model, penalty=partial(group_lasso, axes=_units(model)), **shrinking),
+        "sigmoid_units": lambda: UnitGates(model, form="sigmoid", **gates),
+        "softplus_units": lambda: UnitGates(model, form="softplus", **gates),
+        "polarized_units": lambda: UnitGates(model, form="softplus", polarize=1.2, **gates),
+    }
+    return made[config.method]()
+
+
+def _units(model: Transformer) -> list[Axis]:
+    """Heads, neurons and experts."""
+    return [axis for axis in prunable_axes(model) if axis.kind in ("head", "neuron", "expert")]
