@@ -1,0 +1,233 @@
+"""As much as must go to meet a budget of parameters, FLOPs or measured time, instead of a fraction."""
+
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pruning.axes import Axis
+from pruning.model_axes import axes_of, prunable_axes
+from pruning.selection import check_scores, select_units
+from pruning.surgery import count_parameters, predict_parameters, shrink
+
+Counts = dict[str, int]
+Kept = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class BudgetReport:
+    """budget: "params", "flops" or "latency"; asked and achieved are shares of the dense model's.
+
+    removed and total: units of each kind; kept: axis name → units, by their indices before. steps: how many removals
+    were looked at (with latency: measured)."""
+
+    budget: str
+    asked: float
+    achieved: float
+    removed: dict[str, int]
+    total: dict[str, int]
+    kept: dict[str, tuple[int, ...]]
+    parameters_before: int
+    parameters_after: int
+    steps: int
+
+    def __str__(self) -> str:
+        units = ", ".join(f"{count} of {self.total[kind]} {kind}s" for kind, count in self.removed.items())
+        share = self.parameters_after / self.parameters_before
+        return (
+            f"{self.budget} {self.achieved:.2%} of the dense model's (asked {self.asked:.2%}), without {units}; "
+            f"parameters {self.parameters_before:,} -> {self.parameters_after:,} ({share:.1%})"
+        )
+
+
+def prune_to_budget(
+    model: nn.Module,
+    scores_by_kind: Mapping[str, Mapping[str, Tensor]],
+    *,
+    params: float | None = None,
+    flops: float | None = None,
+    latency: float | None = None,
+    length: int = 512,
+    run: Callable[[nn.Module], object] | None = None,
+    rounds: int = 5,
+    resolution: float = 1 / 64,
+    min_units: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> BudgetReport:
+    """Remove the fewest units that bring the model to one budget, a share of what it takes now, in place.
+
+    scores_by_kind: {"head": head_importance(...), "neuron": neuron_importance(...)}; every kind loses the same share of
+    its units, to the unit, the lowest scores first over all layers (`select_units`); axes keep at least min_units.
+    params: parameters, tied ones once. flops: of the matrix products of a token, by the model's own
+    `flops_per_token(length)`, else 2 · the elements of its Linear and Conv1D weights. Both are found by bisection over
+    all counts, without touching a weight, and are the fewest where a further unit never costs more, as it does not but
+    for heads that share keys. latency: median seconds of `run(model)` beside the dense model, in turns,
+    `rounds` times for each try, bisected to a share of `resolution`; it needs memory for a second model, and
+    on a GPU `run` must synchronise.
+
+    >>> prune_to_budget(model, {"head": heads, "neuron": neurons}, params=0.7)
+    >>> prune_to_budget(model, {"neuron": neurons}, latency=0.6, run=lambda m: m(ids))
+
+    Raises: ValueError unless exactly one budget is given, in (0, 1); for latency without run; if all that may go does
+    not meet it, saying how near it comes; and as `select_units`. The model has not changed then."""
+    name, asked = _only({"params": params, "flops": flops, "latency": latency})
+    if name == "latency" and run is None:
+        raise ValueError("latency is measured: run must be a function of the model, got None")
+    if rounds < 1 or not 0 < resolution < 1:
+        raise ValueError(f"rounds must be >= 1 and resolution in (0, 1), got {rounds} and {resolution}")
+    axes = {kind: axes_of(model, kind) for kind in scores_by_kind}
+    if not axes:
+        raise ValueError("scores_by_kind must name at least one kind, got none")
+    for kind, scores in scores_by_kind.items():
+        check_scores(scores, axes[kind])
+    search = _Search(axes, scores_by_kind, min_units)
+    if run is not None and name == "latency":
+        tries = search.shares(resolution)
+        cost = _latency(model, run, rounds, clock)
+    else:
+        tries, cost = search.steps(), _params(model, search.flat) if name == "params" else _flops(model, length)
+    found, achieved, looked = _least(search, tries, cost, asked, name)
+    before = count_parameters(model)[0]
+    shrink(model, search.flat, found)
+    return BudgetReport(
+        budget=name,
+        asked=asked,
+        achieved=achieved,
+        removed={kind: sum(a.size - len(found[a.name]) for a in axes[kind]) for kind in axes},
+        total={kind: sum(axis.size for axis in axes[kind]) for kind in axes},
+        kept={axis: tuple(units) for axis, units in found.items()},
+        parameters_before=before,
+        parameters_after=count_parameters(model)[0],
+        steps=looked,
+    )
+
+
+def _only(budgets: Mapping[str, float | None]) -> tuple[str, float]:
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"exactly one of {', '.join(budgets)} must be given, got {', '.join(given) or 'none'}")
+    name, value = next(iter(given.items()))
+    if not 0 < value < 1:
+        raise ValueError(f"{name} must be in (0, 1), a share of what the model takes now, got {value}")
+    return name, value
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Removals in order: the k-th takes the k lowest shares of all kinds together."""
+
+    axes: Mapping[str, Sequence[Axis]]
+    scores: Mapping[str, Mapping[str, Tensor]]
+    least: int
+
+    @property
+    def flat(self) -> list[Axis]:
+        """All axes; whole layers last, for they renumber the others."""
+        every = [axis for axes in self.axes.values() for axis in axes]
+        return sorted(every, key=lambda axis: axis.kind == "layer")
+
+    def sizes(self) -> Counts:
+        return {kind: sum(axis.size for axis in axes) for kind, axes in self.axes.items()}
+
+    def steps(self) -> list[Counts]:
+        """Counts of every kind after 0, 1, 2, ... units, so that all have lost nearly the same share."""
+        sizes = self.sizes()
+        order = sorted((unit / size, kind) for kind, size in sizes.items() for unit in range(1, size + 1))
+        counts, found = dict.fromkeys(sizes, 0), [dict.fromkeys(sizes, 0)]
+        for _, kind in order:
+            counts[kind] += 1
+            found.append(dict(counts))
+        return found
+
+    def shares(self, resolution: float) -> list[Counts]:
+        """Counts of every kind at the multiples of `resolution`."""
+        steps = round(1 / resolution)
+        return [{kind: size * step // steps for kind, size in self.sizes().items()} for step in range(steps + 1)]
+
+    def kept(self, counts: Counts) -> Kept:
+        found: Kept = {}
+        for kind, axes in self.axes.items():
+            found |= select_units(self.scores[kind], axes, count=counts[kind], min_units=self.least)
+        return found
+
+
+def _least(
+    search: _Search, tries: Sequence[Counts], cost: Callable[[Kept], float], asked: float, name: str
+) -> tuple[Kept, float, int]:
+    """The first of `tries` that costs at most `asked`, its cost, and how many were looked at."""
+    seen: dict[int, tuple[Kept, float]] = {}
+
+    def at(place: int) -> float:
+        if place not in seen:
+            kept = search.kept(tries[place])
+            seen[place] = (kept, cost(kept))
+        return seen[place][1]
+
+    low, high = 0, len(tries) - 1
+    if at(high) > asked:
+        raise ValueError(f"{name} must be at least {at(high):.4f}, all that may be removed, got {asked}")
+    while low < high:
+        middle = (low + high) // 2
+        if at(middle) <= asked:
+            high = middle
+        else:
+            low = middle + 1
+    return *seen[high], len(seen)
+
+
+def _params(model: nn.Module, axes: Sequence[Axis]) -> Callable[[Kept], float]:
+    before = count_parameters(model)[0]
+    return lambda kept: predict_parameters(model, axes, kept)[0] / before
+
+
+def _flops(model: nn.Module, length: int) -> Callable[[Kept], float]:
+    hollow = _hollow(model)
+    before = _model_flops(hollow, length)
+    return lambda kept: _model_flops(_smaller(hollow, kept), length) / before
+
+
+def _model_flops(model: nn.Module, length: int) -> float:
+    own = getattr(model, "flops_per_token", None)
+    if own is not None:
+        return own(length)
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    return 2.0 * sum(layer.get_parameter("weight").numel() for layer in layers)
+
+
+def _hollow(model: nn.Module) -> nn.Module:
+    """The model without memory for its parameters; ties stay."""
+    memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, dict(memo))
+
+
+def _smaller(model: nn.Module, kept: Kept) -> nn.Module:
+    other = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        # a try that is thrown away is not worth what shrink says of the model's config
+        warnings.simplefilter("ignore")
+        shrink(other, [axis for axis in prunable_axes(other) if axis.name in kept], kept)
+    return other
+
+
+def _latency(
+    model: nn.Module, run: Callable[[nn.Module], object], rounds: int, clock: Callable[[], float]
+) -> Callable[[Kept], float]:
+    """Median over rounds of the shrunk model's seconds by the dense one's, after one run of each."""
+
+    def seconds(other: nn.Module) -> float:
+        start = clock()
+        run(other)
+        return clock() - start
+
+    def ratio(kept: Kept) -> float:
+        other = _smaller(model, kept)
+        with torch.no_grad():
+            run(model), run(other)
+            return statistics.median(seconds(other) / seconds(model) for _ in range(rounds))
+
+    return ratio

@@ -1,0 +1,169 @@
+"""A budget is met with the fewest units: against a scan over all counts, and with a clock that tells what it should."""
+
+import copy
+
+import pytest
+import torch
+
+from pruning import count_parameters, head_importance, magnitude_importance, neuron_importance, prunable_axes, shrink
+from pruning.budget import prune_to_budget
+from pruning.selection import select_units
+from tests.pruning.test_merge import ids, own
+from tests.pruning.toy import tokens, toy
+from transformer import DenseConfig, MoEConfig
+
+
+def scores_of(model, kinds=("head", "neuron")):
+    axes = {kind: [axis for axis in model.prunable_axes() if axis.kind == kind] for kind in kinds}
+    return {kind: magnitude_importance(model, found) for kind, found in axes.items()}
+
+
+def scanned(model, scores, cost, asked):
+    """Removed units of each kind: the first of all counts, in order of the share lost, that costs at most `asked`."""
+    axes = {kind: [axis for axis in model.prunable_axes() if axis.kind == kind] for kind in scores}
+    sizes = {kind: sum(axis.size for axis in found) for kind, found in axes.items()}
+    steps = [dict.fromkeys(sizes, 0)]
+    for _, kind in sorted((unit / size, kind) for kind, size in sizes.items() for unit in range(1, size + 1)):
+        steps.append(steps[-1] | {kind: steps[-1][kind] + 1})
+    whole = cost(model)
+    for counts in steps:
+        other, kept = copy.deepcopy(model), {}
+        for kind, count in counts.items():
+            kept |= select_units(scores[kind], axes[kind], count=count, min_units=1)
+        shrink(other, [axis for axis in other.prunable_axes() if axis.kind in scores], kept)
+        if cost(other) <= asked * whole:
+            return kept, other
+    raise AssertionError("no count meets the budget")
+
+
+def same_weights(model, other):
+    pairs = zip(model.named_parameters(), other.named_parameters(), strict=True)
+    return all(name == also and a.equal(b) for (name, a), (also, b) in pairs)
+
+
+@pytest.mark.parametrize("asked", [0.95, 0.7, 0.52])
+@pytest.mark.parametrize("kinds", [("neuron",), ("head", "neuron")])
+def test_parameters_are_met_with_the_fewest_units(kinds, asked):
+    model = toy((4, 4, 9), (2, 2, 14))
+    scores = scores_of(model, kinds)
+    if asked < 0.6 and kinds == ("neuron",):
+        asked = 0.75
+    kept, expected = scanned(model, scores, lambda m: count_parameters(m)[0], asked)
+    report = prune_to_budget(model, scores, params=asked)
+    assert {name: list(units) for name, units in report.kept.items()} == kept and same_weights(model, expected)
+    assert report.achieved == report.parameters_after / report.parameters_before <= asked
+    assert report.parameters_after == count_parameters(model)[0] and report.steps < 12
+    assert str(report).startswith(f"params {report.achieved:.2%} of the dense model's (asked {asked:.2%}), without")
+
+
+@pytest.mark.parametrize("feedforward", [DenseConfig(hidden=20), DenseConfig(hidden=20, activation="gelu")])
+def test_flops_are_the_models_own(tmp_path, feedforward):
+    model = own(feedforward)
+    scores = scores_of(model, ("neuron",))
+    _, expected = scanned(model, scores, lambda m: m.flops_per_token(16), 0.8)
+    before = model.flops_per_token(16)
+    report = prune_to_budget(model, scores, flops=0.8, length=16)
+    assert report.achieved == model.flops_per_token(16) / before <= 0.8 and same_weights(model, expected)
+    assert model(ids()).logits.isfinite().all()
+
+
+def test_grouped_heads_and_neurons_meet_the_budget():
+    model = own(DenseConfig(hidden=20))
+    scores = {"head": head_importance(model, [ids()]), "neuron": neuron_importance(model, [ids()])}
+    report = prune_to_budget(model, scores, params=0.7)
+    assert 0.5 < report.achieved <= 0.7 and report.removed["head"] and report.removed["neuron"]
+    assert report.total == {"head": 8, "neuron": 40}
+    assert model(ids()).logits.isfinite().all()
+
+
+def test_whole_layers_go_with_neurons():
+    model = own(DenseConfig(hidden=20))
+    scores = {"layer": {"layers": torch.tensor([1.0, 0.0])}, **scores_of(model, ("neuron",))}
+    report = prune_to_budget(model, scores, params=0.6)
+    assert len(model.layers) == 1 and report.achieved <= 0.6 and model(ids()).logits.isfinite().all()
+
+
+def test_experts_meet_a_budget():
+    model = own(MoEConfig(hidden=8, num_experts=6, k=2))
+    report = prune_to_budget(model, scores_of(model, ("expert",)), params=0.6)
+    assert report.achieved <= 0.6 and all(layer.feedforward.num_experts >= 2 for layer in model.config.layers)
+
+
+def test_hugging_face_flops_count_the_linears():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    neurons = [axis for axis in prunable_axes(model) if axis.kind == "neuron"]
+
+    def linears():
+        return sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+
+    before = linears()
+    with pytest.warns(UserWarning):
+        report = prune_to_budget(model, {"neuron": magnitude_importance(model, neurons)}, flops=0.73)
+    assert report.achieved == linears() / before <= 0.73
+    # one neuron more would be 3 · 16 weights
+    assert (linears() + 48) / before > 0.73 and model(ids()).logits.isfinite().all()
+
+
+class Clock:
+    """Time passes with the parameters that run: a second each, and a fixed part that nothing removes."""
+
+    def __init__(self, fixed=0.0):
+        self.now, self.fixed = 0.0, fixed
+
+    def __call__(self):
+        return self.now
+
+    def run(self, model):
+        self.now += self.fixed + count_parameters(model)[0]
+
+
+def test_latency_is_bisected_to_its_resolution():
+    model, clock = toy((4, 4, 64)), Clock()
+    scores, before = scores_of(model, ("neuron",)), count_parameters(model)[0]
+    report = prune_to_budget(model, scores, latency=0.6, run=clock.run, clock=clock, resolution=1 / 32, rounds=2)
+    assert report.budget == "latency" and report.achieved == count_parameters(model)[0] / before <= 0.6
+    # a step of the grid is two neurons, 26 parameters each
+    assert report.achieved > 0.6 - 2 * 26 / before and report.steps <= 7
+    assert model(tokens()).isfinite().all()
+
+
+def test_time_that_nothing_removes_is_said():
+    model, clock = toy((2, 2, 8)), Clock(fixed=1e6)
+    with pytest.raises(ValueError, match="latency must be at least 0.99.., all that may be removed, got 0.6"):
+        prune_to_budget(model, scores_of(model, ("neuron",)), latency=0.6, run=clock.run, clock=clock)
+    assert model.feedforward[0].down.in_features == 8
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "exactly one of params, flops, latency must be given, got none"),
+        ({"params": 0.5, "flops": 0.5}, "exactly one of params, flops, latency must be given, got params, flops"),
+        ({"params": 1.0}, "params must be in \\(0, 1\\), a share of what the model takes now, got 1.0"),
+        ({"flops": 0.0}, "flops must be in \\(0, 1\\)"),
+        ({"latency": 0.5}, "latency is measured: run must be a function of the model, got None"),
+        ({"params": 0.1}, "params must be at least 0\\.\\d+, all that may be removed, got 0.1"),
+        ({"params": 0.5, "rounds": 0}, "rounds must be >= 1 and resolution in \\(0, 1\\), got 0"),
+    ],
+)
+def test_bad_budgets_change_nothing(options, message):
+    model = toy((2, 1, 6))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        prune_to_budget(model, scores_of(model), **options)
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_bad_scores_are_refused():
+    model = toy((2, 1, 6))
+    with pytest.raises(ValueError, match="must name at least one kind, got none"):
+        prune_to_budget(model, {}, params=0.5)
+    with pytest.raises(ValueError, match="must have axes of kind 'expert'"):
+        prune_to_budget(model, {"expert": {}}, params=0.5)
+    with pytest.raises(ValueError, match=r"scores of 'feedforward.0.neurons' must have shape \[6\], got \[5\]"):
+        prune_to_budget(model, {"neuron": {"feedforward.0.neurons": torch.ones(5)}}, params=0.5)
