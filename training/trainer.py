@@ -64,9 +64,9 @@ class Trainer:
     """Trains a model on tokenised data, step by step.
 
     out: folder for metrics.jsonl and checkpoints/. length: tokens of a sequence. sparsifiers: take part in each step
-    (see :mod:`training.moments`); their own parameters join the optimiser.
-    pace: what prunings do to the learning rate. write: puts checkpoint files on the disk. parallel: the processes that train this
-    model together, which has been placed on them; None for one.
+    (see :mod:`training.moments`); their own parameters join the optimiser. pace: what prunings do
+    to the learning rate. write: puts checkpoint files on the disk. parallel: the processes that train this model
+    together, which has been placed on them; None for one.
     Tables of memories get sparse gradients and row-wise Adam (:func:`training.optim.make_optimizers`).
     Raises: OSError before any work if the disk has no room for a checkpoint; ValueError if samples are asked for and
     the prompt has no token or leaves the model no room for one, or a load loss from routers that estimate no load.
