@@ -3,10 +3,13 @@
 from pruning.adapters.loading import load_pruned
 from pruning.allocation import erk, global_ranking, uniform
 from pruning.axes import Axis, Slice
+from pruning.budget import prune_to_budget
 from pruning.execution import SparseLinear, choose_execution, restore_dense
 from pruning.formats import decode, encode, load_compact, save_compact, smallest
 from pruning.gates import gated, masked
 from pruning.masking import Masks
+from pruning.merge import fold_constant_neurons, merge_neurons
+from pruning.merge_experts import merge_experts
 from pruning.model_axes import prunable_axes
 from pruning.saliency import (
     AxisScores,
@@ -46,6 +49,7 @@ __all__ = [
     "encode",
     "erk",
     "expert_importance",
+    "fold_constant_neurons",
     "from_torch_prune",
     "gate_importance",
     "gated",
@@ -59,6 +63,8 @@ __all__ = [
     "magnitude",
     "magnitude_importance",
     "masked",
+    "merge_experts",
+    "merge_neurons",
     "n_of_m",
     "neuron_importance",
     "one_shot",
@@ -69,6 +75,7 @@ __all__ = [
     "prune_heads",
     "prune_layers",
     "prune_neurons",
+    "prune_to_budget",
     "prune_width",
     "random_importance",
     "random_scores",
