@@ -79,7 +79,8 @@ def test_rounds_are_the_plain_loop(sparsity, rounds, rewind):
     assert len(ticket.results) == rounds and ticket.sparsities[-1] == pytest.approx(sparsity, abs=1 / 64)
 
 
-def test_what_was_pruned_stays_pruned():
+@pytest.mark.parametrize("saliency", [torch.abs, lambda weight: -weight.abs()])
+def test_what_was_pruned_stays_pruned(saliency):
     seen = []
     train = trainer()
 
@@ -87,7 +88,7 @@ def test_what_was_pruned_stays_pruned():
         seen.append({name: mask.clone() for name, mask in masks.kept.items()})
         return train(model, masks, first, last)
 
-    ticket = find_ticket(net(), watched, sparsity=0.9, rounds=4, allocation=uniform)
+    ticket = find_ticket(net(), watched, sparsity=0.9, rounds=4, allocation=uniform, saliency=saliency)
     for before, after in zip(seen, [*seen[1:], ticket.masks.kept], strict=True):
         assert all(not (after[name] & ~before[name]).any() for name in before)
 
