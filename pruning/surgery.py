@@ -32,8 +32,8 @@ def shrink(model: nn.Module, axes: Sequence[Axis], kept: Mapping[str, Sequence[i
     Parameters are replaced by smaller ones of the same dtype, device and requires_grad; a tied parameter is cut once
     and stays tied; `in_features` and `out_features` of nn.Linear follow; then each axis' `resize` runs. No mask
     remains. Optimisers hold the old parameters: make a new one. Everything is checked before anything changes.
-    Raises: ValueError for unknown axes or units, a kept set that splits groups unequally, and slices that do not cover
-    their dimension."""
+    Raises: ValueError for unknown axes or units, a kept set that splits groups unequally or is smaller than the axis
+    allows, and slices that do not cover their dimension."""
     cuts = plan(model, axes, kept)
     for cut in cuts:
         _replace(model, cut.names, _cut(cut))
@@ -48,6 +48,8 @@ def plan(model: nn.Module, axes: Sequence[Axis], kept: Mapping[str, Sequence[int
     parameters = dict(model.named_parameters(remove_duplicate=False))
     cuts: dict[int, Cut] = {}
     for axis in _shrinking(axes, kept):
+        if len(kept[axis.name]) < axis.least:
+            raise ValueError(f"axis {axis.name!r} must keep at least {axis.least} units, got {len(kept[axis.name])}")
         check_groups(axis, kept[axis.name])
         for (name, dim), indices in _kept_indices(parameters, axis, kept[axis.name]).items():
             parameter = parameters[name]

@@ -120,9 +120,10 @@ def _neurons(place: Place, index: int, told: Told) -> Axis:
             _set_features(family, layer, name)
         told()
 
-    # one name for what was "mlp" and for feed-forwards that lie in the layer itself
+    # Conv1D cannot multiply by a matrix without rows. "mlp" where the projections lie in the layer itself
     return Axis("neuron", index, f"{where}.{family.hidden.rpartition('.')[0] or 'mlp'}.neurons", size, 1,
-                f"{where}.{family.hidden}", slices, resize, flattened=family.flattened)  # fmt: skip
+                f"{where}.{family.hidden}", slices, resize, least=int(family.transposed),
+                flattened=family.flattened)  # fmt: skip
 
 
 def _experts(place: Place, index: int, told: Told) -> Axis:
@@ -152,8 +153,6 @@ def _layers(place: Place, told: Told) -> Axis:
     path = f"{place.prefix}{place.family.layers}"
 
     def resize(kept: list[int]) -> None:
-        if not kept:
-            raise ValueError(f"kept units of {path!r} must name at least one layer, got []")
         place.base.set_submodule(place.family.layers, nn.ModuleList(layers[index] for index in kept))
         kinds = getattr(config, "layer_types", None)
         config.num_hidden_layers = len(kept)
@@ -194,8 +193,6 @@ def _width(place: Place, told: Told) -> Axis:
             slices.append(Slice(f"{name}.weight", 1, 1))
 
     def resize(kept: list[int]) -> None:
-        if not kept:
-            raise ValueError("kept units of 'width' must name at least one channel, got []")
         place.base.get_submodule(family.embedding).embedding_dim = len(kept)
         for module in [module for layer in place.layers for module in layer.modules()]:
             for name in ("hidden_size", "hidden_dim"):

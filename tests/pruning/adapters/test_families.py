@@ -121,7 +121,7 @@ def test_layers_go_whole(name):
         close(caching(model, ids()), answer(model, ids()))
     scores = layer_importance(model, [ids()])
     assert prune_layers(model, scores, fraction=0.5).parameters_after < predicted[0]
-    with pytest.raises(ValueError, match="must name at least one layer, got"):
+    with pytest.raises(ValueError, match="must keep at least 1 units, got 0"):
         shrink(model, by_kind(model, "layer"), {axis.name: []})
 
 
@@ -260,3 +260,27 @@ def test_pruned_again_until_little_is_left(name):
             report = prune(model, random_importance(by_kind(model, kind), generator=generator), fraction=0.5)
             assert report.parameters_after == report.parameters_predicted
     assert answer(model, ids()).isfinite().all()
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_layer_may_lose_all_its_neurons_but_for_gpt2(name):
+    dense = peer(name)
+    whole, model = copy.deepcopy(dense), copy.deepcopy(dense)
+    axis = by_kind(model, "neuron")[1]
+    if name == "GPT2":
+        with pytest.raises(ValueError, match="axis 'transformer.h.1.mlp.neurons' must keep at least 1 units, got 0"):
+            shrink(model, [axis], {axis.name: []})
+        assert answer(model, ids()).equal(answer(dense, ids()))
+        return
+    silence(whole, f"{KNOWN[name].layer(1)}.{KNOWN[name].hidden}", range(24), 1)
+    shrink(model, [axis], {axis.name: []})
+    close(answer(model, ids()), answer(whole, ids()))
+    assert len(by_kind(model, "neuron")) == LAYERS - 1
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_token_finds_its_k_experts(name):
+    model = peer(name)
+    axis = by_kind(model, "expert")[0]
+    with pytest.raises(ValueError, match="mlp.experts' must keep at least 2 units, got 1"):
+        shrink(model, [axis], {axis.name: [3]})

@@ -137,7 +137,7 @@ def test_bad_input():
         prune_width(model, fraction=1.0)
     with pytest.raises(ValueError, match=r"scores of 'model.width' must have shape \[24\], got \[3\]"):
         prune_width(model, {"model.width": torch.ones(3)}, fraction=0.5)
-    with pytest.raises(ValueError, match="must name at least one channel"):
+    with pytest.raises(ValueError, match="must keep at least 1 units, got 0"):
         shrink(model, prunable_axes(model), {"model.width": []})
     with pytest.raises(ValueError, match="must have axes of kind 'width', got kinds"):
         prune_width(peer("GPT2"), fraction=0.5)
