@@ -1,0 +1,160 @@
+"""FLOPs, bytes and an energy proxy of a whole training run, the dense passes that find a mask included."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pruning.diagnostics.figure import axes_for, labelled
+
+PJ_PER_FLOP = (3.7 + 0.9) / 2
+PJ_PER_BYTE = 640 / 4
+
+
+@dataclass(frozen=True)
+class Densities:
+    """Step → share of the prunable weights that each part of a step works with.
+
+    forward: also of the backward pass to the inputs. gradient: of the weights that get one (1 where a method looks at
+    dense gradients). moments: that have optimiser state."""
+
+    forward: Callable[[int], float]
+    gradient: Callable[[int], float]
+    moments: Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """Of each step: FLOPs of the forward pass and of the backward one, bytes of weights, gradients and moments moved;
+    and what a dense run of as many steps takes. Runs add up: ``search + final``."""
+
+    forward: Float[Tensor, "steps"]
+    backward: Float[Tensor, "steps"]
+    moved: Float[Tensor, "steps"]
+    dense_flops: float
+    dense_moved: float
+
+    @property
+    def flops(self) -> float:
+        """All FLOPs of the run."""
+        return float(self.forward.sum() + self.backward.sum())
+
+    @property
+    def bytes(self) -> float:
+        """All bytes moved."""
+        return float(self.moved.sum())
+
+    @property
+    def energy(self) -> float:
+        """A proxy in joules: 2.3 pJ a FLOP and 160 pJ a byte from memory.
+
+        32-bit multiply 3.7 pJ, add 0.9 pJ, 32 bits of DRAM 640 pJ in 45 nm (Horowitz 2014, ISSCC, "Computing's energy
+        problem"). It orders methods; it is no measurement of any machine."""
+        return (PJ_PER_FLOP * self.flops + PJ_PER_BYTE * self.bytes) * 1e-12
+
+    @property
+    def ratio(self) -> float:
+        """FLOPs over those of a dense run of as many steps."""
+        return self.flops / self.dense_flops
+
+    def __add__(self, other: "RunCost") -> "RunCost":
+        """The two runs one after the other."""
+        forward, backward, moved = (torch.cat([getattr(self, n), getattr(other, n)])
+                                    for n in ("forward", "backward", "moved"))  # fmt: skip
+        return RunCost(forward, backward, moved, self.dense_flops + other.dense_flops,
+                       self.dense_moved + other.dense_moved)  # fmt: skip
+
+    def plot(self, *, ax: Any = None, label: str = "") -> Any:
+        """FLOPs spent up to each step; returns the axes."""
+        ax = axes_for(ax)
+        ax.plot((self.forward + self.backward).cumsum(0).tolist(), label=label)
+        return labelled(ax, x="step", y="training FLOPs so far", title=f"{self.ratio:.2f} of dense", legend=bool(label))
+
+
+def run_cost(
+    densities: Densities,
+    *,
+    steps: int,
+    tokens: int,
+    prunable_flops: float,
+    other_flops: float,
+    prunable_weights: int,
+    other_weights: int,
+    weight_bytes: int = 4,
+    index_bytes: int = 0,
+) -> RunCost:
+    """The cost of ``steps`` steps of ``tokens`` tokens each.
+
+    prunable_flops, other_flops: forward FLOPs a token of the dense model inside the prunable weights and outside them;
+    a dense step takes three times as much: forward, gradient of the inputs, gradient of the weights (Evci et al. 2020,
+    arXiv:1911.11134, appendix H: static 3 f_S; RigL (3 f_S ΔT + 2 f_S + f_D)/(ΔT + 1)).
+    With densities d (forward), w (gradient) and m (moments) of the prunable part, and 1 of the other:
+
+        forward = d f + o;   backward = (d + w) f + 2 o
+        weights moved = 2 d (both passes) + 2 w (gradient out and in) + 6 m (two moments and the weight, in and out)
+
+    times weight_bytes, and index_bytes more for every sparse weight read (2 d). Activations are not counted.
+    Raises: ValueError for counts below 0 (steps, tokens below 1), and a density outside [0, 1]."""
+    for name, value, least in (("steps", steps, 1), ("tokens", tokens, 1), ("prunable_flops", prunable_flops, 0),
+                               ("other_flops", other_flops, 0), ("prunable_weights", prunable_weights, 0),
+                               ("other_weights", other_weights, 0), ("weight_bytes", weight_bytes, 1),
+                               ("index_bytes", index_bytes, 0)):  # fmt: skip
+        if value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
+    d, w, m = (_table(name, rule, steps) for name, rule in vars(densities).items())
+    forward = tokens * (d * prunable_flops + other_flops)
+    backward = tokens * ((d + w) * prunable_flops + 2 * other_flops)
+    moved = weight_bytes * ((2 * d + 2 * w + 6 * m) * prunable_weights + 10 * other_weights)
+    moved = moved + index_bytes * 2 * d * prunable_weights
+    dense_moved = weight_bytes * 10.0 * (prunable_weights + other_weights) * steps
+    return RunCost(forward, backward, moved, 3.0 * tokens * (prunable_flops + other_flops) * steps, dense_moved)
+
+
+def dense_run() -> Densities:
+    """All weights in every step."""
+    return Densities(lambda step: 1.0, lambda step: 1.0, lambda step: 1.0)
+
+
+def static_run(density: float, *, sparse_moments: bool = False) -> Densities:
+    """One density throughout: static, SET, DSR, DeepR, a ticket. sparse_moments: with :class:`SparseAdamW`."""
+    return Densities(lambda step: density, lambda step: density, lambda step: density if sparse_moments else 1.0)
+
+
+def rigl_run(density: float, *, every: int, stop: int | None = None, sparse_moments: bool = False) -> Densities:
+    """Dense gradients at each update: steps every, 2·every, … before ``stop``."""
+
+    def gradient(step: int) -> float:
+        due = step > 0 and step % every == 0 and (stop is None or step < stop)
+        return 1.0 if due else density
+
+    return Densities(lambda step: density, gradient, static_run(density, sparse_moments=sparse_moments).moments)
+
+
+def momentum_run(density: float) -> Densities:
+    """SNFS: dense gradients in every step. Its own dense mean of them is not counted in the bytes."""
+    return Densities(lambda step: density, lambda step: 1.0, lambda step: 1.0)
+
+
+def top_kast_run(density: float, *, backward_density: float) -> Densities:
+    """Top-KAST: the forward set, and gradients of the wider backward set."""
+    return Densities(lambda step: density, lambda step: backward_density, lambda step: 1.0)
+
+
+def gradual_run(schedule: Callable[[int], float]) -> Densities:
+    """Magnitude pruning along a schedule step → sparsity (:mod:`pruning.schedules`): a dense start is paid for."""
+
+    def density(step: int) -> float:
+        return 1 - schedule(step)
+
+    return Densities(density, density, lambda step: 1.0)
+
+
+def _table(name: str, rule: Callable[[int], float], steps: int) -> Float[Tensor, "steps"]:
+    values = torch.tensor([rule(step) for step in range(steps)], dtype=torch.float64)
+    if not bool(((values >= 0) & (values <= 1)).all()):
+        wrong = values[(values < 0) | (values > 1) | values.isnan()][0]
+        raise ValueError(f"density of {name} must be in [0, 1], got {float(wrong)}")
+    return values
