@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from pruning.masking import Masks
@@ -33,7 +34,9 @@ class LearnedSparsity(ABC):
 
     In training mode (``model.training`` on entry) f may draw noise, from ``generator`` on the CPU, the same for all
     that enters in one step; in evaluation it is deterministic. gate_lr: factor on the learning rate for φ, in
-    ``lr_factor`` and applied to ``lr`` by whoever sets rates. Raises: ValueError for a gate_lr or strength below 0.
+    ``lr_factor`` and applied to ``lr`` by whoever sets rates. Ranks that hold the same weights and average their
+    gradients stay alike, given the same seed. Raises: ValueError for a gate_lr or strength below 0, and for sharded
+    weights.
     """
 
     def __init__(
@@ -53,6 +56,11 @@ class LearnedSparsity(ABC):
         self._drawn_from = self.generator.get_state()
         self._noise: dict[str, Tensor] = {}
         self._weights = prunable_weights(model, weights)
+        for name, weight in self._weights.items():
+            if isinstance(weight, DTensor):
+                raise ValueError(
+                    f"weights must be whole on every rank, got shards of {name!r}: train with shard='none'"
+                )
         self._gates: dict[str, nn.Parameter] = {}
         self._held: Masks | None = None
 

@@ -54,6 +54,8 @@ class VariationalDropout(LearnedSparsity):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(model, strength=strength, gate_lr=gate_lr, weights=weights, generator=generator)
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise ValueError(f"variational dropout must train in one process, got {torch.distributed.get_world_size()}")
         self.threshold = threshold
         self._own_gates({name: torch.full_like(weight, start) for name, weight in self._weights.items()})
         owners = {id(module.weight): module for module in model.modules() if isinstance(module, nn.Linear)}
