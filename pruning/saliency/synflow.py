@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pruning.batches import Progress
 from pruning.mask_selection import ranked_globally
-from pruning.saliency.linear_flow import KNOWN, check_linear, flow_input, flow_model, total_flow
+from pruning.saliency.flow import KNOWN, check_degree, flow_input, flow_model, total_flow
 from pruning.saliency.rounds import Select, scored_in_rounds
 
 
@@ -26,12 +26,13 @@ def synflow_scores(
 
     Tanaka et al. 2020 (arXiv:2006.05467), eq. 1 and algorithm 1: `rounds` exponential steps to `sparsity`, the flow
     taken again after each; a weight that went in an earlier round scores −inf. Without a sparsity the flow is taken
-    once. In a stack of layers the scores of each layer add up to R, so that the fewer weights a layer has left the more
-    each carries, and none goes empty before the others; residual branches are conserved inside each branch.
-    The model is copied in float64 and made linear by `flow_model`; it is not touched itself. example: token ids, or an
-    input, of the shape that the model takes. select(scores, sparsity) → masks makes the rounds (None: one ranking over
-    all matrices); progress wraps them.
-    Raises: ValueError for rounds < 1, a sparsity outside [0, 1), a model that does not become linear, and a
+    once. The scores of each layer add up to R (those of q, k and v to a third of it each, of gate and up to a half), so
+    that the fewer weights a layer has left the more each carries, and none goes empty while others can give. All scores
+    are known up to one factor. The model is copied in float64 and its flow made by `flow_model`; it is not touched
+    itself.
+    example: token ids, or an input, of the shape that the model takes. select(scores, sparsity) → masks makes the
+    rounds (None: one ranking over all matrices); progress wraps them.
+    Raises: ValueError for rounds < 1, a sparsity outside [0, 1), a model whose flow is not of degree 1, and a
     weight that no flow reaches."""
     names = {id(parameter): name for name, parameter in weights.items()}
     own = {name: names[id(p)] for name, p in model.named_parameters() if id(p) in names}
@@ -41,7 +42,7 @@ def synflow_scores(
     if foreign:
         raise ValueError(f"weights must be parameters of the model, got {foreign[0]!r}")
     copies = {name: copies[name] for name in weights}
-    check_linear(flow, given)
+    check_degree(flow, given)
     for parameter in flow.parameters():
         parameter.requires_grad_(False)
     for copied in copies.values():
@@ -51,7 +52,9 @@ def synflow_scores(
         with torch.enable_grad():
             total = total_flow(flow, given)
             found = torch.autograd.grad(total, list(copies.values()), allow_unused=True, materialize_grads=True)
-        return {name: (copied.detach() * g) for (name, copied), g in zip(copies.items(), found, strict=True)}
+        return {
+            name: (copied.detach() * g).clamp_min(0) for (name, copied), g in zip(copies.items(), found, strict=True)
+        }
 
     dry = [name for name, found in score().items() if not found.any() and copies[name].any()]
     if dry:
