@@ -1,0 +1,202 @@
+"""Memory, traffic and time of one step on a mesh: an analytic model whose every assumption is a named number.
+
+Weights, gradients and both moments of AdamW are float32, as the trainer keeps them: 16 bytes a weight. A replicated
+weight costs them on every rank; under FSDP2 1/N of them, and the gathered weights of two blocks (one in use, one on its
+way) besides. Experts cost 16 bytes over the ranks of their group. Time of a step is
+
+    compute + all-to-all + max(0, gradients − overlap · backward) + optimiser,
+
+compute = FLOPs / (peak · efficiency): forward 1, backward 2, recomputation 1 where blocks are checkpointed; the
+busiest rank of an expert group has ``imbalance`` times the mean load. All-to-all is not hidden behind anything, which
+is what this library does. Collectives: ring all-reduce of n bytes sends 2 (R − 1)/R · n a rank, all-gather and
+reduce-scatter (R − 1)/R · n (Patarasuk & Yuan 2009); each of its steps has the cluster's latency.
+"""
+
+from dataclasses import dataclass
+
+from training.planning.counts import ModelCounts
+from training.planning.hardware import Cluster
+
+WEIGHT_BYTES = 16
+# what the allocator, the context and the collectives' buffers keep, of a GPU's memory
+RESERVE = 0.08
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """efficiency: share of the peak that matrix products reach; overlap: share of the backward pass that can hide the
+    reduction of gradients; read_efficiency: of the memory's rate in the optimiser; imbalance: load of the busiest rank
+    of experts against the mean."""
+
+    efficiency: float = 0.45
+    overlap: float = 0.8
+    read_efficiency: float = 0.8
+    imbalance: float = 1.1
+
+    def __post_init__(self) -> None:
+        for name in ("efficiency", "read_efficiency"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
+        if not 0 <= self.overlap <= 1:
+            raise ValueError(f"overlap must be in [0, 1], got {self.overlap}")
+        if self.imbalance < 1:
+            raise ValueError(f"imbalance must be at least 1, got {self.imbalance}")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """``expert`` ranks share one copy of the experts; ``shard``: the rest is whole on each rank, or FSDP2-sharded."""
+
+    expert: int
+    shard: str
+
+    def __str__(self) -> str:
+        return f"expert_parallel={self.expert}, shard={self.shard}"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One mesh. memory: bytes a rank by what holds them; sent: bytes a rank sends in a step by collective; seconds: of
+    a step by part, of which the exposed ones add up to ``step_seconds``."""
+
+    mesh: Mesh
+    memory: dict[str, float]
+    sent: dict[str, float]
+    seconds: dict[str, float]
+    step_seconds: float
+    tokens_per_s: float
+    utilisation: float
+    fits: bool
+
+    @property
+    def memory_total(self) -> float:
+        """Bytes a rank."""
+        return sum(self.memory.values())
+
+
+def meshes(counts: ModelCounts, ranks: int) -> list[Mesh]:
+    """Every grid that the trainer takes: expert_parallel divides the ranks, and no rank is without experts."""
+    least = min((mixture.num_experts for mixture in counts.mixtures), default=1)
+    sizes = [size for size in range(1, ranks + 1) if ranks % size == 0 and size <= least]
+    shards = ("none", "fsdp") if ranks > 1 else ("none",)
+    return [Mesh(size, shard) for size in sizes for shard in shards]
+
+
+def predict(
+    counts: ModelCounts,
+    cluster: Cluster,
+    mesh: Mesh,
+    *,
+    tokens: int,
+    micro_batches: int = 1,
+    checkpointing: bool = False,
+    half: bool = True,
+    assumptions: Assumptions | None = None,
+) -> Prediction:
+    """A step of ``tokens`` tokens over all ranks, in ``micro_batches``. half: products in bfloat16.
+
+    Raises: ValueError if the mesh does not fit the ranks or the experts, or a count is below 1."""
+    given = Assumptions() if assumptions is None else assumptions
+    _check(counts, cluster, mesh, tokens, micro_batches)
+    size = 2 if half else 4
+    mine = tokens / cluster.gpus
+    sent = _sent(counts, cluster, mesh, mine, micro_batches, size)
+    seconds = _seconds(counts, cluster, mesh, mine, sent, checkpointing, half, given)
+    hidden = given.overlap * seconds["backward"]
+    reduction = seconds["gradients"] + seconds["weights"]
+    exposed = max(0.0, reduction - hidden)
+    step = seconds["forward"] + seconds["backward"] + seconds["all-to-all"] + exposed + seconds["optimiser"]
+    memory = _memory(counts, cluster, mesh, mine / micro_batches, checkpointing, size)
+    peak = cluster.gpu.half if half else cluster.gpu.single
+    return Prediction(
+        mesh,
+        memory,
+        sent,
+        seconds | {"exposed": exposed},
+        step,
+        tokens / step,
+        3 * counts.flops * tokens / (step * cluster.gpus * peak),
+        sum(memory.values()) <= (1 - RESERVE) * cluster.gpu.memory,
+    )
+
+
+def _check(counts: ModelCounts, cluster: Cluster, mesh: Mesh, tokens: int, micro_batches: int) -> None:
+    if cluster.gpus % mesh.expert:
+        raise ValueError(f"expert_parallel must divide gpus={cluster.gpus}, got {mesh.expert}")
+    if mesh.expert > 1 and not counts.mixtures:
+        raise ValueError(f"expert_parallel must be 1 for a model without experts, got {mesh.expert}")
+    for name, value in (("tokens", tokens), ("micro_batches", micro_batches)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _owned(counts: ModelCounts, cluster: Cluster, mesh: Mesh) -> tuple[float, float]:
+    """Weights that a rank keeps with gradients and moments: outside experts, and of experts."""
+    outside, experts = float(counts.dense), float(counts.experts)
+    if mesh.expert == 1:  # experts are weights like all others
+        whole = outside + experts
+        return (whole / cluster.gpus if mesh.shard == "fsdp" else whole), 0.0
+    return (outside / cluster.gpus if mesh.shard == "fsdp" else outside), experts / mesh.expert
+
+
+def _memory(
+    counts: ModelCounts, cluster: Cluster, mesh: Mesh, tokens: float, checkpointing: bool, size: int
+) -> dict[str, float]:
+    outside, experts = _owned(counts, cluster, mesh)
+    memory = {"weights, gradients, moments": WEIGHT_BYTES * (outside + experts)}
+    if mesh.shard == "fsdp":
+        inside = max((mixture.parameters for mixture in counts.mixtures), default=0) if mesh.expert == 1 else 0
+        memory["gathered weights"] = 2 * 4.0 * (counts.largest + inside)
+    kept = counts.boundary if checkpointing else counts.activations
+    extra = counts.block if checkpointing else (0.0, 0.0)
+    memory["activations"] = tokens * (size * (kept[0] + extra[0]) + 4 * (kept[1] + extra[1]))
+    return memory
+
+
+def _sent(
+    counts: ModelCounts, cluster: Cluster, mesh: Mesh, tokens: float, micro_batches: int, size: int
+) -> dict[str, float]:
+    ranks = cluster.gpus
+    outside = counts.dense + (counts.experts if mesh.expert == 1 else 0)
+    share = (ranks - 1) / ranks
+    sent = {"gradients": 4.0 * outside * share * (1 if mesh.shard == "fsdp" else 2), "weights": 0.0}
+    if mesh.shard == "fsdp":
+        # gathered for the forward and again for the backward pass of every micro-batch
+        sent["weights"] = 2.0 * micro_batches * 4.0 * outside * share
+    copies = ranks // mesh.expert
+    owned = counts.experts / mesh.expert if mesh.expert > 1 else 0.0
+    sent["expert gradients"] = 2 * (copies - 1) / copies * 4.0 * owned
+    rows = sum(mixture.other_ranks(mesh.expert) for mixture in counts.mixtures)
+    # a row goes and its result comes back, forward and backward
+    sent["all-to-all"] = 4 * rows * tokens * counts.dim * size
+    return sent
+
+
+def _seconds(
+    counts: ModelCounts,
+    cluster: Cluster,
+    mesh: Mesh,
+    tokens: float,
+    sent: dict[str, float],
+    checkpointing: bool,
+    half: bool,
+    given: Assumptions,
+) -> dict[str, float]:
+    rate = given.efficiency * (cluster.gpu.half if half else cluster.gpu.single)
+    busiest = given.imbalance if mesh.expert > 1 else 1.0
+    forward = busiest * tokens * counts.flops / rate
+    steps = 2 * (cluster.gpus - 1) * cluster.latency
+    copies = cluster.gpus // mesh.expert
+    outside, experts = _owned(counts, cluster, mesh)
+    pairs = 4 * len(counts.mixtures) * (mesh.expert - 1) * cluster.latency
+    return {
+        "forward": forward,
+        "backward": forward * (3 if checkpointing else 2),
+        "all-to-all": sent["all-to-all"] / cluster.pairwise(mesh.expert) + pairs,
+        "gradients": sent["gradients"] / cluster.ring(cluster.gpus)
+        + sent["expert gradients"] / cluster.ring(copies, apart=mesh.expert)
+        + (steps if cluster.gpus > 1 else 0.0),
+        "weights": sent["weights"] / cluster.ring(cluster.gpus),
+        # weights, gradients and two moments are read, all but the gradients written
+        "optimiser": 7 * 4.0 * (outside + experts) / (given.read_efficiency * cluster.gpu.read),
+    }
