@@ -16,12 +16,10 @@ from training.commands import (
     PROGRAM,
     EvaluateArguments,
     GenerateArguments,
-    PruneArguments,
     UpcycleArguments,
     describe_evaluation,
     evaluate_command,
     generate_command,
-    prune_command,
     require_at_least,
     upcycle_command,
 )
@@ -139,7 +137,11 @@ def _generate(argv: list[str]) -> int:
 
 
 def _prune(argv: list[str]) -> int:
-    prune_command(tyro.cli(PruneArguments, args=argv, prog=f"{PROGRAM} prune"), Console(soft_wrap=True))
+    from training.prune_command import PruneArguments, prune_command
+
+    arguments = tyro.cli(PruneArguments, args=argv, prog=f"{PROGRAM} prune")
+    console = Console(soft_wrap=True, stderr=arguments.json)
+    prune_command(arguments, console, command=shlex.join([PROGRAM, "prune", *argv]))
     return 0
 
 
@@ -153,6 +155,13 @@ def _study(argv: list[str]) -> int:
 
     arguments = tyro.cli(StudyArguments, args=argv, prog=f"{PROGRAM} study")
     print(study_command(arguments, Console(soft_wrap=True)))
+    return 0
+
+
+def _plan(argv: list[str]) -> int:
+    from training.planning.command import PlanArguments, plan_command
+
+    plan_command(tyro.cli(PlanArguments, args=argv, prog=f"{PROGRAM} plan CONFIG.toml"), Console(soft_wrap=True))
     return 0
 
 
@@ -206,7 +215,8 @@ COMMANDS = {
     "train": Command(_train, "train a language model from a config file and flags"),
     "evaluate": Command(_evaluate, "held-out loss of a trained model"),
     "generate": Command(_generate, "text from a trained model"),
-    "prune": Command(_prune, "remove heads or weights of a trained model"),
+    "prune": Command(_prune, "make a trained model smaller or sparse, and report what it costs"),
+    "plan": Command(_plan, "predict memory, traffic and time of a run on machines that are not here"),
     "upcycle": Command(_upcycle, "turn a dense model into a mixture of experts that computes the same"),
     "report": Command(_report, "an HTML page with the figures of a run"),
     "study": Command(_study, "run a declared experiment: arms, learning rates, seeds; and write its page"),
