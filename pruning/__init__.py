@@ -1,21 +1,28 @@
 """Which parameters stay: scores of heads, neurons and weights, masks that hold, and surgery that shrinks."""
 
 from pruning.adapters.loading import load_pruned
-from pruning.allocation import erk, global_ranking, uniform
+from pruning.allocation import erk, global_ranking, keep_dense, lamp_ranking, min_density, owl, uniform
 from pruning.axes import Axis, Slice
 from pruning.budget import prune_to_budget
 from pruning.execution import SparseLinear, choose_execution, restore_dense
 from pruning.formats import decode, encode, load_compact, save_compact, smallest
 from pruning.gates import gated, masked
+from pruning.mask_selection import select_masks
 from pruning.masking import Masks
 from pruning.merge import fold_constant_neurons, merge_neurons
 from pruning.merge_experts import merge_experts
 from pruning.model_axes import prunable_axes
 from pruning.saliency import (
     AxisScores,
+    WeightChange,
+    activation_importance,
+    attention_confidence,
     expert_importance,
     gate_importance,
+    gradient_scores,
+    grasp_scores,
     head_importance,
+    lamp,
     layer_importance,
     leave_one_out,
     magnitude,
@@ -23,12 +30,18 @@ from pruning.saliency import (
     neuron_importance,
     random_importance,
     random_scores,
+    response_importance,
+    snip_scores,
+    synflow_scores,
     taylor,
+    taylor_scores,
+    woodfisher_scores,
 )
+from pruning.sanity import reinitialise, shuffle_masks
 from pruning.schedules import cubic, linear, one_shot
 from pruning.selection import select_units
-from pruning.sparsifier import Sparsifier, select_masks, sparsify
-from pruning.structure import n_of_m, unstructured
+from pruning.sparsifier import Sparsifier, sparsify
+from pruning.structure import block, columns, n_of_m, rows, unstructured
 from pruning.structured import PruneReport, prune_experts, prune_heads, prune_layers, prune_neurons, prune_width
 from pruning.surgery import count_parameters, predict_parameters, shrink
 from pruning.torch_prune import from_torch_prune, to_torch_prune
@@ -42,7 +55,12 @@ __all__ = [
     "Slice",
     "SparseLinear",
     "Sparsifier",
+    "WeightChange",
+    "activation_importance",
+    "attention_confidence",
+    "block",
     "choose_execution",
+    "columns",
     "count_parameters",
     "cubic",
     "decode",
@@ -54,7 +72,12 @@ __all__ = [
     "gate_importance",
     "gated",
     "global_ranking",
+    "gradient_scores",
+    "grasp_scores",
     "head_importance",
+    "keep_dense",
+    "lamp",
+    "lamp_ranking",
     "layer_importance",
     "leave_one_out",
     "linear",
@@ -65,9 +88,11 @@ __all__ = [
     "masked",
     "merge_experts",
     "merge_neurons",
+    "min_density",
     "n_of_m",
     "neuron_importance",
     "one_shot",
+    "owl",
     "predict_parameters",
     "prunable_axes",
     "prunable_weights",
@@ -79,15 +104,23 @@ __all__ = [
     "prune_width",
     "random_importance",
     "random_scores",
+    "reinitialise",
+    "response_importance",
     "restore_dense",
+    "rows",
     "save_compact",
     "select_masks",
     "select_units",
     "shrink",
+    "shuffle_masks",
     "smallest",
+    "snip_scores",
     "sparsify",
+    "synflow_scores",
     "taylor",
+    "taylor_scores",
     "to_torch_prune",
     "uniform",
     "unstructured",
+    "woodfisher_scores",
 ]
