@@ -73,7 +73,7 @@ class DynamicSparsity(ABC):
     def update(self, optimizer: Optimizer) -> None:
         """Drop and grow: change the masks and weights in place. Dense gradients stand in ``weight.grad``."""
 
-    def observe(self) -> None:
+    def look(self) -> None:
         """Look at the dense gradients of every step, before those of absent weights are cleared."""
         return
 
@@ -89,7 +89,7 @@ class DynamicSparsity(ABC):
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> bool:
         """Update the connections if it is time; clear the gradients of absent weights. False: skip this step."""
-        self.observe()
+        self.look()
         due = self.due()
         if due:
             before = {name: mask.clone() for name, mask in self._masks.kept.items()}

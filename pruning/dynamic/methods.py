@@ -132,7 +132,7 @@ class SNFS(DynamicSparsity):
         self.momentum = momentum
         self._means = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
 
-    def observe(self) -> None:
+    def look(self) -> None:
         """Take this step's dense gradient into the momentum."""
         for name, weight in self._weights.items():
             if weight.grad is not None:

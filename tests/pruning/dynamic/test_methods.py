@@ -158,7 +158,7 @@ def test_the_momentum_is_an_exponential_mean():
     method = SNFS(model, sparsity=0.5, momentum=0.9)
     for slope in (1.0, 2.0):
         model.weight.grad = torch.full((2, 4), slope)
-        method.observe()
+        method.look()
     assert method.extra_state()["weight"][0, 0] == pytest.approx(0.9 * 0.1 + 0.1 * 2)
 
 
