@@ -58,9 +58,12 @@ def masked(model: nn.Module, axes: Sequence[Axis], kept: Mapping[str, Sequence[i
     """Inside the context every unit that is not in `kept[axis.name]` is multiplied by 0; axes that `kept` does not
     name stay whole. The masked model is what surgery must reproduce, and the way to try a removal out.
 
-    Raises: ValueError for unknown axes and units."""
+    Raises: ValueError for unknown axes and units, and for axes that no gate stands for (layers, widths)."""
     check_kept(axes, kept)
     chosen = [axis for axis in axes if axis.name in kept]
+    for axis in chosen:
+        if isinstance(axis.gate_module(model), nn.ModuleList):
+            raise ValueError(f"axis {axis.name!r} must have a gate module that runs, got a list: shrink a copy instead")
     device = next(model.parameters()).device
     gates = {axis.name: torch.zeros(axis.size, device=device) for axis in chosen}
     for axis in chosen:

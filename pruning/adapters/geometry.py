@@ -99,6 +99,14 @@ def _set_features(family: Family, layer: nn.Module, name: str) -> None:
         projection.nx, projection.nf = projection.weight.shape
 
 
+def _set_attributes(layer: nn.Module, names: tuple[str, ...], value: int) -> None:
+    """Wherever one of the layer's modules has such an attribute."""
+    for module in layer.modules():
+        for name in names:
+            if hasattr(module, name):
+                setattr(module, name, value)
+
+
 def _set_headless(family: Family, layer: nn.Module, attention: Any) -> None:
     inside = family.output.removeprefix(f"{family.attention}.")
     output = inside if inside != family.output else None
@@ -118,6 +126,7 @@ def _neurons(place: Place, index: int, told: Told) -> Axis:
     def resize(kept: list[int]) -> None:
         for name in (*(part.module for part in family.inputs), family.hidden):
             _set_features(family, layer, name)
+        _set_attributes(layer, ("intermediate_size",), len(kept))
         told()
 
     # Conv1D cannot multiply by a matrix without rows. "mlp" where the projections lie in the layer itself
@@ -194,10 +203,8 @@ def _width(place: Place, told: Told) -> Axis:
 
     def resize(kept: list[int]) -> None:
         place.base.get_submodule(family.embedding).embedding_dim = len(kept)
-        for module in [module for layer in place.layers for module in layer.modules()]:
-            for name in ("hidden_size", "hidden_dim"):
-                if hasattr(module, name):
-                    setattr(module, name, len(kept))
+        for layer in place.layers:
+            _set_attributes(layer, ("hidden_size", "hidden_dim"), len(kept))
         told()
 
     gate = f"{place.prefix}{family.layers}"

@@ -138,3 +138,12 @@ def test_half_precision_is_cut_in_half_precision():
     shrink(model, axes, {axes[0].name: [2, 9]})
     cut = model.model.layers[0].mlp.up_proj.weight
     assert cut.equal(rows[[2, 9]]) and cut.dtype == torch.bfloat16 and cut.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["layer", "width"])
+def test_what_has_no_gate_cannot_be_masked(kind):
+    model = peer("Llama")
+    axes = [axis for axis in prunable_axes(model) if axis.kind == kind]
+    with pytest.raises(ValueError, match=f"axis '{axes[0].name}' must have a gate module that runs, got a list"):
+        with masked(model, axes, {axes[0].name: [0, 1]}):
+            pass
