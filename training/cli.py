@@ -1,5 +1,6 @@
 """The command ``sparse-transformers``: text to configs and functions."""
 
+import os
 import runpy
 import shlex
 import signal
@@ -25,6 +26,7 @@ from training.commands import (
 )
 from training.config import RunConfig, load_config
 from training.distributed import torchrun_environment
+from training.distributed.faults import LostRankError
 from training.finite import NonFiniteError
 from training.run import train
 
@@ -93,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, ImportError, NonFiniteError, RuntimeError) as error:  # Runtime: torch, e.g. no memory
         if debug:
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
+        if isinstance(error, LostRankError):
+            os._exit(1)  # threads of torch.distributed still wait for the rank that is gone
         sys.exit(1)
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 REPLICATE, EXPERT, RANKS = "replicate", "expert", "ranks"
+SECONDS_TO_START = 300.0
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -62,7 +63,7 @@ def joined(
     """The process group of all ranks, NCCL between GPUs and gloo otherwise, left when the block ends.
 
     device: ``auto`` or ``cuda``: each rank its own GPU, if there are any; ``cpu``. timeout_s: how long a rank waits for
-    the others in one exchange before it gives up.
+    the others in one exchange before it gives up; to start, they have 300 s at least.
     Raises: ValueError if the numbers do not fit: the same on every rank, before any of them waits for another.
     """
     where = rank_device(device, local_rank=environment.local_rank)
@@ -71,13 +72,24 @@ def joined(
         raise ValueError(f"distributed.timeout_s must be positive, got {timeout_s}")
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s)
-    )
+    store = _all_started(environment, limit=timedelta(seconds=max(timeout_s, SECONDS_TO_START)))
+    backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+    limit = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, store=store, rank=environment.rank, world_size=environment.ranks, timeout=limit)
     try:
         yield make_world(where, expert_parallel=expert_parallel)
     finally:
         dist.destroy_process_group()
+
+
+def _all_started(environment: Environment, *, limit: timedelta) -> dist.Store:
+    """The launcher's store, once every rank has come to it: processes start seconds apart, exchanges take less."""
+    kept, _, _ = next(dist.rendezvous("env://", environment.rank, environment.ranks, timeout=limit))
+    # torchrun's store outlives its processes: those of an earlier life left their addresses in it
+    store = dist.PrefixStore(f"life-{environment.restarts}", kept)
+    store.set(f"started-{environment.rank}", "")
+    store.wait([f"started-{rank}" for rank in range(environment.ranks)], limit)
+    return store
 
 
 def make_world(device: torch.device, *, expert_parallel: int = 1) -> World:
