@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pruning.allocation.counts import Allocation, global_ranking, uniform
 from pruning.masking import Masks
+from pruning.sharding import gathered, sharded_as
 from pruning.structure import Structure, Tiles, tile_sizes, unstructured
 from pruning.weights import inputs_last, matrices
 
@@ -29,16 +30,17 @@ def select_masks(
     """Scores by parameter name → masks: `allocation` says how many weights each matrix loses, `structure` which.
 
     Stacked experts are taken expert by expert, each as a matrix [out, in]. Under tiles (blocks, rows, columns) the
-    allocation counts tiles, each with the sum of its weights' scores.
+    allocation counts tiles, each with the sum of its weights' scores. Scores that are DTensors are compared whole on
+    every rank of their mesh, and their masks are laid out as they are.
     Raises: ValueError if sparsity is outside [0, 1), a score is NaN, or tiles of unequal size meet an allocation that
     shares one number of removals among matrices."""
-    parts = matrices(scores)
+    parts = matrices(gathered(scores))
     if isinstance(structure, Tiles):
         kept = _tiled(parts, sparsity, allocation, structure)
     else:
         counts = allocation(parts, sparsity)
         kept = {name: _chosen(name, structure, part, counts[name]) for name, part in parts.items()}
-    return Masks({name: _assembled(name, score, kept) for name, score in scores.items()})
+    return Masks({name: sharded_as(_assembled(name, score, kept), score) for name, score in scores.items()})
 
 
 def _tiled(parts: Mapping[str, Tensor], sparsity: float, allocation: Allocation, structure: Tiles) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pruning.sharding import gathered, own_part, sharded_as
 from pruning.weights import prunable_weights
 
 
@@ -39,12 +40,14 @@ class Masks:
                     f"mask of {name!r} must have shape {list(parameters[name].shape)}, got {list(mask.shape)}"
                 )
         for name, mask in self.kept.items():
-            parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
+            parameter = parameters[name]
+            own = own_part(sharded_as(mask.to(parameter.device), parameter))
+            own_part(parameter).masked_fill_(~own, 0)
 
     @property
     def zeros(self) -> int:
         """Number of weights held at 0."""
-        return sum(int((~mask).sum()) for mask in self.kept.values())
+        return sum(int((~mask).sum()) for mask in gathered(self.kept).values())
 
     @property
     def total(self) -> int:
@@ -59,7 +62,8 @@ class Masks:
     def __str__(self) -> str:
         lines = [f"{self.zeros:,} of {self.total:,} weights are zero ({self.sparsity:.2%})"]
         lines += [
-            f"  {name} {list(m.shape)}: {int((~m).sum()) / max(m.numel(), 1):.2%}" for name, m in self.kept.items()
+            f"  {name} {list(m.shape)}: {int((~m).sum()) / max(m.numel(), 1):.2%}"
+            for name, m in gathered(self.kept).items()
         ]
         return "\n".join(lines)
 
@@ -80,7 +84,7 @@ class Masks:
         path = Path(path)
         pending = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            save_file({name: mask.contiguous() for name, mask in self.kept.items()}, pending)
+            save_file({name: mask.contiguous() for name, mask in gathered(self.kept).items()}, pending)
             pending.replace(path)
         finally:
             pending.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pruning.allocation import Allocation
+from pruning.allocation import Allocation, uniform
 from pruning.batches import Batch, Loss, Progress
 from pruning.calibrated.prune import prune_calibrated
 from pruning.criteria import (
@@ -27,6 +27,7 @@ from pruning.mask_selection import select_masks
 from pruning.masking import Masks
 from pruning.saliency.data_free import magnitude
 from pruning.schedules import Schedule
+from pruning.sharding import sharded_as
 from pruning.structure import Structure, named_structure, unstructured
 from pruning.weights import prunable_weights
 
@@ -102,7 +103,7 @@ def _calibrated(
 ) -> list[Batch]:
     """The batches of a method of `pruning.calibrated`. Raises: ValueError for what it does not go with."""
     batches = needs(f"method={method!r}", calibration)
-    if allocation != "uniform":
+    if allocation not in ("uniform", uniform):
         raise ValueError(
             f"method={method!r} compares weights inside a layer: allocation must be 'uniform', got {allocation!r}"
         )
@@ -131,6 +132,7 @@ class Sparsifier:
     ...     optimizer.step()
     ...     sparsifier.after_step(optimizer)
 
+    Under FSDP2 build it after `fully_shard`: masks are chosen as one process would and sharded as the weights are.
     A sparsity that the schedule asks at step 0 is applied at once. Raises: ValueError if the schedule leaves [0, 1),
     for unknown names, and for choices that do not go together."""
 
@@ -217,4 +219,5 @@ class Sparsifier:
                 f"got a difference in {odd[0]!r}"
             )
         masks.apply(self.model)
-        self._masks, self.step, self.sparsity = masks, state["step"], state["sparsity"]
+        kept = {name: sharded_as(mask, self._weights[name]) for name, mask in masks.kept.items()}
+        self._masks, self.step, self.sparsity = Masks(kept), state["step"], state["sparsity"]
