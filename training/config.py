@@ -139,6 +139,10 @@ class DistributedConfig:
     """Ranks that share out one copy of the experts; a divisor of the number of processes."""
     shard: Annotated[Literal["none", "fsdp"], arg(aliases=["--shard"])] = "none"
     """Of parameters, gradients and moments outside expert parallel, each rank holds all ('none') or a part ('fsdp')."""
+    compression: Literal["none", "topk", "randomk", "threshold", "dropping", "adacomp", "dgc"] = "none"
+    """Which entries of replicated gradients are sent (see compress_gradients); experts' stay on their ranks."""
+    density: float = 0.01
+    """Share of the entries that topk, randomk, dropping and dgc send."""
     async_checkpoints: bool = False
     """Write checkpoints while training goes on, from a copy of the weights and moments on each device."""
     timeout_s: float = 600.0
@@ -209,6 +213,8 @@ def _check(config: RunConfig) -> None:
     positive |= {"optim.memory_lr": optim.memory_lr}
     positive |= {"sparsify.every": config.sparsify.every}
     positive |= {f"distributed.{name}": getattr(config.distributed, name) for name in ("expert_parallel", "timeout_s")}
+    if not 0 < config.distributed.density <= 1:
+        raise ValueError(f"distributed.density must be in (0, 1], got {config.distributed.density}")
     for name, value in positive.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")

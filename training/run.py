@@ -20,7 +20,13 @@ from training.config import DataConfig, RunConfig, to_dict
 from training.corpora import Corpus, load_corpus
 from training.data import Data, prepare
 from training.distributed import Ranks, joined, torchrun_environment
-from training.distributed.agreement import on_device, require_alike, require_rows, require_same_config
+from training.distributed.agreement import (
+    on_device,
+    require_alike,
+    require_methods,
+    require_rows,
+    require_same_config,
+)
 from training.distributed.faults import one_clear_error
 from training.durable import replace_durably
 from training.folders import mark, only_user
@@ -74,7 +80,13 @@ def train(
         one_clear_error(timeout_s=settings.timeout_s, advice=advice),
     ):  # fmt: skip
         require_rows(config, ranks=world.ranks)
-        with closing(Ranks(world, shard=settings.shard, background=settings.async_checkpoints)) as parallel:
+        require_methods(config)
+        ranks = Ranks(
+            world, shard=settings.shard, background=settings.async_checkpoints,
+            compression=None if settings.compression == "none" else settings.compression, density=settings.density,
+            seed=config.seed,
+        )  # fmt: skip
+        with closing(ranks) as parallel:
             require_same_config(flat(to_dict(config)), parallel.gathered)
             config = on_device(config, world, parallel.gathered)
             return _train(config, start, parallel=parallel, console=console)

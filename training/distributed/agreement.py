@@ -11,6 +11,8 @@ from training.config import RunConfig
 from training.distributed.world import World
 from training.precision import choose_precision
 
+# methods that compute the same on every rank from weights and reduced gradients
+REPLICATED = ("magnitude", "static", "set", "rigl", "snfs", "dsr", "deep_r", "top_kast")
 Tell = Callable[[str], list[str]]
 
 
@@ -20,6 +22,29 @@ def require_rows(config: RunConfig, *, ranks: int) -> None:
     if config.train.batch % parts:
         what = f"{ranks} processes times train.accumulation={config.train.accumulation}"
         raise ValueError(f"train.batch must be a multiple of {what}, got {config.train.batch}")
+
+
+def require_methods(config: RunConfig) -> None:
+    """Raises: ValueError for a method of [sparsify] or compression that the layout of [distributed] does not allow."""
+    wanted, method = config.distributed, config.sparsify.method
+    sparse = config.sparsify.sparsity > 0 or method != "magnitude"
+    if sparse and method not in REPLICATED:
+        raise ValueError(
+            f"sparsify.method must be one of {', '.join(REPLICATED)} with several processes, got {method!r}: what it"
+            " learns besides the weights is not averaged"
+        )
+    if sparse and wanted.expert_parallel > 1:
+        raise ValueError(
+            f"distributed.expert_parallel must be 1 with [sparsify], got {wanted.expert_parallel}: masks are chosen"
+            " over all experts"
+        )
+    if sparse and wanted.shard == "fsdp" and method != "magnitude":
+        raise ValueError(f"sparsify.method must be 'magnitude' with distributed.shard='fsdp', got {method!r}")
+    if wanted.compression != "none" and wanted.shard == "fsdp":
+        raise ValueError(
+            f"distributed.compression must be 'none' with distributed.shard='fsdp', got {wanted.compression!r}:"
+            " FSDP2 reduces dense gradients"
+        )
 
 
 def require_alike(what: str, mine: str, tell: Tell) -> None:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moe import LayerDrop, MemoryValues, MixtureOfDepths, MoE, shard_experts
 from training.checkpoint import Write
-from training.compression import GradientCompressor
+from training.compression import GradientCompressor, Method, compress_gradients
 from training.data import Batch
 from training.distributed.checkpoint import (
     Layout,
@@ -54,10 +54,21 @@ class Ranks:
     shard: "none" keeps all but the experts whole on every rank; "fsdp" shards each block, and what is outside blocks,
     over all ranks, parameters, gradients and moments alike. With expert_parallel > 1 in ``world`` the experts are
     spread over their own dimension of the grid and replicated over the other, in either case. background: checkpoints
-    are written while training goes on, from a copy.
+    are written while training goes on, from a copy. compression, density, seed: of replicated gradients, as
+    :func:`training.compress_gradients` says.
     """
 
-    def __init__(self, world: World, *, shard: Shard = "none", background: bool = False) -> None:
+    def __init__(
+        self,
+        world: World,
+        *,
+        shard: Shard = "none",
+        background: bool = False,
+        compression: Method | None = None,
+        density: float = 0.01,
+        seed: int = 0,
+    ) -> None:
+        self.compression, self.density, self.seed = compression, density, seed
         self.world, self.shard = world, shard
         self.expert_ranks = world.grid.get_group(EXPERT).size()
         self.copies = world.ranks // self.expert_ranks
@@ -101,6 +112,10 @@ class Ranks:
         # buffers are counts that the layers reduce themselves; what a skipped layer holds gets no gradient
         skips = any(skipping(module) for module in model.modules())
         self.data_parallel = DistributedDataParallel(step, broadcast_buffers=False, find_unused_parameters=skips)
+        if self.compression is not None:
+            self.compressor = compress_gradients(
+                self.data_parallel, self.compression, density=self.density, seed=self.seed
+            )
 
     def rows(self, batch: Batch) -> Batch:
         """Rows rank·B/ranks … (rank + 1)·B/ranks. Raises: ValueError unless the ranks divide the batch."""
