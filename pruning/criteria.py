@@ -174,7 +174,7 @@ def check_pair(
                          f"got {allocation!r}")  # fmt: skip
     if groups and rounds not in (None, 1):
         raise ValueError(f"structure={structure!r} has no sparsity in between: rounds must be 1, got {rounds}")
-    if method == "lamp" and allocation != "global":
+    if method == "lamp" and (allocation is uniform or (isinstance(allocation, str) and allocation != "global")):
         raise ValueError(f"method='lamp' orders each matrix as 'magnitude' does and compares matrices: allocation must "
                          f"be 'global', got {allocation!r}")  # fmt: skip
     if rounds is not None and not CRITERIA[method].rounds:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruning import Sparsifier, cubic, one_shot, prunable_weights, sparsify
-from pruning.allocation import keep_dense, uniform
+from pruning.allocation import global_ranking, keep_dense, min_density, uniform
 from pruning.criteria import ALLOCATIONS, CALIBRATED, CRITERIA, METHODS
 from pruning.mask_selection import select_masks
 from pruning.saliency import correlation_scores, snip_scores
@@ -157,6 +157,15 @@ def test_the_default_allocation_is_the_papers():
         assert masks.zeros == 31 * masks.total // 100
     function = pruned("magnitude", sparsity=0.5, allocation=uniform)[1]
     assert all(m.equal(function.kept[n]) for n, m in pruned("magnitude", sparsity=0.5)[1].kept.items())
+
+
+def test_functions_of_allocations_go_where_their_names_go():
+    guarded = pruned("lamp", sparsity=0.9, allocation=min_density(global_ranking))[1]
+    assert guarded.zeros == int(0.9 * guarded.total) and all(mask.any() for mask in guarded.kept.values())
+    one, other = (pruned("wanda", sparsity=0.5, allocation=rule)[1].kept for rule in ("uniform", uniform))
+    assert all(mask.equal(other[name]) for name, mask in one.items())
+    with pytest.raises(ValueError, match="method='lamp' orders each matrix"):
+        pruned("lamp", sparsity=0.5, allocation=uniform)
 
 
 def test_rounds_change_what_snip_chooses():
