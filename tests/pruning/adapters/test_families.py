@@ -125,6 +125,17 @@ def test_layers_go_whole(name):
         shrink(model, by_kind(model, "layer"), {axis.name: []})
 
 
+def test_layers_keep_their_kind_of_attention():
+    dense = peer("Qwen2")
+    assert dense.config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
+    model, whole = copy.deepcopy(dense), copy.deepcopy(dense)
+    whole.model.layers[0].forward = lambda hidden_states, *_, **__: hidden_states
+    (axis,) = by_kind(model, "layer")
+    shrink(model, [axis], {axis.name: [1, 2]})
+    close(answer(model, ids()), answer(whole, ids()))
+    close(caching(model, ids()), answer(model, ids()))
+
+
 def mixture(block, kept, x, renormalize):
     """The layer token by token, over the experts that stay."""
     rows = x.flatten(0, 1).double()
