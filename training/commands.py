@@ -1,23 +1,22 @@
-"""What the subcommands other than train do: saved models evaluated, sampled, pruned and upcycled."""
+"""What small subcommands do: saved models evaluated, sampled and upcycled."""
 
 import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import tyro
 from rich.console import Console
 
-from pruning import head_importance, prune_heads, sparsify
 from training.config import DataConfig, RunConfig, from_dict
-from training.data import Batches, Data, tokenise
+from training.data import tokenise
 from training.evaluation import Evaluation, evaluate
 from training.folders import only_user
 from training.precision import DTypeName, choose_precision
-from training.run import CONFIG, load_data, model_folder, read_corpus, read_record, seed_everything
+from training.run import CONFIG, load_data, model_folder, read_corpus, read_record
 from training.tokenizer import FILE_NAME as TOKENIZER
 from training.tokenizer import load_tokenizer
 from training.trainer import CHECKPOINTS, choose_device
@@ -66,32 +65,6 @@ class GenerateArguments:
     """Draw only from the smallest set of tokens with this probability."""
     seed: int = 0
     """Seed of the draws."""
-    device: str = "auto"
-    """Device."""
-
-
-@dataclass(frozen=True)
-class PruneArguments:
-    """Remove heads, or zero weights, of a trained model; report what it costs; save the result."""
-
-    source: Source
-    """A run's folder, a checkpoint, or a saved model."""
-    out: Path
-    """Folder for the pruned model and its tokenizer."""
-    heads: float = 0.0
-    """Share of the attention heads to remove, least important first; they are gone, the model is smaller."""
-    weights: float = 0.0
-    """Share of the weights of matrices to set to zero."""
-    scope: Literal["layerwise", "global"] = "layerwise"
-    """Whether weights are compared inside each matrix or over all of them."""
-    corpus: str | None = None
-    """Text for importance and evaluation; the run's own if left out."""
-    batches: int = 16
-    """Training batches from which importance is measured."""
-    batch: int = 8
-    """Sequences in a batch."""
-    seed: int = 0
-    """Seed of the choice of batches."""
     device: str = "auto"
     """Device."""
 
@@ -177,52 +150,10 @@ def generate_command(arguments: GenerateArguments, console: Console) -> None:
     console.print()
 
 
-def prune_command(arguments: PruneArguments, console: Console) -> None:
-    """Prune, evaluate before and after, save, and print the command that trains the result on with its zeros held.
-
-    Raises: ValueError, before anything is read, for an option out of range or an --out that holds a run or a model.
-    """
-    _check_prune(arguments)
-    with only_user(arguments.out):
-        _prune(arguments, console)
-
-
-def _check_prune(arguments: PruneArguments) -> None:
-    if not arguments.heads and not arguments.weights:
-        raise ValueError("say what to prune: --heads 0.3, --weights 0.5, or both")
-    if not 0 <= arguments.heads <= 1:
-        raise ValueError(f"--heads must be in [0, 1], got {arguments.heads}")
-    if not 0 <= arguments.weights < 1:
-        raise ValueError(f"--weights must be in [0, 1), got {arguments.weights}")
-    require_at_least(1, {"--batches": arguments.batches, "--batch": arguments.batch})
-    _require_free(arguments.out)
-
-
 def _require_free(out: Path) -> None:
     for name in (CONFIG, "config.json", CHECKPOINTS):
         if (out / name).exists():
             raise ValueError(f"--out must hold no run or model, {out} has {name}: give another folder")
-
-
-def _prune(arguments: PruneArguments, console: Console) -> None:
-    model, folder = _load(arguments.source, arguments.device)
-    config = _data_config(arguments.source, folder, arguments.corpus, None, model)
-    data = load_data(config)
-    seed_everything(arguments.seed)
-    console.print(f"before: {_held_out(model, data, config, arguments.batch)}", highlight=False)
-    if arguments.heads:
-        batches = Batches(data.train, batch=arguments.batch, length=config.length, seed=arguments.seed)
-        drawn = [batches.next().inputs.to(model.head_weight.device) for _ in range(arguments.batches)]
-        console.print(str(prune_heads(model, head_importance(model, drawn), fraction=arguments.heads)), highlight=False)
-        console.print(f"after heads: {_held_out(model, data, config, arguments.batch)}", highlight=False)
-    if arguments.weights:
-        sparsify(
-            model, sparsity=arguments.weights, allocation="global" if arguments.scope == "global" else "uniform"
-        )
-        console.print(f"after weights: {_held_out(model, data, config, arguments.batch)}", highlight=False)
-    model.save_pretrained(arguments.out)
-    data.tokenizer.save(arguments.out)
-    console.print(f"saved in {arguments.out}; recover with:\n  {recovery(arguments)}", highlight=False)
 
 
 def upcycle_command(arguments: UpcycleArguments, console: Console) -> None:
@@ -253,27 +184,6 @@ def upcycle_command(arguments: UpcycleArguments, console: Console) -> None:
         f"  {shlex.join([PROGRAM, 'train', 'CONFIG.toml', '--init', str(arguments.out), '--out', 'FOLDER'])}",
         highlight=False,
     )
-
-
-def recovery(arguments: PruneArguments) -> str:
-    """The command that trains a pruned model on, into another folder, and holds the zeros that --weights made.
-
-    They are the smallest weights there are, so that the same share of the same scope chooses them again, at once.
-    """
-    out = arguments.out
-    command = [
-        PROGRAM,
-        "train",
-        "CONFIG.toml",
-        "--init",
-        str(out),
-        "--out",
-        str(out.with_name(f"{out.name}-recovered")),
-    ]
-    if arguments.weights:
-        command += ["--sparsify.sparsity", str(arguments.weights), "--sparsify.scope", arguments.scope]
-        command += ["--sparsify.begin", "0", "--sparsify.end", "0"]
-    return shlex.join(command)
 
 
 def require_at_least(least: int, options: Mapping[str, int | None]) -> None:
@@ -315,7 +225,3 @@ def _data_config(source: Path, folder: Path, corpus: str | None, length: int | N
         record |= {"corpus": corpus, "max_documents": None, "streaming": False}
     record |= {"length": record.get("length", model.config.max_length) if length is None else length}
     return DataConfig(**record)
-
-
-def _held_out(model: Transformer, data: Data, config: DataConfig, batch: int) -> str:
-    return describe_evaluation(evaluate(model, data.held_out, data.tokenizer, length=config.length, batch=batch))

@@ -124,7 +124,7 @@ def test_train_stop_resume_evaluate_generate_prune(
         (["evaluate", "{empty}", "--length", "0"], "--length must be at least 1, got 0"),
         (["generate", "{empty}", "--tokens", "-4"], "--tokens must be at least 0, got -4"),
         (["prune", "{empty}", "--out", "x"], "say what to prune"),
-        (["prune", "{empty}", "--out", "x", "--heads", "1.5"], "--heads must be in [0, 1], got 1.5"),
+        (["prune", "{empty}", "--out", "x", "--heads", "1.5"], "--heads must be in [0, 1), got 1.5"),
         (["prune", "{empty}", "--out", "x", "--weights", "1"], "--weights must be in [0, 1), got 1.0"),
         (["prune", "{empty}", "--out", "x", "--heads", "0.5", "--batches", "0"], "--batches must be at least 1, got 0"),
     ],

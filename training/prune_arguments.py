@@ -1,0 +1,215 @@
+"""What `prune` is asked for, and whether it can be: everything that needs no model is checked here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from pruning.criteria import (
+    ALLOCATIONS,
+    CALIBRATED,
+    CRITERIA,
+    METHODS,
+    check_name,
+    check_pair,
+    default_allocation,
+    resolve_structure,
+)
+from pruning.structure import check_fraction, named_structure, parse_structure
+from training.folders import MARKER
+
+UNITS = ("layers", "experts", "heads", "neurons", "width")  # in the order in which they go
+PARTIAL = ".partial"
+COLUMNS_OF_SPARSEGPT = 128
+
+
+@dataclass(frozen=True)
+class PruneArguments:
+    """Make a trained model smaller or sparse; save it with its masks, its numbers and a report page.
+
+    Whole units go first (layers, experts, heads, neurons, width: the model gets smaller), each by its importance on
+    calibration text, then single weights are set to zero by --method. Loss and perplexity are measured before and
+    after on text that is not the calibration text.
+    """
+
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
+    """A run's folder, a checkpoint, a saved model, or a folder of Hugging Face transformers with a causal language
+    model and its tokenizer (config.json and weights, or one .gguf file)."""
+    target: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="OUT")] = None
+    """Folder for the result; new or empty."""
+    out: Path | None = None
+    """The same as OUT."""
+    sparsity: Annotated[float | None, tyro.conf.arg(aliases=["--weights"])] = None
+    """Share of the weights of matrices to set to zero; embeddings, routers and the output head stay dense."""
+    method: str = "magnitude"
+    """Which weights go: magnitude, lamp, random, synflow; by text: correlation, gradient, grasp, obd, snip, taylor,
+    woodfisher; layer by layer on text: wanda, sparsegpt, obs, exact_obs."""
+    structure: str | None = None
+    """'2:4' (or another n:m, which implies the sparsity), 'block 16x16', 'row', 'column'; single weights if absent."""
+    allocation: str | None = None
+    """How the zeros are shared out: uniform, global, erk, lamp, owl, sensitivity; the method's own if left out."""
+    scope: Literal["layerwise", "global"] | None = None
+    """An older name: 'layerwise' is --allocation uniform, 'global' --allocation global."""
+    heads: float = 0.0
+    """Share of the attention heads to remove, least important first; they are gone, the model is smaller."""
+    neurons: float = 0.0
+    """Share of the feed-forward neurons to remove."""
+    experts: float = 0.0
+    """Share of the experts to remove."""
+    layers: float = 0.0
+    """Share of the layers to remove."""
+    width: float = 0.0
+    """Share of the embedding's channels to remove."""
+    layerwise: bool = False
+    """Remove the same share of heads, neurons or experts from every layer, so that layers stay alike."""
+    data: Annotated[str | None, tyro.conf.arg(aliases=["--corpus"])] = None
+    """Text to calibrate and evaluate on, apart from each other: a file, a folder, a glob, 'stdlib' (the interpreter's
+    own library) or 'hf:NAME'; a run's own text if left out, else 'stdlib'."""
+    calibration_sequences: int = 64
+    """Sequences that importance is measured on, and that calibrated methods see."""
+    calibration_length: int | None = None
+    """Tokens in each; 512, or the model's longest if that is shorter."""
+    batches: int | None = None
+    """An older name: so many times --batch sequences, in place of --calibration-sequences."""
+    eval_sequences: int = 64
+    """Held-out sequences of the same length."""
+    batch: int = 8
+    """Sequences in a batch."""
+    sensitivity: bool = False
+    """Also measure how the loss rises when one matrix alone is pruned."""
+    compact: bool = False
+    """Also keep the model in a compact file, OUT/compact."""
+    resume: bool = False
+    """Go on with the stopped run in OUT, whose arguments must be the same."""
+    json: bool = False
+    """Print the numbers as JSON, not as a table."""
+    seed: int = 0
+    """Seed of the choice of text, and of random scores."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Format of the weights; 'auto' leaves them as they are saved."""
+    device: str = "auto"
+    """Device."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the result goes. Raises: ValueError unless OUT or --out is given, once."""
+        if (self.target is None) == (self.out is None):
+            raise ValueError("give one folder for the result: prune MODEL OUT, or --out OUT")
+        return self.target if self.target is not None else self.out  # type: ignore[return-value]
+
+    @property
+    def units(self) -> dict[str, float]:
+        """Kind → share, of the units that go, in order."""
+        return {kind: share for kind in UNITS if (share := getattr(self, kind))}
+
+    @property
+    def prunes_weights(self) -> bool:
+        """Whether weights are set to zero."""
+        return bool(self.sparsity) or (self.structure is not None and ":" in self.structure)
+
+    @property
+    def chosen_allocation(self) -> str | None:
+        """--allocation, or what --scope says."""
+        scopes: Mapping[str | None, str | None] = {"layerwise": "uniform", "global": "global", None: None}
+        return self.allocation if self.allocation is not None else scopes[self.scope]
+
+    @property
+    def sequences(self) -> int:
+        """Calibration sequences."""
+        return self.calibration_sequences if self.batches is None else self.batches * self.batch
+
+
+def check_arguments(arguments: PruneArguments) -> None:
+    """Raises: ValueError or OSError for what can be seen without the model: name, bound, value, and what to do."""
+    if not arguments.units and not arguments.prunes_weights and arguments.sparsity is None:
+        raise ValueError("say what to prune: --sparsity 0.5, --structure 2:4, --heads 0.3, --neurons, --experts, "
+                         "--layers or --width")  # fmt: skip
+    for name, value in {**{f"--{kind}": getattr(arguments, kind) for kind in UNITS},
+                        "--sparsity or --weights": arguments.sparsity or 0.0}.items():  # fmt: skip
+        check_fraction(name, value)
+    if not arguments.units and not arguments.prunes_weights:
+        raise ValueError(f"--sparsity must be above 0 where nothing else is pruned, got {arguments.sparsity}")
+    check_name("--method", arguments.method, METHODS)
+    if arguments.allocation is not None:
+        check_name("--allocation", arguments.allocation, ALLOCATIONS)
+    _check_numbers(arguments)
+    _check_weights(arguments)
+    _check_folder(arguments)
+
+
+def _check_numbers(arguments: PruneArguments) -> None:
+    least = {"--batches": 1, "--batch": 1, "--eval-sequences": 1, "--calibration-length": 2}
+    least["--calibration-sequences"] = 0
+    for name, bound in least.items():
+        value = getattr(arguments, name[2:].replace("-", "_"))
+        if value is not None and value < bound:
+            raise ValueError(f"{name} must be at least {bound}, got {value}")
+    needing = needs_text(arguments)
+    if needing is not None and not arguments.sequences:
+        raise ValueError(f"{needing} needs calibration text: --calibration-sequences must be at least 1, got 0")
+
+
+def needs_text(arguments: PruneArguments) -> str | None:
+    """The option that looks at calibration text; None if none does."""
+    units = [f"--{kind}" for kind in arguments.units if kind != "width"]
+    if units:
+        return units[0]
+    if arguments.sensitivity:
+        return "--sensitivity"
+    if not arguments.prunes_weights:
+        return None
+    if arguments.method in CALIBRATED or CRITERIA[arguments.method].data:
+        return f"--method {arguments.method}"
+    return f"--allocation {arguments.allocation}" if arguments.allocation in ("owl", "sensitivity") else None
+
+
+def _check_weights(arguments: PruneArguments) -> None:
+    method, structure = arguments.method, arguments.structure
+    if arguments.allocation is not None and arguments.scope is not None:
+        raise ValueError(f"--scope is an older name of --allocation: give one, got {arguments.scope!r} "
+                         f"and {arguments.allocation!r}")  # fmt: skip
+    if not arguments.prunes_weights:
+        if structure is not None or method != "magnitude" or arguments.chosen_allocation is not None:
+            raise ValueError("--method, --structure and --allocation choose weights: give --sparsity 0.5 with them")
+        return
+    resolve_structure(structure, arguments.sparsity)
+    allocation = default_allocation(method, arguments.chosen_allocation, structure)
+    if method in CALIBRATED:
+        _check_calibrated(method, allocation, structure)
+    else:
+        check_pair(method, allocation, structure, None, None)
+
+
+def _check_calibrated(method: str, allocation: object, structure: str | None) -> None:
+    if allocation != "uniform":
+        raise ValueError(f"--method {method} compares weights inside a layer: --allocation must be uniform, "
+                         f"got {allocation!r}")  # fmt: skip
+    if structure is None:
+        return
+    named_structure(structure)
+    if ":" not in structure:
+        raise ValueError(f"--method {method} chooses weights or n:m groups: --structure must be n:m, got {structure!r}")
+    if method == "exact_obs":
+        raise ValueError(f"--method exact_obs removes one weight at a time: leave out --structure, got {structure!r}")
+    if method == "sparsegpt" and COLUMNS_OF_SPARSEGPT % parse_structure(structure)[1]:
+        raise ValueError(f"--structure of --method sparsegpt must be n:m with m a divisor of {COLUMNS_OF_SPARSEGPT}, "
+                         f"got {structure!r}")  # fmt: skip
+
+
+def _check_folder(arguments: PruneArguments) -> None:
+    out = arguments.folder
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, {out} is a file: give another")
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if PARTIAL in names:
+        if not arguments.resume:
+            raise ValueError(f"{out} holds a stopped run: add --resume to go on with it, or give another --out")
+        return
+    if arguments.resume:
+        raise FileNotFoundError(f"no stopped run in {out} to --resume: leave it out to start, or see prune.json there "
+                                "if the run has ended")  # fmt: skip
+    held = [name for name in names if name != MARKER]
+    if held:
+        raise ValueError(f"--out must hold no run or model, nor other files, {out} has {held[0]}: give another folder")

@@ -1,0 +1,339 @@
+"""`prune`: a trained model in, a smaller or sparser one out, with its masks, its numbers and a page."""
+
+import json
+import math
+import os
+import shlex
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from pruning import save_compact
+from training.allocator import keep_freed_memory
+from training.commands import PROGRAM
+from training.conditions import conditions, device_name
+from training.durable import sync_folder, write_durably
+from training.folders import only_user
+from training.prune_arguments import PruneArguments, check_arguments
+from training.prune_measure import bytes_of, forward_speed, size_of
+from training.prune_models import (
+    Coder,
+    Source,
+    check_model,
+    check_units,
+    check_vocabulary,
+    find_source,
+    load_coder,
+    load_model,
+    longest,
+)
+from training.prune_partial import Partial
+from training.prune_progress import Passes
+from training.prune_report import RECORD, numbers_table, prune_report_html
+from training.prune_stages import (
+    LEVELS,
+    Weights,
+    check_structure,
+    prune_weights,
+    recovery_scope,
+    remove_again,
+    remove_units,
+    sensitivity,
+)
+from training.prune_text import Quality, Texts, hash_of_model, quality, read_texts
+from training.run import seed_everything
+from training.trainer import choose_device
+
+NOT_OF_THE_RUN = ("model", "target", "out", "resume", "json")  # arguments that may differ when a run goes on
+MASKS, COMPACT, REPORT = "masks.safetensors", "compact", "report.html"
+SENSITIVITY_SEQUENCES = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every stage needs."""
+
+    arguments: PruneArguments
+    source: Source
+    model: nn.Module
+    coder: Coder
+    texts: Texts
+    partial: Partial
+    console: Console
+
+    @property
+    def passes(self) -> Passes:
+        """Progress of the passes."""
+        return Passes(self.console)
+
+    def say(self, text: str) -> None:
+        """A line for the reader."""
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def prune_command(arguments: PruneArguments, console: Console, *, command: str = f"{PROGRAM} prune") -> dict[str, Any]:
+    """Prune, measure before and after, save, print the numbers; returns the record that prune.json holds.
+
+    command: what was typed, for the page and for going on. OUT holds the model (as its library saves it) with its
+    tokenizer, masks.safetensors, prune.json and report.html; it is whole, or holds `.partial` and no config.json yet.
+    Raises: ValueError or OSError before work starts for what can be known then; what the stages raise. Ctrl-C and
+    SIGKILL leave what is finished for --resume.
+    """
+    check_arguments(arguments)
+    source = find_source(arguments.model)
+    check_units(source, list(arguments.units))
+    keep_freed_memory()
+    with only_user(arguments.folder), _kept_for_later(Partial(arguments.folder), command, console) as partial:
+        job = _prepared(arguments, source, partial, console)
+        record = {**_pruned(job), "command": command}
+        _publish(job, record)
+    console.print(numbers_table(record))
+    for line in _closing(arguments, record):
+        job.say(line)
+    if arguments.json:
+        print(json.dumps(record, allow_nan=False))
+    return record
+
+
+@contextmanager
+def _kept_for_later(partial: Partial, command: str, console: Console) -> Iterator[Partial]:
+    """After an error without a finished block there is nothing to go on from; after Ctrl-C the way on is said."""
+    stopped = False
+    try:
+        yield partial
+    except KeyboardInterrupt:
+        stopped = partial.folder.is_dir()
+        if stopped:
+            again = command if "--resume" in command else f"{command} --resume"
+            console.print(f"stopped; go on with:\n  {again}", highlight=False, soft_wrap=True, markup=False)
+        raise
+    finally:
+        if partial.folder.is_dir() and not stopped and not partial.blocks:
+            partial.remove()
+
+
+def _prepared(arguments: PruneArguments, source: Source, partial: Partial, console: Console) -> Job:
+    """Model, tokenizer and text, checked against one another and against the stopped run."""
+    device = choose_device(arguments.device)
+    coder = load_coder(source)
+    model = load_model(source, dtype=arguments.dtype, device=device)
+    check_model(model, list(arguments.units))
+    check_vocabulary(model, coder)
+    check_structure(model, arguments)
+    texts = read_texts(arguments, source, coder, most=longest(model))
+    own = {field.name: str(getattr(arguments, field.name)) for field in fields(arguments)}
+    began = {f"--{name}": value for name, value in own.items() if name not in NOT_OF_THE_RUN}
+    began |= {"the model": hash_of_model(model), **texts.fingerprints(), "torch": torch.__version__,
+              "threads": str(torch.get_num_threads()), "device": device_name(device)}  # fmt: skip
+    partial.start(began, resume=arguments.resume)
+    seed_everything(arguments.seed)
+    return Job(arguments, source, model, coder, texts, partial, console)
+
+
+def _pruned(job: Job) -> dict[str, Any]:
+    """Everything done and measured; the result lies in the partial folder."""
+    started, resumed = time.monotonic(), job.partial.blocks
+    size = size_of(job.model)
+    before = _quality(job, "before")
+    job.say(f"before: {describe(before)}")
+    notes: list[str] = []
+    units = []
+    for kind, share in job.arguments.units.items():
+        fresh: list[str] = []
+        with _noted(fresh):
+            units.append(_units(job, kind, share))
+        notes = fresh or notes  # the last warning about sizes says all
+    rises = _sensitivity(job)
+    weights = None
+    if job.arguments.prunes_weights:
+        with _noted(notes):
+            weights = _weights(job)
+    pruning_seconds = time.monotonic() - started
+    after = _quality(job, "after")
+    job.say(f"after: {describe(after)}")
+    for note in notes:
+        job.say(f"note: {note}")
+    result = _save(job, weights)
+    return {
+        "model": str(job.arguments.model),
+        "architecture": job.source.architecture or type(job.model).__name__,
+        "arguments": {field.name: _plain(getattr(job.arguments, field.name)) for field in fields(job.arguments)},
+        "text": _text(job),
+        "before": _as_record(before),
+        "after": _as_record(after),
+        "sizes": {"before": asdict(size), "after": asdict(size_of(job.model)), **result},
+        "units": units,
+        "weights": None if weights is None else _weights_record(weights),
+        "sensitivity": None if rises is None else {"levels": list(LEVELS), "rises": rises},
+        "speed": _speed(job),
+        "notes": notes,
+        "recover": _recovery(job, weights),
+        "stock": not any(getattr(getattr(job.model, "config", None), name, None)
+                         for name in ("pruned_layers", "pruned_width")),
+        "resumed_blocks": resumed,
+        "pruning_seconds": pruning_seconds,
+        "seconds": time.monotonic() - started,
+        "conditions": conditions(device=next(job.model.parameters()).device, seed=job.arguments.seed,
+                                 dtype=str(next(job.model.parameters()).dtype).removeprefix("torch.")),
+    }  # fmt: skip
+
+
+def _quality(job: Job, name: str) -> Quality:
+    kept = job.partial.kept(f"{name}.json") if name == "before" else None
+    if kept is not None:
+        return Quality(**kept)
+    found = quality(job.model, job.texts.held_out, job.coder.token_bytes, batch=job.arguments.batch,
+                    progress=job.passes.over(f"held-out loss {name}"))  # fmt: skip
+    job.partial.keep(f"{name}.json", asdict(found))
+    return found
+
+
+def _units(job: Job, kind: str, share: float) -> dict[str, Any]:
+    name = f"{kind}.json"
+    kept = job.partial.kept(name)
+    if kept is not None:
+        report = remove_again(job.model, kind, kept)
+    else:
+        report = remove_units(job.model, kind, share, job.texts.batches(job.arguments.batch),
+                              layerwise=job.arguments.layerwise,
+                              progress=job.passes.over(f"importance of {kind}"))  # fmt: skip
+        job.partial.keep(name, asdict(report))
+    job.say(str(report))
+    return asdict(report)
+
+
+def _sensitivity(job: Job) -> dict[str, list[float]] | None:
+    if not job.arguments.sensitivity:
+        return None
+    kept = job.partial.kept("sensitivity.json")
+    if kept is None:
+        few = job.texts.calibration[:SENSITIVITY_SEQUENCES]
+        kept = sensitivity(job.model, few, progress=job.passes.over("sensitivity"))
+        job.partial.keep("sensitivity.json", kept)
+    return kept
+
+
+def _weights(job: Job) -> Weights:
+    method = job.arguments.method
+    if job.partial.blocks:
+        job.say(f"going on behind {job.partial.blocks} finished blocks")
+    found = prune_weights(job.model, job.arguments, job.texts.batches(job.arguments.batch), journal=job.partial,
+                          progress=job.passes.over(method))  # fmt: skip
+    job.say(f"{found.masks.zeros:,} of {found.masks.total:,} weights are zero ({found.masks.sparsity:.2%}) by {method}")
+    return found
+
+
+@contextmanager
+def _noted(notes: list[str]) -> Iterator[None]:
+    """Warnings become notes, each once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    notes += [text for one in caught if (text := " ".join(str(one.message).split())) not in notes]
+
+
+def _save(job: Job, weights: Weights | None) -> dict[str, int | None]:
+    """The result into a folder inside the partial one; its bytes."""
+    folder = job.partial.folder / "result"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    job.model.save_pretrained(folder)
+    job.coder.save(folder)
+    model_bytes = bytes_of(folder)
+    compact = None
+    if weights is not None:
+        weights.masks.save(folder / MASKS)
+        compact = save_compact(job.model, folder / COMPACT).file_bytes
+        if not job.arguments.compact:
+            shutil.rmtree(folder / COMPACT)
+    return {"folder_bytes": model_bytes, "compact_bytes": compact}
+
+
+def _publish(job: Job, record: Mapping[str, Any]) -> None:
+    """The result moves to OUT, its config last, and the partial folder goes."""
+    folder, out = job.partial.folder / "result", job.arguments.folder
+    write_durably(folder / RECORD, json.dumps(record, indent=1, allow_nan=False).encode())
+    write_durably(folder / REPORT, prune_report_html(record).encode())
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
+        if path.is_dir():
+            shutil.rmtree(out / path.name, ignore_errors=True)
+        os.replace(path, out / path.name)
+    sync_folder(out)
+    job.partial.remove()
+
+
+def _speed(job: Job) -> dict[str, Any]:
+    dense = load_model(job.source, dtype=job.arguments.dtype, device=next(job.model.parameters()).device)
+    ids = job.texts.held_out[:1, :-1].to(next(job.model.parameters()).device)
+    return asdict(forward_speed(dense, job.model, ids))
+
+
+def _text(job: Job) -> dict[str, Any]:
+    sequences, length = job.texts.calibration.shape
+    windows, longer = job.texts.held_out.shape
+    return {"corpus": job.texts.corpus, "sequences": sequences, "asked": job.arguments.sequences, "length": length,
+            "held_out_windows": windows, "held_out_length": longer - 1}  # fmt: skip
+
+
+def _as_record(found: Quality) -> dict[str, float | int | None]:
+    perplexity = found.perplexity if math.isfinite(found.perplexity) else None
+    return {**asdict(found), "perplexity": perplexity}
+
+
+def _weights_record(weights: Weights) -> dict[str, Any]:
+    counts = {name: [int((~mask).sum()), mask.numel()] for name, mask in weights.masks.kept.items()}
+    return {"zeros": weights.masks.zeros, "total": weights.masks.total, "by_name": counts,
+            "matrices": [asdict(one) for one in weights.matrices]}  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def describe(found: Quality) -> str:
+    """One line."""
+    bits = "" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f} bits per byte, "
+    return f"{bits}{found.loss:.4f} nats per token, perplexity {found.perplexity:,.2f}, over {found.tokens:,} tokens"
+
+
+def _recovery(job: Job, weights: Weights | None) -> str | None:
+    """The command that trains this library's model on, into another folder, and holds its zeros where one scope finds
+    them again: they are the smallest weights there are. None for models of transformers."""
+    if not job.source.own:
+        return None
+    out = job.arguments.folder
+    command = [
+        PROGRAM,
+        "train",
+        "CONFIG.toml",
+        "--init",
+        str(out),
+        "--out",
+        str(out.with_name(f"{out.name}-recovered")),
+    ]
+    if weights is not None:
+        share = weights.masks.sparsity if job.arguments.sparsity is None else job.arguments.sparsity
+        scope = recovery_scope(weights.masks, share)
+        if scope is not None:
+            command += ["--sparsify.sparsity", str(share), "--sparsify.scope", scope]
+            command += ["--sparsify.begin", "0", "--sparsify.end", "0"]
+    return shlex.join(command)
+
+
+def _closing(arguments: PruneArguments, record: Mapping[str, Any]) -> list[str]:
+    """Where the result is, and what to do with it."""
+    out = arguments.folder
+    saved = f"saved in {out}, with {out / REPORT}"
+    if record["recover"] is not None:
+        return [f"{saved}; recover with:", f"  {record['recover']}"]
+    reader = "transformers' from_pretrained" if record["stock"] else "pruning.load_pruned"
+    return [f"{saved}; {reader} loads it"]

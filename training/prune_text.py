@@ -1,0 +1,156 @@
+"""The text that `prune` calibrates on, other text that it is judged by, and the loss on it."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from training.commands import run_config_of
+from training.corpora import STDLIB, Corpus, load_corpus
+from training.prune_arguments import PruneArguments
+from training.prune_models import Coder, Source
+from training.run import read_corpus
+
+DEFAULT_LENGTH = 512
+POOL = 4  # times the tokens needed are encoded, and windows drawn from them
+DOCUMENTS_AT_ONCE = 32
+LOGITS_AT_ONCE = 2**26
+
+
+@dataclass(frozen=True)
+class Texts:
+    """calibration: windows drawn from the training documents; held_out: windows of the others, each with the token
+    after it, which overlap by that one."""
+
+    corpus: str
+    calibration: Int[Tensor, "S L"]
+    held_out: Int[Tensor, "W M"]
+
+    def batches(self, size: int) -> list[Tensor]:
+        """Calibration batches."""
+        return list(self.calibration.split(size)) if len(self.calibration) else []
+
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of either side."""
+        return {"calibration text": hash_of(self.calibration), "held-out text": hash_of(self.held_out)}
+
+
+@dataclass(frozen=True)
+class Quality:
+    """loss: mean nats a predicted token; bits_per_byte: where the bytes of tokens are known exactly."""
+
+    loss: float
+    tokens: int
+    bits_per_byte: float | None
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite beyond a float's range."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def read_texts(arguments: PruneArguments, source: Source, coder: Coder, *, most: int | None) -> Texts:
+    """--data, a run's own text, or 'stdlib', split by documents and cut into windows. most: tokens the model takes.
+
+    Raises: ValueError for a length beyond the model, and text shorter than one sequence."""
+    length = sequence_length(arguments.calibration_length, most)
+    corpus = _corpus(arguments, source)
+    draw = np.random.default_rng(arguments.seed)
+    order = [corpus.train[index] for index in draw.permutation(len(corpus.train))]
+    calibration = np.empty((0, length), dtype=np.int64)
+    if arguments.sequences:
+        tokens = encoded(order, coder, enough=POOL * arguments.sequences * length)
+        windows = len(tokens) // length
+        if not windows:
+            raise ValueError(f"the calibration text of {corpus.name!r} has {len(tokens)} tokens, fewer than one "
+                             f"sequence of --calibration-length={length}: give more text by --data, or a smaller "
+                             "length")  # fmt: skip
+        chosen = draw.permutation(windows)[: arguments.sequences]
+        calibration = tokens[: windows * length].reshape(windows, length)[chosen]
+    return Texts(corpus.name, torch.from_numpy(calibration), _held_out(corpus, coder, length, arguments.eval_sequences))
+
+
+def sequence_length(asked: int | None, most: int | None) -> int:
+    """Tokens of a sequence. Raises: ValueError beyond what the model takes."""
+    if asked is not None and most is not None and asked > most:
+        raise ValueError(f"--calibration-length must be at most the model's {most} tokens, got {asked}")
+    return asked or min(DEFAULT_LENGTH, most or DEFAULT_LENGTH)
+
+
+def _corpus(arguments: PruneArguments, source: Source) -> Corpus:
+    run = run_config_of(arguments.model, source.folder) if source.own else None
+    if arguments.data is not None or run is None:
+        return load_corpus(arguments.data or STDLIB)
+    return read_corpus(run.data)
+
+
+def encoded(documents: Sequence[str], coder: Coder, *, enough: int) -> np.ndarray:
+    """``doc separator doc separator …`` [N]: all documents, or the first until N ≥ enough."""
+    between = np.array([] if coder.separator is None else [coder.separator], dtype=np.int64)
+    parts: list[np.ndarray] = []
+    count = 0
+    for start in range(0, len(documents), DOCUMENTS_AT_ONCE):
+        for ids in coder.encode(documents[start : start + DOCUMENTS_AT_ONCE]):
+            parts += [ids, between]
+            count += len(ids) + len(between)
+        if count >= enough:
+            break
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+def _held_out(corpus: Corpus, coder: Coder, length: int, most: int) -> Int[Tensor, "W M"]:
+    tokens = encoded(corpus.held_out, coder, enough=most * length + 1)
+    if len(tokens) < 2:
+        raise ValueError(f"the held-out text of {corpus.name!r} has {len(tokens)} tokens, and 2 are needed: give more")
+    length = min(length, len(tokens) - 1)
+    windows = min(most, (len(tokens) - 1) // length)
+    return torch.from_numpy(np.stack([tokens[at * length : (at + 1) * length + 1] for at in range(windows)]))
+
+
+@torch.no_grad()
+def quality(
+    model: nn.Module,
+    held_out: Int[Tensor, "W M"],
+    token_bytes: Tensor | None,
+    *,
+    batch: int,
+    progress: Callable[[Iterable[Any]], Iterable[Any]],
+) -> Quality:
+    """Mean −log p of every token of the windows but each window's first.
+
+    Raises: ValueError if it is not a number."""
+    device, nats = next(model.parameters()).device, 0.0
+    vocabulary = cast(int, cast(Any, model.config).vocab_size)
+    rows = max(1, min(batch, LOGITS_AT_ONCE // (held_out.shape[1] * vocabulary)))
+    for ids in progress(list(held_out.to(device).split(rows))):
+        logits = model(ids[:, :-1]).logits.float()
+        nats += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+    targets = held_out[:, 1:]
+    loss = nats / targets.numel()
+    if math.isnan(loss):
+        raise ValueError("the loss on held-out text must be a number, got nan: the model's weights are damaged, or "
+                         "--dtype is too narrow for them")  # fmt: skip
+    size = 0 if token_bytes is None else int(token_bytes[targets].sum())
+    return Quality(loss, targets.numel(), nats / math.log(2) / size if size else None)
+
+
+def hash_of(tensor: Tensor) -> str:
+    """BLAKE2b of a tensor's bytes."""
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.blake2b(flat.tobytes(), digest_size=16).hexdigest()
+
+
+def hash_of_model(model: nn.Module) -> str:
+    """BLAKE2b of every parameter and buffer, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(bytes.fromhex(hash_of(tensor)))
+    return digest.hexdigest()
