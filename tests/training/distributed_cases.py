@@ -5,8 +5,11 @@ from typing import Any
 
 import torch
 
+from pruning import Sparsifier, global_ranking
+from pruning.dynamic import RigL
 from tests.training.models import small_data
 from training.config import OptimConfig, TrainConfig
+from training.optim import local
 from training.parallel import Parallel
 from training.trainer import Trainer
 from transformer import DenseConfig, MoEConfig, Transformer, TransformerConfig
@@ -59,6 +62,24 @@ def make_trainer(
         train=TrainConfig(**(defaults | RUNS[name][1] | settings)), parallel=parallel,
         sparsifiers=[] if sparsifiers is None else sparsifiers(model),
     )  # fmt: skip
+
+
+def magnitude_pruner(model: Transformer) -> list[Sparsifier]:
+    """Half of all weights at step 0, in one ranking with many ties; seven tenths from step 4 on."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            local(parameter).mul_(100).round_().div_(100)
+    return [Sparsifier(model, schedule=lambda step: 0.5 if step < 4 else 0.7, allocation=global_ranking)]
+
+
+def rigl(model: Transformer) -> list[RigL]:
+    """Connections that move every second step."""
+    return [RigL(model, sparsity=0.5, every=2, stop=5)]
+
+
+PRUNERS = {"magnitude": magnitude_pruner, "rigl": rigl}
+# method and layout
+PRUNED = [("magnitude", "none"), ("magnitude", "fsdp"), ("rigl", "none")]
 
 
 def without_clock(line: dict[str, Any]) -> dict[str, Any]:

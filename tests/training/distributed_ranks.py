@@ -8,8 +8,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from pruning.sharding import gathered
 from tests.training.distributed_cases import (
     LAYOUTS,
+    PRUNED,
+    PRUNERS,
     RESUMED,
     SAVED,
     SAVED_STEP,
@@ -58,7 +61,48 @@ def resumes(rank: int, world: int, folder: Path) -> None:
             trainer.run()
 
 
-CASES = {"runs": runs, "saves": saves, "resumes": resumes}
+def prunes(rank: int, world: int, folder: Path) -> None:
+    """Every method of PRUNED on the dense model; masks at the start and the end, and a checkpoint on the way."""
+    for method, shard in PRUNED:
+        parallel = Ranks(make_world(torch.device("cpu")), shard=shard)
+        out = folder / f"{method}-{shard}"
+        trainer = make_trainer("dense", out, parallel=parallel, sparsifiers=PRUNERS[method], save_every=SAVED_STEP)
+        first = {n: mask.clone() for n, mask in gathered(trainer.sparsifiers[0].masks().kept).items()}
+        trainer.run()
+        last = gathered(trainer.sparsifiers[0].masks().kept)
+        weights = whole_weights(trainer.model)
+        for name, mask in last.items():
+            theirs = mask.clone()
+            dist.broadcast(theirs, 0)
+            assert theirs.equal(mask), "every rank has the same masks"
+            assert not weights[name][~mask].any(), "zeros are held"
+        if rank == 0:
+            save_file({n: mask.contiguous() for n, mask in first.items()}, out / "first.safetensors")
+            save_file({n: mask.contiguous() for n, mask in last.items()}, out / "last.safetensors")
+
+
+def compresses(rank: int, world: int, folder: Path) -> None:
+    """Dense at density 1; at 0.1 a run that resumes goes on as if it had not stopped: what was not sent is kept."""
+    for density in (1.0, 0.1):
+        for name, expert_parallel in (("dense", 1), ("moe", 2)):
+            grid = make_world(torch.device("cpu"), expert_parallel=expert_parallel)
+            out = folder / f"topk-{density}-{name}"
+            ranks = Ranks(grid, compression="topk", density=density)
+            make_trainer(name, out, parallel=ranks, save_every=SAVED_STEP).run()
+            assert ranks.compressor is not None and ranks.compressor.traffic.steps == STEPS
+            if density < 1:
+                assert ranks.compressor.traffic.sent < ranks.compressor.traffic.dense / 2
+                again = Ranks(grid, compression="topk", density=density)
+                trainer = make_trainer(name, folder / f"again-{name}", parallel=again)
+                trainer.resume(out / CHECKPOINTS / f"step-{SAVED_STEP:08d}")
+                assert again.compressor is not None and again.compressor.residuals
+                trainer.run()
+                assert again.compressor.residuals.keys() == ranks.compressor.residuals.keys()
+                for key, left in ranks.compressor.residuals.items():
+                    assert left.equal(again.compressor.residuals[key])
+
+
+CASES = {"runs": runs, "saves": saves, "resumes": resumes, "prunes": prunes, "compresses": compresses}
 
 
 def main() -> None:

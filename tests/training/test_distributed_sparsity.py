@@ -1,0 +1,65 @@
+"""Pruning and sparse gradients of two ranks against one process."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tolerances import close
+from tests.training.distributed_cases import PRUNED, PRUNERS, SAVED_STEP, make_trainer
+from tests.training.spawning import spawn
+from training.distributed.checkpoint import shared_out
+from training.trainer import CHECKPOINTS
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    spawn("tests.training.distributed_ranks", 2, folder, "prunes", "compresses")
+    return folder
+
+
+def losses(out: Path) -> torch.Tensor:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return torch.tensor([line["loss"] for line in lines if "loss" in line])
+
+
+@pytest.mark.parametrize("method, shard", PRUNED)
+def test_masks_are_those_of_one_process(two: Path, tmp_path: Path, method: str, shard: str) -> None:
+    trainer = make_trainer("dense", tmp_path, sparsifiers=PRUNERS[method])
+    out = two / f"{method}-{shard}"
+    same(load_file(out / "first.safetensors"), trainer.sparsifiers[0].masks().kept)  # type: ignore[attr-defined]
+    trainer.run()
+    close(losses(out), losses(tmp_path))
+    last, kept = load_file(out / "last.safetensors"), trainer.sparsifiers[0].masks().kept  # type: ignore[attr-defined]
+    assert sum(int(m.sum()) for m in last.values()) == sum(int(m.sum()) for m in kept.values())
+    again = make_trainer("dense", tmp_path / "again", sparsifiers=PRUNERS[method])
+    again.resume(out / CHECKPOINTS / f"step-{SAVED_STEP:08d}")
+    again.run()
+    close(losses(tmp_path / "again"), losses(out)[SAVED_STEP:])
+
+
+def same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, mask in wanted.items():
+        assert found[name].equal(mask), name
+
+
+def test_top_k_of_everything_is_plain_data_parallel_and_a_tenth_resumes(two: Path, tmp_path: Path) -> None:
+    for name in ("dense", "moe"):
+        make_trainer(name, tmp_path / name).run()
+        close(losses(two / f"topk-1.0-{name}"), losses(tmp_path / name))
+        tenth, again = losses(two / f"topk-0.1-{name}"), losses(two / f"again-{name}")
+        assert tenth[SAVED_STEP:].equal(again)
+        assert not tenth.equal(losses(tmp_path / name))
+
+
+def test_what_was_not_sent_is_kept_in_sum_by_another_number_of_ranks() -> None:
+    states = [{"step": 3, "residuals": {"w": torch.tensor([1.0, rank])}, "velocities": {}} for rank in range(4)]
+    for ranks in (1, 2, 3):
+        shared = shared_out(states, ranks)
+        close(shared["residuals"]["w"] * ranks, torch.tensor([4.0, 6.0]))
+        assert shared["step"] == 3 and shared["velocities"] == {}
