@@ -75,6 +75,8 @@ class OptimConfig:
     """Share of the steps in which wsd decays."""
     clip: float = 1.0
     """Largest L2 norm of the whole gradient."""
+    sparse_state: bool = False
+    """Keep moments only of weights that are there, under a [sparsify] method that is sparse from the first step."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from moe import MemoryValues
 from moe.memory_values import sparse_tables
+from pruning.dynamic import SparseAdamW
 from training.rowwise_adam import RowwiseAdam, coalesced
 
 Schedule = Literal["cosine", "wsd", "constant"]
@@ -56,6 +57,7 @@ def make_optimizers(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     router_lr: float = 1.0,
+    sparse_state: bool = False,
 ) -> Optimizers:
     """:func:`adamw`, and :class:`RowwiseAdam` without decay for the tables of memories, if the model has any.
 
@@ -64,13 +66,21 @@ def make_optimizers(
     tokens update, at a higher rate than the rest, and Memory+ (arXiv:2412.09764) at a constant one.
     Across processes: DistributedDataParallel takes sparse gradients of nn.Embedding alone. Leave the tables out of it
     and gather their rows, or keep sparse=False and :func:`adamw`.
-    Raises: ValueError for tables that are neither float32 nor float64.
+    sparse_state: :class:`pruning.dynamic.SparseAdamW` instead, with moments of the weights that are there alone.
+    Raises: ValueError for tables that are neither float32 nor float64, and for sharded parameters with sparse_state.
     """
     for module in model.modules():
         if isinstance(module, MemoryValues):
             module.sparse = True
     tables = [table for table in sparse_tables(model) if table.requires_grad]
-    main = adamw(model, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, router_lr=router_lr)
+    main: torch.optim.Optimizer
+    if sparse_state:
+        groups = parameter_groups(model, weight_decay=weight_decay, router_lr=router_lr)
+        if any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"]):
+            raise ValueError("sparse_state needs whole parameters, got sharded ones: leave it out, or shard nothing")
+        main = SparseAdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    else:
+        main = adamw(model, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, router_lr=router_lr)
     return Optimizers(main, RowwiseAdam(tables, lr=memory_lr, betas=betas, eps=eps) if tables else None)
 
 

@@ -104,6 +104,7 @@ class Trainer:
             betas=optim.betas,
             eps=optim.eps,
             router_lr=optim.router_lr,
+            sparse_state=optim.sparse_state,
         )
         add_gates(sparsifiers, self.optimizers.main)
         self.pace = pace or Pace()
