@@ -6,6 +6,7 @@ global generator of the tensor's device, whose state activation checkpointing re
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -35,12 +36,15 @@ class DropConnect(nn.Module):
 
 
 def drop_connect(
-    linear: nn.Linear, x: Float[Tensor, "*batch I"], p: float, *, generator: torch.Generator | None = None
+    linear: nn.Module, x: Float[Tensor, "*batch I"], p: float, *, generator: torch.Generator | None = None
 ) -> Float[Tensor, "*batch O"]:
-    """linear(x) with each weight dropped with probability p, for a layer that keeps its name; its hooks still run."""
+    """linear(x) with each weight dropped with probability p, for a layer that keeps its name; its hooks still run.
+
+    p = 0 calls any module that stands for the Linear."""
     if p == 0:
         return linear(x)
-    weight = linear.weight * keep_mask(linear.weight, list(linear.weight.shape), _checked_probability(p), generator)
+    whole = cast(Tensor, linear.weight)
+    weight = whole * keep_mask(whole, list(whole.shape), _checked_probability(p), generator)
     return functional_call(linear, {"weight": weight}, (x,))
 
 
