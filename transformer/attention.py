@@ -183,7 +183,7 @@ class Attention(nn.Module):
             return attend(q, k, v, pattern=self.pattern)
         return attend(q, k, v, pattern=self.pattern, query_positions=positions, key_positions=held, key_mask=seen)
 
-    def _project(self, linear: nn.Linear, x: Tensor) -> Tensor:
+    def _project(self, linear: nn.Module, x: Tensor) -> Tensor:
         return drop_connect(linear, x, self.drop_connect if self.training else 0.0)
 
     def _heads(self, x: Float[Tensor, "B L C"], norm: nn.Module | None) -> Float[Tensor, "B H L d"]:
