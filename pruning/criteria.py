@@ -127,7 +127,7 @@ METHODS = tuple(sorted((*CRITERIA, *CALIBRATED)))
 BY_FORMULA: dict[str, Allocation] = {
     "erk": erk, "global": global_ranking, "lamp": lamp_ranking, "uniform": uniform
 }  # fmt: skip
-ALLOCATIONS = tuple(sorted((*BY_FORMULA, "owl", "sensitivity")))
+ALLOCATIONS = tuple(sorted((*BY_FORMULA, "loss", "owl", "sensitivity")))
 
 
 def check_name(what: str, name: str, known: Iterable[str]) -> None:
@@ -211,6 +211,8 @@ def make_allocation(
         return name
     if name in BY_FORMULA:
         return BY_FORMULA[name]
+    if name == "loss":
+        raise ValueError(f"allocation='loss' goes with the methods {', '.join(CALIBRATED)}")
     batches = needs(f"allocation={name!r}", calibration)
     if name == "owl":
         return owl(outlier_shares(model, weights, batches))

@@ -55,8 +55,10 @@ def sparsify(
     "obs" and "exact_obs" as in `prune_calibrated`, which has their options: layer by layer on what the pruned layers
     before put out, the last three with new values for the survivors. Each has its formula in `pruning.saliency`.
     allocation: "uniform" takes ⌊sparsity·n⌋ of every matrix (each expert is one), "global" ⌊sparsity·N⌋ of all
-    together in one ranking, "erk", "lamp"; "owl" and "sensitivity" look at `calibration`; or a function of
-    `pruning.allocation`. None: that of the method's paper, "global" for snip, grasp, synflow and lamp, else "uniform".
+    together in one ranking, "erk", "lamp"; "owl" and "sensitivity" look at `calibration`; "loss", of wanda,
+    sparsegpt, obs and exact_obs alone, at the dense model's loss over it (`pruning.calibrated.fisher_factors`); or a
+    function of `pruning.allocation`. None: that of the method's paper, "global" for snip, grasp, synflow and lamp, else
+    "uniform".
     structure: None; "n:m", n of every m consecutive inputs stay, and sparsity is 1 − n/m; "block HxW", "row" or
     "column": whole ones go, ⌊sparsity · their number⌋ of them, each with the sum of its scores.
     rounds: of "snip" (10) and "synflow" (100), exponential; 1 under "n:m".
@@ -68,8 +70,9 @@ def sparsify(
     chosen_allocation = default_allocation(method, allocation, structure)
     if method in CALIBRATED:
         batches = _calibrated(method, chosen_allocation, structure, rounds, calibration, loss)
+        by_loss = "loss" if chosen_allocation == "loss" else "uniform"
         report = prune_calibrated(model, batches, method=method, sparsity=sparsity, structure=structure,
-                                  weights=weights, progress=progress)  # fmt: skip
+                                  allocation=by_loss, loss=loss, weights=weights, progress=progress)  # fmt: skip
         return report.masks
     share, select = resolve_structure(structure, sparsity)
     check_pair(method, chosen_allocation, structure, rounds, loss)
@@ -103,15 +106,16 @@ def _calibrated(
 ) -> list[Batch]:
     """The batches of a method of `pruning.calibrated`. Raises: ValueError for what it does not go with."""
     batches = needs(f"method={method!r}", calibration)
-    if allocation not in ("uniform", uniform):
+    if allocation not in ("uniform", uniform, "loss"):
         raise ValueError(
-            f"method={method!r} compares weights inside a layer: allocation must be 'uniform', got {allocation!r}"
+            f"method={method!r} compares weights inside a layer: allocation must be 'uniform' or 'loss', "
+            f"got {allocation!r}"
         )
     if structure is not None and ":" not in structure:
         named_structure(structure)
         raise ValueError(f"method={method!r} chooses weights or n:m groups: structure must be None or 'n:m', "
                          f"got {structure!r}")  # fmt: skip
-    if loss is not None:
+    if loss is not None and allocation != "loss":
         raise ValueError(f"method={method!r} keeps each layer's outputs and takes no loss: loss must be None")
     if rounds is not None:
         raise ValueError(f"method={method!r} goes block by block: rounds must be None, got {rounds}")

@@ -1,5 +1,6 @@
 """Pruning that looks at calibration data: Wanda, SparseGPT, optimal brain surgeon, and least-squares refits."""
 
+from pruning.calibrated.fisher import FisherFactors, fisher_factors, loss_counts
 from pruning.calibrated.hessian import layer_hessian
 from pruning.calibrated.journal import Finished, Journal
 from pruning.calibrated.prune import CALIBRATED, prune_calibrated
@@ -20,11 +21,14 @@ __all__ = [
     "CALIBRATED",
     "CalibratedReport",
     "Finished",
+    "FisherFactors",
     "Journal",
     "MatrixReport",
     "exact_obs",
+    "fisher_factors",
     "layer_hessian",
     "layerwise_obs",
+    "loss_counts",
     "magnitude_mask",
     "obs_scores",
     "output_error",

@@ -39,6 +39,7 @@ class Moments:
         self._last = None
 
     def _rows(self, x: Tensor) -> Float[Tensor, "rows width"]:
+        x = x.detach()
         if self.real is not None and x.shape[:-1] == self.real.shape:
             x = x[self.real]
         return x.reshape(-1, x.shape[-1]).to(self.dtype)
@@ -61,11 +62,13 @@ def _plain(use: Inputs, moments: Moments, _: nn.Module, args: tuple[Any, ...], k
     moments.add(use.weights["weight"][0].label, args[0] if args else kwargs["input"])
 
 
+@torch.no_grad()
 def _routed(use: Inputs, moments: Moments, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for expert, rows in enumerate(routed_rows(module, (*args, *kwargs.values()))):
         _add_expert(use, moments, expert, rows)
 
 
+@torch.no_grad()
 def _add_expert(use: Inputs, moments: Moments, expert: int, rows: Float[Tensor, "rows width"]) -> None:
     if not len(rows):
         return

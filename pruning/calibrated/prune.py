@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from pruning.batches import Batch, Progress, evaluating, model_batches
+from pruning.batches import Batch, Loss, Progress, evaluating, model_batches
 from pruning.calibrated import reconstruct
 from pruning.calibrated.blocks import Recorded, find_blocks, record_calls, run_model, without_cache
 from pruning.calibrated.capture import Moments, recording
+from pruning.calibrated.fisher import fisher_factors, loss_counts
 from pruning.calibrated.hessian import dead_inputs, layer_hessian
 from pruning.calibrated.journal import Finished, Journal
 from pruning.calibrated.reconstruct import Pruned, magnitude_mask, output_error, wanda_mask
@@ -25,6 +26,7 @@ from pruning.structure import parse_structure, removal_count
 from pruning.weights import prunable_weights
 
 _Done = tuple[MatrixReport, Matrix, Tensor]
+ALLOCATIONS = ("uniform", "loss")
 CALIBRATED = ("exact_obs", "magnitude", "obs", "sparsegpt", "wanda")
 
 
@@ -39,6 +41,16 @@ class _Plan:
     damping: float
     block: int
     dtype: torch.dtype
+    counts: Mapping[str, int] | None = None
+    rows: Mapping[str, Tensor] | None = None
+
+    def count(self, label: str, size: int) -> int:
+        """How many of its ``size`` weights a matrix loses."""
+        return removal_count(self.sparsity, size) if self.counts is None else self.counts[label]
+
+    def row_weights(self, label: str) -> Tensor | None:
+        """What an error in each of its outputs costs; None where all cost the same, or none is known."""
+        return None if self.rows is None else self.rows.get(label)
 
     @property
     def norms_only(self) -> bool:
@@ -53,6 +65,8 @@ def prune_calibrated(
     method: str = "sparsegpt",
     sparsity: float | None = None,
     structure: str | None = None,
+    allocation: str = "uniform",
+    loss: Loss | None = None,
     refit: bool = False,
     damping: float = 0.01,
     block: int = 128,
@@ -64,7 +78,10 @@ def prune_calibrated(
     """Zero ⌊sparsity · n⌋ weights of every matrix, in place, choosing by what the layers see on `calibration`.
 
     method: "wanda", "sparsegpt", "obs" (`layerwise_obs`), "exact_obs" (small layers only), or "magnitude" (for refit).
-    structure: None, or "n:m", which implies the sparsity. refit: solve the survivors by least squares afterwards
+    structure: None, or "n:m", which implies the sparsity. allocation: "uniform", or "loss": one backward pass of the
+    dense model over `calibration` (with `loss`, None: next-token loss) says what an error in each output of each matrix
+    costs (`fisher_factors`); ⌊sparsity · N⌋ of all N weights go, shared out by `loss_counts`, and the rows of a matrix
+    compete by their cost in "sparsegpt", "obs" and "exact_obs". refit: solve the survivors by least squares afterwards
     ("obs" always does). damping: share of the Hessian's mean diagonal that is added to it. block: columns of one
     SparseGPT block. dtype: of the sums and the solvers, float32 or float64.
     weights: parameter names; None is `prunable_weights`. journal: keeps each finished block, and gives back those that
@@ -77,12 +94,14 @@ def prune_calibrated(
     Raises: ValueError for bad options and empty calibration, before anything changes; for a layer whose inputs are
     not finite or whose Hessian cannot be factorised (it is named; those before it are pruned already), for a weight
     that its module never multiplied with, and for a journal of another model."""
-    plan = _plan(method, sparsity, structure, refit, damping, block, dtype)
+    plan = _plan(method, sparsity, structure, allocation, loss, refit, damping, block, dtype)
     chosen = prunable_weights(model, weights)
     inputs = find_inputs(model, chosen)
     _check_shapes(inputs, plan)
     batches = list(model_batches(model, calibration))
     _check_tokens(batches)
+    if allocation == "loss":
+        plan = _by_loss(plan, model, inputs, batches, loss)
     with evaluating(model), without_cache(model):
         name, blocks = find_blocks(model, chosen)
         recorded = record_calls(model, blocks, batches)
@@ -101,10 +120,28 @@ def prune_calibrated(
     return report
 
 
+def _by_loss(
+    plan: _Plan, model: nn.Module, inputs: Sequence[Inputs], batches: Sequence[Batch], loss: Loss | None
+) -> _Plan:
+    """Counts and costs of rows by the loss of the dense model."""
+    with without_cache(model):
+        factors = fisher_factors(model, inputs, batches, loss=loss)
+    distinct = {one.label: one for use in inputs for part in use.weights.values() for one in part}
+    rows = {label: _positive(costs) for label, costs in factors.outputs.items()}
+    return replace(plan, counts=loss_counts(factors, distinct.values(), plan.sparsity), rows=rows)
+
+
+def _positive(costs: Float[Tensor, "out"]) -> Float[Tensor, "out"]:
+    """With a hundredth of their mean added: an output that the calibration never needed is not free."""
+    return costs + 0.01 * costs.mean() + torch.finfo(costs.dtype).tiny
+
+
 def _plan(
     method: str,
     sparsity: float | None,
     structure: str | None,
+    allocation: str,
+    loss: Loss | None,
     refit: bool,
     damping: float,
     block: int,
@@ -119,6 +156,13 @@ def _plan(
         raise ValueError(f"method='exact_obs' removes one weight at a time: structure must be None, got {structure!r}")
     if groups is not None and method == "sparsegpt" and block % groups[1]:
         raise ValueError(f"block must be a multiple of m={groups[1]} in {structure}, got {block}")
+    if allocation not in ALLOCATIONS:
+        raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}")
+    if groups is not None and allocation != "uniform":
+        raise ValueError(f"structure={structure!r} fixes every matrix's sparsity: allocation must be 'uniform', "
+                         f"got {allocation!r}")  # fmt: skip
+    if loss is not None and allocation != "loss":
+        raise ValueError(f"method={method!r} keeps each layer's outputs: loss must be None unless allocation='loss'")
     implied = None if groups is None else (groups[1] - groups[0]) / groups[1]
     if sparsity is None and implied is None:
         raise ValueError("sparsity must be in [0, 1), got None; only structure='n:m' implies one")
@@ -251,9 +295,9 @@ def _real_tokens(batch: Batch) -> Bool[Tensor, "B L"] | None:
 def _prune_matrix(matrix: Matrix, moments: Moments, plan: _Plan) -> _Done:
     stored = matrix.view(matrix.parameter.detach())
     rows, weight = moments.rows.get(matrix.label, 0), stored.to(plan.dtype)
-    count, sums = removal_count(plan.sparsity, weight.numel()), moments.sums.pop(matrix.label, None)
+    count, sums = plan.count(matrix.label, weight.numel()), moments.sums.pop(matrix.label, None)
     try:
-        new, kept, dead, error = _pruned(weight, sums, rows, count, plan)
+        new, kept, dead, error = _pruned(weight, sums, rows, count, plan, plan.row_weights(matrix.label))
     except ValueError as problem:
         raise ValueError(f"{matrix.label}: {problem}") from problem
     # where nothing changed the stored bits stay, whatever the dtype
@@ -263,7 +307,7 @@ def _prune_matrix(matrix: Matrix, moments: Moments, plan: _Plan) -> _Done:
 
 
 def _pruned(
-    weight: Float[Tensor, "out in"], sums: Tensor | None, rows: int, count: int, plan: _Plan
+    weight: Float[Tensor, "out in"], sums: Tensor | None, rows: int, count: int, plan: _Plan, costs: Tensor | None
 ) -> tuple[Tensor, Tensor, int, float | None]:
     """New weight, what is kept, the number of dead inputs and the output error."""
     if sums is None:
@@ -272,7 +316,7 @@ def _pruned(
         kept = _mask(weight, sums, count, plan)
         return weight, kept, int((sums == 0).sum()), None
     hessian = layer_hessian(sums, rows)
-    new, kept = _reconstructed(weight, hessian, count, plan)
+    new, kept = _reconstructed(weight, hessian, count, plan, costs)
     return new, kept, int(dead_inputs(hessian).sum()), output_error(weight, new, hessian)
 
 
@@ -282,14 +326,15 @@ def _mask(weight: Tensor, squares: Tensor, count: int, plan: _Plan) -> Tensor:
     return magnitude_mask(weight, count, groups=plan.groups)
 
 
-def _reconstructed(weight: Tensor, hessian: Tensor, count: int, plan: _Plan) -> Pruned:
+def _reconstructed(weight: Tensor, hessian: Tensor, count: int, plan: _Plan, costs: Tensor | None) -> Pruned:
+    costs = None if costs is None else costs.to(weight.dtype)
     if plan.method == "obs":
-        return reconstruct.layerwise_obs(weight, hessian, count, groups=plan.groups, damping=plan.damping)
+        return reconstruct.layerwise_obs(weight, hessian, count, groups=plan.groups, damping=plan.damping, costs=costs)
     if plan.method == "exact_obs":
-        new, kept = reconstruct.exact_obs(weight, hessian, count, damping=plan.damping)
+        new, kept = reconstruct.exact_obs(weight, hessian, count, damping=plan.damping, costs=costs)
     elif plan.method == "sparsegpt":
         new, kept = reconstruct.sparsegpt(
-            weight, hessian, count, groups=plan.groups, block=plan.block, damping=plan.damping
+            weight, hessian, count, groups=plan.groups, block=plan.block, damping=plan.damping, costs=costs
         )
     else:
         new, kept = weight, _mask(weight, hessian.diagonal(), count, plan)

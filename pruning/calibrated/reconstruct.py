@@ -2,7 +2,8 @@
 
 Everywhere: weight [out, in]; hessian [in, in] from `layer_hessian`; count: how many weights go, exactly; groups (n, m):
 n of every m consecutive inputs stay instead. Weights that are zero already go before all others, and stay zero even
-where they outnumber `count`; next go those of dead inputs. Returned: the new weight, and True where it was kept.
+where they outnumber `count`; next go those of dead inputs. costs: what an error in each output costs, a factor on the
+scores of its row (None: all the same). Returned: the new weight, and True where it was kept.
 """
 
 import torch
@@ -57,18 +58,24 @@ def layerwise_obs(
     *,
     groups: Groups = None,
     damping: float = 0.01,
+    costs: Float[Tensor, "out"] | None = None,
 ) -> Pruned:
     """The lowest `obs_scores` of the layer go, all at once; then the survivors are refitted (`refit`).
 
     Layer-wise optimal brain surgeon (Dong et al. 2017, arXiv:1705.07565) ranks so too, with scores computed once. It
     adds up the updates of single removals, under which pruned weights grow back; here they are solved jointly."""
-    scores = obs_scores(weight, hessian, damping=damping).masked_fill(weight == 0, -torch.inf)
+    scores = _costed(obs_scores(weight, hessian, damping=damping), costs).masked_fill(weight == 0, -torch.inf)
     kept = ~lowest(scores, count, groups) & (weight != 0)
     return refit(weight, kept, hessian, damping=damping), kept
 
 
 def exact_obs(
-    weight: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], count: int, *, damping: float = 0.01
+    weight: Float[Tensor, "out in"],
+    hessian: Float[Tensor, "in in"],
+    count: int,
+    *,
+    damping: float = 0.01,
+    costs: Float[Tensor, "out"] | None = None,
 ) -> Pruned:
     """Optimal brain surgeon, one weight at a time: the lowest w_q²/(2·[H⁻¹]_qq) of the layer goes, its row becomes
     w − w_q/[H⁻¹]_qq · H⁻¹e_q, and H⁻¹ of that row loses input q before the next choice.
@@ -83,7 +90,7 @@ def exact_obs(
     zero, kept = weight == 0, torch.ones_like(weight, dtype=torch.bool)
     for _ in range(max(count, int(zero.sum()))):
         diagonal = inverse.diagonal(dim1=1, dim2=2)
-        scores = (new.square() / (2 * diagonal)).masked_fill(dead, 0).masked_fill(zero, -1)
+        scores = _costed(new.square() / (2 * diagonal), costs).masked_fill(dead, 0).masked_fill(zero, -1)
         row, column = divmod(int(scores.masked_fill(~kept, torch.inf).argmin()), columns)
         line = inverse[row, column].clone()
         new[row] -= new[row, column] / line[column] * line
@@ -101,6 +108,7 @@ def sparsegpt(
     groups: Groups = None,
     block: int = 128,
     damping: float = 0.01,
+    costs: Float[Tensor, "out"] | None = None,
 ) -> Pruned:
     """Columns from left to right; what a column loses, the columns after it make up for (Frantar & Alistarh 2023,
     arXiv:2301.00774, algorithm 1).
@@ -118,7 +126,7 @@ def sparsegpt(
         part = slice(index * block, min((index + 1) * block, weight.shape[1]))
         rest = slice(part.stop, None)
         ranks = torch.where(zero, -torch.inf, torch.where(first, 0.0, torch.inf))[:, part].to(weight.dtype)
-        done, errors, gone = _sweep(new[:, part], upper[part, part], ranks, taken, groups)
+        done, errors, gone = _sweep(new[:, part], upper[part, part], ranks, taken, groups, costs)
         new[:, part], kept[:, part] = done, ~gone
         new[:, rest] -= errors @ upper[part, rest]
     return new, kept
@@ -130,6 +138,7 @@ def _sweep(
     ranks: Float[Tensor, "out block"],
     count: int,
     groups: Groups,
+    costs: Float[Tensor, "out"] | None,
 ) -> tuple[Float[Tensor, "out block"], Float[Tensor, "out block"], Bool[Tensor, "out block"]]:
     """One block of columns: its new weights, the scaled errors that later columns make up for, and what is gone.
 
@@ -140,13 +149,17 @@ def _sweep(
     gone = torch.zeros_like(weight, dtype=torch.bool)
     for start in range(0, width, step):
         group = slice(start, start + step)
-        scores = (new[:, group] / diagonal[group]).square().minimum(ranks[:, group])
+        scores = _costed((new[:, group] / diagonal[group]).square(), costs).minimum(ranks[:, group])
         gone[:, group] = lowest(scores, count, groups) | (ranks[:, group] == -torch.inf)
         for j in range(start, start + step):
             errors[:, j] = torch.where(gone[:, j], new[:, j] / diagonal[j], 0)
             new[:, j:] -= errors[:, j, None] * upper[j, j:]
             new[:, j].masked_fill_(gone[:, j], 0)
     return new, errors, gone
+
+
+def _costed(scores: Float[Tensor, "out n"], costs: Float[Tensor, "out"] | None) -> Float[Tensor, "out n"]:
+    return scores if costs is None else scores * costs[:, None]
 
 
 def refit(
