@@ -12,6 +12,7 @@ from pruning.masking import Masks
 from pruning.merge import fold_constant_neurons, merge_neurons
 from pruning.merge_experts import merge_experts
 from pruning.model_axes import prunable_axes
+from pruning.recovery import add_adapters, merge_adapters, quantize_weights
 from pruning.saliency import (
     AxisScores,
     WeightChange,
@@ -57,6 +58,7 @@ __all__ = [
     "Sparsifier",
     "WeightChange",
     "activation_importance",
+    "add_adapters",
     "attention_confidence",
     "block",
     "choose_execution",
@@ -86,6 +88,7 @@ __all__ = [
     "magnitude",
     "magnitude_importance",
     "masked",
+    "merge_adapters",
     "merge_experts",
     "merge_neurons",
     "min_density",
@@ -102,6 +105,7 @@ __all__ = [
     "prune_neurons",
     "prune_to_budget",
     "prune_width",
+    "quantize_weights",
     "random_importance",
     "random_scores",
     "reinitialise",
