@@ -131,6 +131,9 @@ def test_hugging_face_students():
     teacher = transformers.LlamaForCausalLM(config)
     student = copy.deepcopy(teacher)
     masks = sparsify(student, sparsity=0.5)
+    with torch.no_grad():
+        states = [model(ids(seed=0), output_hidden_states=True).hidden_states[-1] for model in (student, teacher)]
+    expected = (states[0] - states[1]).square().sum() / states[1].square().sum()
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
     record = distill(
         student, teacher, [{"input_ids": batch} for batch in batches()], optimizer, hidden=1.0, masks=masks
