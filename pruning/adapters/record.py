@@ -111,14 +111,12 @@ def _alike(sizes: list[Sizes], part: Callable[[Sizes], Any]) -> bool:
 
 def _set_if_valid(config: Any, values: dict[str, int]) -> None:
     """All of `values`, or none if the config refuses them together (Llama's wants heads that divide the width)."""
-    from huggingface_hub.errors import StrictDataclassError
-
     before = {name: getattr(config, name) for name in values}
     try:
         for name, value in values.items():
             setattr(config, name, value)
-        config.validate()
-    except (StrictDataclassError, ValueError):
+        config.validate_architecture()  # not validate(): that wraps the ValueError in huggingface_hub's own class
+    except ValueError:
         for name, value in before.items():
             setattr(config, name, value)
 
