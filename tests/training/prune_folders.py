@@ -43,9 +43,9 @@ def hf_folder(folder: Path, name: str) -> Path:
 
 
 def texts_folder(folder: Path) -> Path:
-    """Documents of words."""
+    """Documents of words; any 12 bytes tell which document they are from."""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(24):
-        words = " ".join(f"{word} {index * number}" for number, word in enumerate("for while if else return".split()))
-        (folder / f"{index}.txt").write_text(f"{words}\n" * 3)
+        words = " ".join(f"{word}-{index:02d}" for word in "for while if else return".split())
+        (folder / f"{index}.txt").write_text(f"{words}\n" * 4)
     return folder
