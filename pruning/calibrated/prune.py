@@ -67,6 +67,7 @@ def prune_calibrated(
     structure: str | None = None,
     allocation: str = "uniform",
     loss: Loss | None = None,
+    loss_tokens: int = 8192,
     refit: bool = False,
     damping: float = 0.01,
     block: int = 128,
@@ -79,7 +80,8 @@ def prune_calibrated(
 
     method: "wanda", "sparsegpt", "obs" (`layerwise_obs`), "exact_obs" (small layers only), or "magnitude" (for refit).
     structure: None, or "n:m", which implies the sparsity. allocation: "uniform", or "loss": one backward pass of the
-    dense model over `calibration` (with `loss`, None: next-token loss) says what an error in each output of each matrix
+    dense model over the first batches of `calibration`, at least `loss_tokens` tokens of it if it has so many (with
+    `loss`, None: next-token loss), says what an error in each output of each matrix
     costs (`fisher_factors`); ⌊sparsity · N⌋ of all N weights go, shared out by `loss_counts`, and the rows of a matrix
     compete by their cost in "sparsegpt", "obs" and "exact_obs". refit: solve the survivors by least squares afterwards
     ("obs" always does). damping: share of the Hessian's mean diagonal that is added to it. block: columns of one
@@ -101,7 +103,7 @@ def prune_calibrated(
     batches = list(model_batches(model, calibration))
     _check_tokens(batches)
     if allocation == "loss":
-        plan = _by_loss(plan, model, inputs, batches, loss)
+        plan = _by_loss(plan, model, inputs, _first(batches, loss_tokens), loss)
     with evaluating(model), without_cache(model):
         name, blocks = find_blocks(model, chosen)
         recorded = record_calls(model, blocks, batches)
@@ -129,6 +131,18 @@ def _by_loss(
     distinct = {one.label: one for use in inputs for part in use.weights.values() for one in part}
     rows = {label: _positive(costs) for label, costs in factors.outputs.items()}
     return replace(plan, counts=loss_counts(factors, distinct.values(), plan.sparsity), rows=rows)
+
+
+def _first(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """The first batches that together hold so many tokens (elements of their first tensor), all if they do not."""
+    found: list[Batch] = []
+    for batch in batches:
+        if tokens <= 0 and found:
+            break
+        found.append(batch)
+        values = [batch] if isinstance(batch, Tensor) else [v for v in batch.values() if isinstance(v, Tensor)]
+        tokens -= values[0].numel() if values else 0
+    return found
 
 
 def _positive(costs: Float[Tensor, "out"]) -> Float[Tensor, "out"]:

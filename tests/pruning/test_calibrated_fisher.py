@@ -170,3 +170,14 @@ def test_bad_input(change, message):
 def test_a_score_alone_has_no_loss_allocation():
     with pytest.raises(ValueError, match="allocation='loss' goes with the methods exact_obs, obs, sparsegpt, wanda"):
         sparsify(lm(DenseConfig(24)), sparsity=0.5, method="magnitude", allocation="loss")
+
+
+def test_the_backward_pass_takes_the_first_tokens_only():
+    taken = []
+
+    def loss(model, batch):
+        taken.append(batch)
+        return model(batch).logits.square().sum()
+
+    prune_calibrated(lm(DenseConfig(24)), ids(), sparsity=0.5, allocation="loss", loss=loss, loss_tokens=19)
+    assert len(taken) == 2 and taken[0].equal(ids()[0])
