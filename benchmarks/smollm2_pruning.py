@@ -143,7 +143,8 @@ def main() -> None:
         line = {
             "name": "pruned", "model": "SmolLM2-135M-Instruct", "text": name, "dense_perplexity": dense,
             "calibration": list(calibration.shape), "evaluation": list(evaluation.shape), "floor_s": round(floor, 2),
-            "dtype": str(precision.dtype).removeprefix("torch."), "threads": options.threads, "torch": torch.__version__, "commit": commit(),
+            "dtype": str(precision.dtype).removeprefix("torch."), "threads": options.threads,
+            "torch": torch.__version__, "commit": commit(),
             **run(cell, model, calibration, evaluation, precision),
         }  # fmt: skip
         with RECORDS.open("a") as file:
