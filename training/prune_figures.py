@@ -59,7 +59,7 @@ def layer_figure(counts: Mapping[str, Sequence[int]]) -> str | None:
         axes = figure.subplots()
         axes.bar(range(len(layers)), 100 * sums[0] / np.maximum(sums[1], 1), color=FIRST, alpha=0.35, width=0.8)
         for row in grid:
-            axes.plot(range(len(layers)), 100 * row, color=FIRST, marker="o", markersize=4, linestyle="")
+            axes.plot(range(len(layers)), 100 * row, color=FIRST, marker="o", markersize=5, markeredgewidth=0, lw=0)
         _layer_ticks(axes, layers, narrow=canvas.narrow)
         axes.set_ylim(0, max(5.0, 108 * float(np.nanmax(grid))))
         axes.set_title("zeros in each layer (%); dots are its matrices")
@@ -118,7 +118,9 @@ def units_figure(report: Mapping[str, Any]) -> str | None:
         axes.bar(range(len(names)), gone, bottom=kept, color=SECOND, alpha=0.45, width=0.8, label="removed")
         _layer_ticks(axes, layers, narrow=canvas.narrow)
         axes.set_title(f"{kind}s of each layer")
-        axes.legend(loc="lower right", ncols=2, facecolor=PAPER)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylim(0, 1.22 * int((kept + gone).max()))
+        axes.legend(loc="upper right", ncols=2)
 
     alt = f"Number of {kind}s kept and removed in each layer"
     return figure_html(draw, name=f"units-{kind}", alt=alt, wide=250, narrow=240)

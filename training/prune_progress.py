@@ -45,8 +45,8 @@ class Passes:
             now = time.monotonic()
             if index and now - last > SECONDS_BETWEEN_LINES:
                 last, left = now, (now - started) / index * (len(held) - index)
-                text = f"{label}: {index} of {len(held)} {_name(item)}, about {left:.0f} s left"
-                self.console.print(text, highlight=False)
+                done = ", ".join(filter(None, [f"{index} of {len(held)}", _name(item)]))
+                self.console.print(f"{label}: {done}, about {left:.0f} s left", highlight=False)
             yield item
 
 

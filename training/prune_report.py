@@ -66,12 +66,12 @@ def title(record: Record) -> str:
 
 
 def comparison(record: Record) -> Iterator[tuple[str, str, str, str]]:
-    """(what, before, after, change) of every number measured on both."""
+    """(what, before, after, change) of every number measured on both; the first three on held-out text."""
     before, after, sizes, speed = record["before"], record["after"], record["sizes"], record["speed"]
-    yield "held-out loss (nats/token)", f"{before['loss']:.4f}", f"{after['loss']:.4f}", _by(before, after, "loss")
-    yield "held-out perplexity", _number(before), _number(after), _by(before, after, "perplexity")
+    yield "loss (nats/token)", f"{before['loss']:.4f}", f"{after['loss']:.4f}", _by(before, after, "loss")
+    yield "perplexity", _number(before), _number(after), _by(before, after, "perplexity")
     if before["bits_per_byte"] is not None:
-        yield ("held-out bits per byte", f"{before['bits_per_byte']:.4f}", f"{after['bits_per_byte']:.4f}",
+        yield ("bits per byte", f"{before['bits_per_byte']:.4f}", f"{after['bits_per_byte']:.4f}",
                _by(before, after, "bits_per_byte"))  # fmt: skip
     for key, name, show in (("parameters", "parameters", count), ("nonzeros", "parameters not 0", count),
                             ("bytes", "bytes, dense", data_size)):  # fmt: skip
@@ -79,10 +79,10 @@ def comparison(record: Record) -> Iterator[tuple[str, str, str, str]]:
         yield name, show(first), show(second), change(second, first)
     if sizes["compact_bytes"] is not None:
         dense = sizes["before"]["bytes"]
-        yield "bytes, compact file", "", data_size(sizes["compact_bytes"]), change(sizes["compact_bytes"], dense)
+        yield "bytes, compact", "", data_size(sizes["compact_bytes"]), change(sizes["compact_bytes"], dense)
     tokens = speed["shape"][0] * speed["shape"][1]
-    yield (f"forward pass of {tokens:,} tokens", _milliseconds(speed, "before"), _milliseconds(speed, "after"),
-           "in the spread" if in_the_spread(speed) else change(speed["after_s"], speed["before_s"]))  # fmt: skip
+    yield (f"pass, {tokens:,} tokens", _milliseconds(speed, "before"), _milliseconds(speed, "after"),
+           "in spread" if in_the_spread(speed) else change(speed["after_s"], speed["before_s"]))  # fmt: skip
 
 
 def in_the_spread(speed: Record) -> bool:
@@ -128,7 +128,10 @@ def _lead(record: Record) -> str:
 def _cost(record: Record) -> str:
     rows = [list(row) for row in comparison(record)]
     said = note(" ".join(record["notes"])) if record["notes"] else ""
-    return section("What it cost, what it saves", table(("", "before", "after", "change"), rows), said)
+    about = "The loss is on held-out text; a pass is a forward pass, median ± half the interquartile range."
+    return section(
+        "What it cost, what it saves", paragraph(about), table(("", "before", "after", "change"), rows), said
+    )
 
 
 def _units(record: Record) -> Iterator[str]:
