@@ -46,7 +46,9 @@ def gathers(layout: BlockLayout, rows: Int[Tensor, "S"]) -> list[Gather]:
     """The cheapest clusters of these query blocks, those of about the same width side by side."""
     if not rows.numel():
         return []
-    best = min((_clusters(layout, rows, *shape) for shape in SHAPES), key=lambda clusters: clusters.cost)
+    # Shapes beyond twice the query blocks give what smaller ones give.
+    shapes = [shape for shape in SHAPES if shape == (1, 1) or shape[0] * shape[1] < 2 * len(rows)]
+    best = min((_clusters(layout, rows, *shape) for shape in shapes), key=lambda clusters: clusters.cost)
     shape = torch.stack([best.height, best.width], 1).tolist()
     order = sorted(range(len(shape)), key=shape.__getitem__)
     found: list[Gather] = []

@@ -29,10 +29,10 @@ def flash_forward(work: Work, q: Tensor, out: Tensor, lse: Tensor, piece: Piece)
             continue
         higher = torch.logaddexp(total, mass)
         finite = higher.clamp(min=torch.finfo(higher.dtype).min)
-        value = value.mul_((total - finite).exp_()).addcmul_(share, (mass - finite).exp_())
+        value = value.lerp_(share, (mass - finite).exp_())
         total = higher
-    piece.write(out, value.transpose(0, 1), work.groups)
-    piece.write(lse, total.transpose(0, 1), work.groups)
+    if value is not None and total is not None:
+        work.store(piece, out, lse, value.transpose(0, 1), total.transpose(0, 1))
 
 
 def flash_backward(
@@ -62,7 +62,7 @@ def flash_backward(
         tile.wide_add(grads[1], grad_k.transpose(0, 1))
         tile.wide_add(grads[2], grad_v.transpose(0, 1))
         grad_rows = part if grad_rows is None else grad_rows.add_(part)
-    piece.write(grads[0], grad_rows.transpose(0, 1), work.groups)
+    work.store_gradient(piece, grads[0], grad_rows.transpose(0, 1))
 
 
 def _keys(work: Work, tile: Tile) -> tuple[Tensor, Tensor]:

@@ -58,9 +58,11 @@ class _Folded(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         work = Work(q, k, v, key_mask, plan, scoring, dropout, seed)
         # As torch's own attention: the output keeps the strides of q, so that merging the heads afterwards is a view.
-        out = work.output(q) if v.shape[-1] == q.shape[-1] else q.new_zeros(*q.shape[:-1], v.shape[-1])
+        out = work.output(q) if v.shape[-1] == q.shape[-1] else work.k.new_zeros(*q.shape[:-1], v.shape[-1])
         lse = work.k.new_full((*q.shape[:-1], 1), -torch.inf)
-        work.each(partial(flash_forward if work.fused else _forward, work, q, out, lse))
+        kernel, plain = (partial(run, work, q, out, lse) for run in (flash_forward, _forward))
+        work.each(kernel if work.fused else plain, plain)
+        out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, key_mask, out, lse)
         ctx.settings = (plan, scoring, dropout, seed)
         ctx.set_materialize_grads(False)
@@ -77,11 +79,10 @@ class _Folded(torch.autograd.Function):
             lse = lse.masked_fill(lse == -torch.inf, torch.inf)
             grads = work.output(q), torch.zeros_like(work.k), torch.zeros_like(work.v)
             # torch's kernel takes no gradient of the log-sum-exp.
-            if work.fused and grad_lse is None:
-                work.each(partial(flash_backward, work, q, out, lse, grad_out, grads))
-            else:
-                work.each(partial(_backward, work, q, out, lse, grad_out, grad_lse, grads))
-        return grads[0], grads[1].to(k.dtype), grads[2].to(v.dtype), *[None] * 5
+            kernel = partial(flash_backward, work, q, out, lse, grad_out, grads)
+            plain = partial(_backward, work, q, out, lse, grad_out, grad_lse, grads)
+            work.each(kernel if work.fused and grad_lse is None else plain, plain)
+        return grads[0].to(q.dtype), grads[1].to(k.dtype), grads[2].to(v.dtype), *[None] * 5
 
 
 def _forward(work: Work, q: Tensor, out: Tensor, lse: Tensor, piece: Piece) -> None:
@@ -109,8 +110,8 @@ def _forward(work: Work, q: Tensor, out: Tensor, lse: Tensor, piece: Piece) -> N
     if top is None:
         return
     # A query that sees something has the term 2^0 in its total.
-    piece.write(out, value.div_(total.clamp(min=1)), work.groups)
-    piece.write(lse, total.log2().add_(top).div_(BITS), work.groups)
+    value.div_(total.clamp(min=1))
+    work.store(piece, out, lse, value, total.log2().add_(top).div_(BITS))
 
 
 def _backward(
@@ -146,4 +147,4 @@ def _backward(
         tile.add(grads[1], work.product("keys", grad_s.mT, q_rows, scale))
         part = work.product(f"share{index > 0}", grad_s, keys, scale).view(rows.shape)
         grad_rows = grad_rows.add_(part) if index else part
-    piece.write(grads[0], grad_rows, work.groups)
+    work.store_gradient(piece, grads[0], grad_rows)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse_attn.backends.clusters import Gather
 from sparse_attn.backends.plan import Plan, Run, Strip
+from sparse_attn.backends.thin import ThinPiece, ThinTile
 
 # Scores of one piece: 8 MiB of float32; smaller pieces stay longer in cache, but each costs Python about 100 µs.
 PIECE = 1 << 21
@@ -103,11 +104,17 @@ class StripPiece:
     heads: slice
     row: int
     rows: int
+    late: bool = False
 
     @property
     def place(self) -> tuple[int, ...]:
         """Tells this piece from all others of a plan."""
         return self.batch, self.heads.start, self.strip.first, self.row
+
+    @property
+    def width(self) -> int:
+        """Keys that each query reads."""
+        return self.strip.width
 
     def tiles(self, groups: int) -> list[StripTile]:
         """One for each run."""
@@ -200,17 +207,26 @@ class GatherTile:
 
 @dataclass(frozen=True, eq=False)
 class GatherPiece:
-    """Some clusters of a gather, for the key heads ``heads`` of one sequence."""
+    """Some clusters of a gather, for the key heads ``heads`` of one sequence.
+
+    late: its queries have seen other keys before; results are merged, gradients added.
+    """
 
     gather: Gather
     batch: int
     heads: slice
     block: int
+    late: bool
 
     @property
     def place(self) -> tuple[int, ...]:
         """Tells this piece from all others of a plan."""
-        return self.batch, self.heads.start, int(self.gather.rows[0, 0]) * self.block, -1
+        return self.batch, self.heads.start, int(self.gather.rows[0, 0]) * self.block, -3 if self.late else -1
+
+    @property
+    def width(self) -> int:
+        """Keys that each query reads."""
+        return self.gather.blocks.shape[1] * self.block
 
     def tiles(self, groups: int) -> list[GatherTile]:
         """The columns in parts of about ``PIECE`` scores."""
@@ -231,29 +247,33 @@ class GatherPiece:
         _blocks(x[self.batch, heads], self.block)[:, self.gather.rows.flatten()] = by_block.to(x.dtype)
 
 
-Piece = StripPiece | GatherPiece
-Tile = StripTile | GatherTile
+Piece = StripPiece | GatherPiece | ThinPiece
+Tile = StripTile | GatherTile | ThinTile
 
 
 def tiles_of(piece: Piece, groups: int) -> Sequence[Tile]:
-    """The tiles of a piece of either kind."""
+    """The tiles of a piece of any kind."""
     return piece.tiles(groups)
 
 
 def pieces(plan: Plan, batch: int, heads: slice, groups: int) -> Iterator[Piece]:
-    """All that a plan asks of some key heads of one sequence, in pieces of about ``PIECE`` scores."""
+    """All that a plan asks of some key heads of one sequence, in pieces of about ``PIECE`` scores, late ones last."""
     block = plan.layout.block
     for strip in plan.strips:
         for row, rows, some in _cut(strip.rows, heads, groups * strip.height * strip.width):
             yield StripPiece(strip, batch, some, row, rows)
-    for gather in plan.gathers:
+    for gather, late in (*((one, False) for one in plan.gathers), *((one, True) for one in plan.late)):
         each = groups * block**2 * gather.masks[0].numel()
         # Many heads first: they share the masks.
         tall = max(1, PIECE // (each * (heads.stop - heads.start)))
         for row, rows, some in _cut(min(tall, len(gather.rows)), heads, each, len(gather.rows)):
             part = slice(row, row + rows)
             taken = Gather(gather.rows[part], gather.blocks[part], gather.masks[part])
-            yield GatherPiece(taken, batch, some, block)
+            yield GatherPiece(taken, batch, some, block, late)
+    for number, thin in enumerate(plan.thin):
+        wide = max(1, PIECE // (groups * thin.pairs))
+        for first in range(heads.start, heads.stop, wide):
+            yield ThinPiece(thin, number, batch, slice(first, min(first + wide, heads.stop)))
 
 
 def _cut(rows: int, heads: slice, each: int, total: int | None = None) -> Iterator[tuple[int, int, slice]]:

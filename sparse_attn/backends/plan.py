@@ -13,6 +13,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sparse_attn.backends.clusters import Gather, gathers
+from sparse_attn.backends.thin import Thin
+from sparse_attn.backends.thinning import divide
 from sparse_attn.layout import BlockLayout
 
 # Query blocks of a strip that are read as one.
@@ -53,21 +55,40 @@ class Strip:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """All the work of a layout: every query block is in exactly one strip or gather, or sees nothing."""
+    """All the work of a layout. A query block is in at most one strip or gather; what comes ``late`` beside a regular
+    band, and single queries and keys in ``thin`` parts, is merged into that.
+    """
 
     layout: BlockLayout
     strips: tuple[Strip, ...]
     gathers: tuple[Gather, ...]
+    late: tuple[Gather, ...]
+    thin: tuple[Thin, ...]
+
+    @property
+    def merges(self) -> bool:
+        """Whether some queries are in several parts."""
+        return bool(self.late or self.thin)
 
     @property
     def covers(self) -> bool:
-        """Whether every query block visits something."""
+        """Whether every query is in a strip or gather."""
         seen = sum(min(strip.rows * strip.height, self.layout.q_len - strip.first) for strip in self.strips)
         return seen + sum(gather.rows.numel() for gather in self.gathers) * self.layout.block == self.layout.q_len
 
 
 def make_plan(layout: BlockLayout) -> Plan:
-    """Strips where a stretch of alike query blocks is longer than its runs are many, gathers for what is left."""
+    """Strips where a stretch of alike query blocks is longer than its runs are many, gathers for what is left.
+
+    Before that, what is cheaper by single queries and keys, or lies beside a regular band, is taken out.
+    """
+    parts = divide(layout)
+    strips, loose = _blocks(parts.regular)
+    late = () if parts.lone is None else gathers(parts.lone, parts.lone.row_start.diff().nonzero().flatten())
+    return Plan(layout, strips, loose, tuple(late), parts.thin)
+
+
+def _blocks(layout: BlockLayout) -> tuple[tuple[Strip, ...], tuple[Gather, ...]]:
     counts, runs = layout.row_start.diff().tolist(), _num_runs(layout).tolist()
     ragged = _ragged(layout)
     ends, must = _stretch_ends(layout, ragged).tolist(), ragged.tolist()
@@ -81,7 +102,7 @@ def make_plan(layout: BlockLayout) -> Plan:
         elif counts[row]:
             scattered += range(row, stop)
         row = stop
-    return Plan(layout, tuple(strips), tuple(gathers(layout, torch.tensor(scattered, dtype=torch.long))))
+    return tuple(strips), tuple(gathers(layout, torch.tensor(scattered, dtype=torch.long)))
 
 
 def _run_starts(layout: BlockLayout) -> Bool[Tensor, "N"]:

@@ -6,12 +6,15 @@ from math import e, log2, prod
 import torch
 from torch import Tensor
 
-from sparse_attn.backends.pieces import Piece, StripTile, Tile, pieces
+from sparse_attn.backends.pieces import GatherTile, Piece, StripTile, Tile, pieces
 from sparse_attn.backends.plan import Plan, Run
 from sparse_attn.backends.scoring import Scoring
+from sparse_attn.backends.thin import Shown
 
 # Scores are kept in bits: torch's exp takes ten times as long where its result underflows, exp2 does not.
 BITS = log2(e)
+# Keys or queries of a piece below which torch's attention kernel is slower than the products written out.
+NARROW = 32
 
 
 class Work:
@@ -47,13 +50,13 @@ class Work:
         self.fused = self.fused and 0 < k.shape[-1] == v.shape[-1]
         self.zero = self.k.new_zeros(1, 1, 1)
         self.rooms: dict[str, Tensor] = {}
-        self.laid: dict[Run, Tensor | None] = {}
+        self.laid: dict[Run | Shown, Tensor | None] = {}
 
-    def each(self, run: Callable[[Piece], None]) -> None:
-        """Run every piece."""
+    def each(self, run: Callable[[Piece], None], narrow: Callable[[Piece], None]) -> None:
+        """Run every piece; thin ones for which torch's kernel is slower than the products by ``narrow``."""
         for batch in range(self.batch):
             for piece in pieces(self.plan, batch, slice(0, self.kv_heads), self.groups):
-                run(piece)
+                (narrow if piece.width < NARROW else run)(piece)
 
     def room(self, name: str, *shape: int) -> Tensor:
         """Memory that the pieces use in turn: it stays in cache, as a fresh tensor for each would not."""
@@ -68,8 +71,25 @@ class Work:
         return torch.baddbmm(self.zero, a, b, beta=0, alpha=factor, out=room)
 
     def output(self, like: Tensor) -> Tensor:
-        """Where the pieces write; zeros only if some query is in no piece."""
-        return torch.empty_like(like) if self.plan.covers else torch.zeros_like(like)
+        """Where the pieces write; zeros only if some query is in no piece. Working precision where pieces add up."""
+        dtype = self.dtype if self.plan.merges else like.dtype
+        return torch.empty_like(like, dtype=dtype) if self.plan.covers else torch.zeros_like(like, dtype=dtype)
+
+    def store(self, piece: Piece, out: Tensor, lse: Tensor, value: Tensor, total: Tensor) -> None:
+        """Output and log-sum-exp of a piece. A late one is merged: out += (value - out) exp(total - lse')."""
+        if piece.late:
+            before, earlier = (piece.queries(x, self.groups).flatten(2, -2) for x in (out, lse))
+            higher = torch.logaddexp(earlier, total)
+            value = before.lerp_(value, (total - _finite(higher)).exp_())
+            total = higher
+        piece.write(out, value, self.groups)
+        piece.write(lse, total, self.groups)
+
+    def store_gradient(self, piece: Piece, grad: Tensor, value: Tensor) -> None:
+        """The queries' gradient of a piece, added to what there is if it is late."""
+        if piece.late:
+            value = piece.queries(grad, self.groups).flatten(2, -2).add_(value)
+        piece.write(grad, value, self.groups)
 
     def queries(self, piece: Piece, x: Tensor) -> Tensor:
         """The piece's rows of q, or of anything laid out like it, as [h, R, M, d] in working precision."""
@@ -106,12 +126,13 @@ class Work:
             scores.masked_fill_(tile.keys(self.unseen).mT, -torch.inf)
 
     def laid_bias(self, tile: Tile) -> Tensor | None:
-        """The masks of a tile, laid out once for all rows of a strip."""
-        if not isinstance(tile, StripTile):
+        """The masks of a tile, laid out once for all rows of a strip and all heads of a thin part."""
+        if isinstance(tile, GatherTile):
             return tile.wide_bias(self.bias, self.groups)
-        if tile.run not in self.laid:
-            self.laid[tile.run] = tile.wide_bias(self.bias, self.groups)
-        return self.laid[tile.run]
+        key = tile.run if isinstance(tile, StripTile) else tile.shown
+        if key not in self.laid:
+            self.laid[key] = tile.wide_bias(self.bias, self.groups)
+        return self.laid[key]
 
     def keep(self, tile: Tile, index: int, probability: Tensor) -> Tensor | None:
         """Which probabilities dropout keeps, scaled by 1 / (1 - dropout): the same in forward and backward."""
@@ -121,6 +142,11 @@ class Work:
         generator = torch.Generator(probability.device).manual_seed((self.seed ^ hash(place)) % 2**63)
         kept = torch.empty_like(probability).bernoulli_(1 - self.dropout, generator=generator)
         return kept / (1 - self.dropout)
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """A query that sees nothing would otherwise be -inf - (-inf)."""
+    return lse.clamp(min=torch.finfo(lse.dtype).min)
 
 
 def _rows(x: Tensor) -> Tensor:
