@@ -1,0 +1,88 @@
+"""The demo's mixture with a quarter and half of its experts gone: removed by frequency, by what they add, by chance, or
+merged into others.
+
+python -m benchmarks.experts_removed [--run runs/demo/moe] [--fractions 0.25 0.5]
+
+Calibration: 32 sequences of training text; bits per byte of held-out text as the demo counts them. Nothing is
+retrained. Records are appended to runs/experts-removed.jsonl; ``python -m benchmarks.pruning_page --collect`` makes the
+table of them.
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import commit
+from pruning import expert_importance, merge_experts, prunable_axes, prune_experts, random_importance
+from training.config import RunConfig, from_dict
+from training.data import Batches
+from training.evaluation import evaluate
+from training.run import load_data, model_folder, read_record
+from transformer import Transformer
+
+RECORDS = Path("runs/experts-removed.jsonl")
+SEQUENCES = 32
+
+
+def ways(model: Transformer, batches: list[torch.Tensor]) -> dict[str, Callable[[Transformer, float], Any]]:
+    """Name → what takes a fraction of the experts of a model away."""
+    axes = [axis for axis in prunable_axes(model) if axis.kind == "expert"]
+
+    def remove(scores: Any, target: Transformer, fraction: float) -> object:
+        return prune_experts(target, scores, fraction=fraction, layerwise=True)
+
+    def merge(router: Any, target: Transformer, fraction: float) -> object:
+        return merge_experts(target, batches, fraction=fraction, router=router)
+
+    return {
+        "removed, least used": partial(remove, expert_importance(model, batches, method="frequency")),
+        "removed, least added (REAP)": partial(remove, expert_importance(model, batches, method="gate_norm")),
+        "removed, by chance": partial(remove, random_importance(axes, generator=torch.Generator().manual_seed(0))),
+        "merged, router row kept": partial(merge, "kept"),
+        "merged, router row by log-sum-exp": partial(merge, "logsumexp"),
+    }
+
+
+def main() -> None:
+    """One record for each way and fraction, the whole model first."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/demo/moe"))
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    record = read_record(options.run / "run.json")
+    config = from_dict(RunConfig, {"data": record["data"]}, where=str(options.run)).data
+    model, data = Transformer.from_pretrained(model_folder(options.run)).eval(), load_data(config)
+    rows = Batches(data.train, batch=SEQUENCES, length=config.length, seed=0).next().inputs
+    batches = list(rows.split(8))
+
+    def bits(one: Transformer) -> float:
+        return evaluate(one, data.held_out, data.tokenizer, length=config.length).bits_per_byte
+
+    def write(way: str, fraction: float, one: Transformer) -> None:
+        line = {
+            "name": "experts", "way": way, "fraction": fraction, "bits_per_byte": bits(one),
+            "parameters": one.num_parameters(), "calibration": [SEQUENCES, config.length], "torch": torch.__version__,
+            "commit": commit(),
+        }  # fmt: skip
+        with RECORDS.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(line, flush=True)
+
+    write("whole", 0.0, model)
+    for way, take in ways(model, batches).items():
+        for fraction in options.fractions:
+            one = copy.deepcopy(model)
+            take(one, fraction)
+            write(way, fraction, one)
+
+
+if __name__ == "__main__":
+    main()
