@@ -16,7 +16,7 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from benchmarks.bench_moe import DIM, EXPERTS, HIDDEN, TOLERANCE, K, mixtral, ours
+from benchmarks.bench_moe import SIZES, TOLERANCE, mixtral, ours
 from benchmarks.harness import interleaved, require_parity, row
 from moe import MoE
 
@@ -39,7 +39,7 @@ def read(layer: MoE, x: Tensor) -> Callable[[], object]:
 def compare(dtype: torch.dtype, tokens: int, rounds: int) -> None:
     """Gate, then time all contenders in turns, then one row each."""
     torch.manual_seed(0)
-    x = torch.randn(tokens, DIM).to(dtype)
+    x = torch.randn(tokens, SIZES.dim).to(dtype)
     layers = [ours(dtype)[0] for _ in range(LAYERS)]
     peers = {f"hf_{name}": [mixtral(layer, dtype, name) for layer in layers] for name in ("grouped_mm", "eager")}
     oracle = {"y": mixtral(layers[0], torch.float32, "eager").run(x.float())}
@@ -48,7 +48,7 @@ def compare(dtype: torch.dtype, tokens: int, rounds: int) -> None:
     runs["read"] = rotating([read(layer, x) for layer in layers])
     runs |= {name: rotating([partial(c.run, x) for c in contenders]) for name, contenders in peers.items()}
     seconds = interleaved(runs, rounds=rounds, warmup=LAYERS)
-    sizes = {"T": tokens, "D": DIM, "F": HIDDEN, "E": EXPERTS, "K": K}
+    sizes = {"T": tokens, "D": SIZES.dim, "F": SIZES.hidden, "E": SIZES.experts, "K": SIZES.k}
     conditions = {"mode": "decode"} | sizes | {"dtype": str(dtype).removeprefix("torch.")}
     row("moe", conditions, seconds["moe"], versus={n: s for n, s in seconds.items() if n != "moe"},
         parity=f"pass {error:.0e}")  # fmt: skip

@@ -1,8 +1,10 @@
 """One MoE layer, forward and backward, against the dense layer of equal active FLOPs and against other MoE layers.
 
 python -m benchmarks.bench_moe [--dtype float32 bfloat16] [--rounds 10] [--fresh-memory]
+python -m benchmarks.bench_moe --experts 64 --k 8 --hidden 256 [--tokens 4096] [--dim 512]
 
-T 4096 tokens, width 512, 16 experts of 1024, two for each token, SwiGLU; the dense layer is 2·1024 wide. Each contender
+T 4096 tokens, width 512, 16 experts of 1024, two for each token, SwiGLU, unless asked otherwise; the dense layer is
+k · hidden wide. Each contender
 computes y and all gradients, into ``.grad`` of its input and its weights. The MoE layers share weights and tokens where
 they can; the gate compares outputs and gradients with HF Mixtral's plain loop over experts in float32. The dense layer
 is the fastest of three plain ways to write it; ``products`` is the time of the experts' matrix products alone, torch's
@@ -14,7 +16,7 @@ Run as a module: fairscale installs a top-level package that is also called ``be
 
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +26,21 @@ from benchmarks.harness import interleaved, require_parity, row, spread
 from moe import MoE, TopKRouter
 from training.allocator import keep_freed_memory
 
-TOKENS, DIM, HIDDEN, EXPERTS, K = 4096, 512, 1024, 16, 2
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens, width, hidden width of an expert, experts, experts of a token."""
+
+    tokens: int = 4096
+    dim: int = 512
+    hidden: int = 1024
+    experts: int = 16
+    k: int = 2
+
+
+SIZES = Sizes()
 
 
 @dataclass(frozen=True)
@@ -40,10 +55,10 @@ class Contender:
 class Dense(nn.Module):
     """A SwiGLU layer as three linear maps, or with gate and value in one; out: nn.Linear's layout or its transpose."""
 
-    def __init__(self, hidden: int, *, fused: bool, transposed: bool = False) -> None:
+    def __init__(self, dim: int, hidden: int, *, fused: bool, transposed: bool = False) -> None:
         super().__init__()
         widths = [2 * hidden] if fused else [hidden, hidden]
-        shapes = [(width, DIM) for width in widths] + [(DIM, hidden)]
+        shapes = [(width, dim) for width in widths] + [(dim, hidden)]
         shapes = [shape[::-1] for shape in shapes] if transposed else shapes
         self.weights = nn.ParameterList(torch.randn(shape) * shape[transposed - 1] ** -0.5 for shape in shapes)
         self.transposed = transposed
@@ -54,19 +69,21 @@ class Dense(nn.Module):
         return F.linear(F.silu(gate) * value, down)
 
 
-def ours(dtype: torch.dtype) -> tuple[MoE, Contender]:
+def ours(dtype: torch.dtype, sizes: Sizes = SIZES) -> tuple[MoE, Contender]:
     """This library's layer."""
-    layer = MoE(DIM, HIDDEN, EXPERTS, TopKRouter(DIM, EXPERTS, k=K)).to(dtype)
+    router = TopKRouter(sizes.dim, sizes.experts, k=sizes.k)
+    layer = MoE(sizes.dim, sizes.hidden, sizes.experts, router).to(dtype)
     weights = {"router": layer.get_parameter("router.weight"), "up": layer.experts.up, "down": layer.experts.down}
     return layer, Contender(layer, lambda x: layer(x)[0], weights)
 
 
-def mixtral(layer: MoE, dtype: torch.dtype, implementation: str) -> Contender:
+def mixtral(layer: MoE, dtype: torch.dtype, implementation: str, sizes: Sizes = SIZES) -> Contender:
     """Hugging Face's block with this layer's weights; implementation: "eager" or "grouped_mm"."""
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    config = MixtralConfig(hidden_size=DIM, intermediate_size=HIDDEN, num_local_experts=EXPERTS, num_experts_per_tok=K)
+    config = MixtralConfig(hidden_size=sizes.dim, intermediate_size=sizes.hidden, num_local_experts=sizes.experts,
+                           num_experts_per_tok=sizes.k)  # fmt: skip
     config._experts_implementation = implementation
     block = MixtralSparseMoeBlock(config).to(dtype)
     names = {"router": "gate.weight", "up": "experts.gate_up_proj", "down": "experts.down_proj"}
@@ -78,7 +95,7 @@ def mixtral(layer: MoE, dtype: torch.dtype, implementation: str) -> Contender:
     return Contender(block, lambda x: block(x[None])[0], weights)
 
 
-def fairscale() -> Contender:
+def fairscale(sizes: Sizes) -> Contender:
     """fairscale's GShard layer, one process. Its capacity is 2·T/E for top-2, so it drops; it wants float32."""
     import tempfile
 
@@ -87,15 +104,16 @@ def fairscale() -> Contender:
     if not torch.distributed.is_initialized():
         store = f"file://{tempfile.mkdtemp()}/store"
         torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    layer = MOELayer(Top2Gate(DIM, EXPERTS), nn.ModuleList(Dense(HIDDEN, fused=True) for _ in range(EXPERTS)))
-    return Contender(layer, lambda x: layer(x.view(EXPERTS, -1, DIM)).view(x.shape), {})
+    experts = nn.ModuleList(Dense(sizes.dim, sizes.hidden, fused=True) for _ in range(sizes.experts))
+    layer = MOELayer(Top2Gate(sizes.dim, sizes.experts), experts)
+    return Contender(layer, lambda x: layer(x.view(sizes.experts, -1, sizes.dim)).view(x.shape), {})
 
 
 def dropped_by_fairscale(contender: Contender, x: Tensor) -> float:
     """Share of the 2·T choices that got no place."""
     with torch.no_grad():
         placed = contender.module.gate(x)[2].sum().item()
-    return 1 - placed / (K * TOKENS)
+    return 1 - placed / (2 * len(x))
 
 
 def step(contender: Contender, x: Tensor, d_y: Tensor) -> Callable[[], None]:
@@ -109,16 +127,16 @@ def step(contender: Contender, x: Tensor, d_y: Tensor) -> Callable[[], None]:
     return run
 
 
-def products(layer: MoE, x: Tensor, d_y: Tensor) -> Callable[[], None]:
+def products(layer: MoE, x: Tensor, d_y: Tensor, sizes: Sizes) -> Callable[[], None]:
     """The six products of each expert on an equal share of the rows, into ready memory: the floor under the layer."""
-    rows = K * TOKENS // EXPERTS
+    rows = sizes.k * sizes.tokens // sizes.experts
     up, down = layer.experts.up.detach(), layer.experts.down.detach()
     given, wanted = x.detach()[:rows], d_y[:rows]
-    d_up, d_down, hidden = torch.empty_like(up), torch.empty_like(down), x.new_empty(rows, HIDDEN)
-    pre, out = x.new_empty(rows, up.shape[2]), x.new_empty(rows, DIM)
+    d_up, d_down, hidden = torch.empty_like(up), torch.empty_like(down), x.new_empty(rows, sizes.hidden)
+    pre, out = x.new_empty(rows, up.shape[2]), x.new_empty(rows, sizes.dim)
 
     def run() -> None:
-        for e in range(EXPERTS):
+        for e in range(sizes.experts):
             torch.mm(given, up[e], out=pre)
             torch.mm(hidden.fill_(0.5), down[e].mT, out=out)
             torch.mm(wanted, down[e], out=hidden)
@@ -135,15 +153,15 @@ def answers(contender: Contender, x: Tensor, d_y: Tensor) -> dict[str, Tensor]:
     y = contender.run(x)
     gradients = torch.autograd.grad(y, [x, *contender.weights.values()], d_y)
     found = {"y": y.detach()} | dict(zip(["x", *contender.weights], gradients, strict=True))
-    if "up" in found and found["up"].shape[1] != DIM:
+    if "up" in found and found["up"].shape[1] != x.shape[1]:
         found["up"] = found["up"].mT
     return found
 
 
-def gate(layer: MoE, contenders: dict[str, Contender], x: Tensor, d_y: Tensor) -> dict[str, str]:
+def gate(layer: MoE, contenders: dict[str, Contender], x: Tensor, d_y: Tensor, sizes: Sizes) -> dict[str, str]:
     """What each MoE layer's answer is worth. Raises: ValueError if ours is wrong."""
     dtype = x.dtype
-    oracle = answers(mixtral(layer, torch.float32, "eager"), x.float(), d_y.float())
+    oracle = answers(mixtral(layer, torch.float32, "eager", sizes), x.float(), d_y.float())
     verdict = {"dense": "other function", "products": "the expert products alone"}
     for name in ("moe", "hf_grouped_mm", "hf_eager"):
         found = answers(contenders[name], x, d_y)
@@ -157,27 +175,28 @@ def gate(layer: MoE, contenders: dict[str, Contender], x: Tensor, d_y: Tensor) -
     return verdict
 
 
-def compare(dtype: torch.dtype, rounds: int, memory: str) -> None:
+def compare(dtype: torch.dtype, rounds: int, memory: str, sizes: Sizes) -> None:
     """Gate, then time all contenders in turns, then one row each."""
     torch.manual_seed(0)
-    x, d_y = torch.randn(TOKENS, DIM).to(dtype).requires_grad_(), torch.randn(TOKENS, DIM).to(dtype)
-    layer, moe = ours(dtype)
-    contenders = {"moe": moe} | {f"hf_{name}": mixtral(layer, dtype, name) for name in ("grouped_mm", "eager")}
-    if dtype == torch.float32:
-        contenders["fairscale"] = fairscale()
-    verdict = gate(layer, contenders, x, d_y)
+    x, d_y = (torch.randn(sizes.tokens, sizes.dim).to(dtype) for _ in range(2))
+    x.requires_grad_()
+    layer, moe = ours(dtype, sizes)
+    contenders = {"moe": moe} | {f"hf_{name}": mixtral(layer, dtype, name, sizes) for name in ("grouped_mm", "eager")}
+    if dtype == torch.float32 and sizes.k == 2:
+        contenders["fairscale"] = fairscale(sizes)
+    verdict = gate(layer, contenders, x, d_y, sizes)
     plain = {
-        "dense": Dense(K * HIDDEN, fused=False).to(dtype),
-        "dense_fused": Dense(K * HIDDEN, fused=True).to(dtype),
-        "dense_transposed": Dense(K * HIDDEN, fused=True, transposed=True).to(dtype),
+        "dense": Dense(sizes.dim, sizes.k * sizes.hidden, fused=False).to(dtype),
+        "dense_fused": Dense(sizes.dim, sizes.k * sizes.hidden, fused=True).to(dtype),
+        "dense_transposed": Dense(sizes.dim, sizes.k * sizes.hidden, fused=True, transposed=True).to(dtype),
     }
     contenders |= {name: Contender(module, module, {}) for name, module in plain.items()}
-    runs = {name: step(c, x, d_y) for name, c in contenders.items()} | {"products": products(layer, x, d_y)}
+    runs = {name: step(c, x, d_y) for name, c in contenders.items()} | {"products": products(layer, x, d_y, sizes)}
     seconds = interleaved(runs, rounds=rounds, warmup=2)
     fastest = min(plain, key=lambda name: spread(seconds[name])[0])
     seconds["dense"] = seconds[fastest]
-    sizes = {"T": TOKENS, "D": DIM, "F": HIDDEN, "E": EXPERTS, "K": K}
-    conditions = sizes | {"dtype": str(dtype).removeprefix("torch."), "memory": memory}
+    numbers = {"T": sizes.tokens, "D": sizes.dim, "F": sizes.hidden, "E": sizes.experts, "K": sizes.k}
+    conditions = numbers | {"dtype": str(dtype).removeprefix("torch."), "memory": memory}
     for name in verdict:
         others = [other for other in verdict if other != name and (name == "moe" or other == "dense")]
         row(name, conditions, seconds[name], versus={o: seconds[o] for o in others}, parity=verdict[name])
@@ -188,10 +207,13 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--fresh-memory", action="store_true", help="leave the C library's allocator as it is")
+    for field in fields(Sizes):
+        parser.add_argument(f"--{field.name}", type=int, default=field.default)
     arguments = parser.parse_args()
+    sizes = Sizes(**{field.name: getattr(arguments, field.name) for field in fields(Sizes)})
     kept = not arguments.fresh_memory and keep_freed_memory()
     for name in arguments.dtype:
-        compare(getattr(torch, name), arguments.rounds, "kept" if kept else "fresh")
+        compare(getattr(torch, name), arguments.rounds, "kept" if kept else "fresh", sizes)
 
 
 if __name__ == "__main__":
