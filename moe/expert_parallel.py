@@ -4,7 +4,8 @@ Each rank holds a run of consecutive experts and routes its own tokens with its 
 
 1. the numbers of rows and of assignments go round (all-to-all of two integers a pair of ranks);
 2. for every (token, other rank that owns one of its experts) one row of the width, and for every assignment there its
-   expert and weight (uneven all-to-all);
+   expert and weight (uneven all-to-all); the shared expert of the layer runs while they are on their way, and its
+   backward pass while their gradients are;
 3. every rank runs its experts over its own tokens and the received ones together, weighted and summed by row;
 4. one row for each that came goes back, and is added to its token.
 
@@ -13,6 +14,7 @@ the other way round. So the wire carries 2 · Σ_t (other ranks of t) · D numbe
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +88,8 @@ class ShardedExperts(nn.Module):
     ``first`` is the index of the first one here. ``traffic`` tells what the last forward pass sent.
     """
 
+    exchanges = True  # forward takes ``meanwhile``
+
     def __init__(self, experts: Experts, group: dist.ProcessGroup | None = None, *, average: bool = True) -> None:
         super().__init__()
         self.group, self.average = group, average
@@ -106,27 +110,33 @@ class ShardedExperts(nn.Module):
         return parameter
 
     @torch.compiler.disable(reason="the numbers of rows that ranks exchange are read on the host")
-    def forward(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
-        """y_t = Σ over the assignments of t of weight · f_expert(x_t), wherever the expert is."""
+    def forward(
+        self, x: Float[Tensor, "T D"], routing: Routing, *, meanwhile: Callable[[], Tensor] | None = None
+    ) -> Float[Tensor, "T D"]:
+        """y_t = Σ over the assignments of t of weight · f_expert(x_t), wherever the expert is.
+
+        meanwhile: what to compute while rows are on their way, [T, D]; it is added.
+        """
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bounds = torch.tensor(self.bounds, device=x.device)
         owner = torch.searchsorted(bounds, routing.expert, right=True) - 1
         here = owner == self.rank
         plan = self._plan(routing, owner, ~here, bounds)
-        rows, weights = _Exchange.apply(
-            self.group, (plan.rows_out, plan.notes_out), (plan.rows_in, plan.notes_in),
-            x[plan.row_token], routing.weight[plan.order],
-        )  # fmt: skip
+        trip = _Trip(self.group, (plan.rows_out, plan.notes_out), (plan.rows_in, plan.notes_in))
+        left = _Leave.apply(trip, x[plan.row_token], routing.weight[plan.order])
+        other = None if meanwhile is None else meanwhile()
+        rows, weights = _Arrive.apply(trip, *left)
         token = torch.cat([routing.token[here], len(x) + plan.received_row])
         expert = torch.cat([routing.expert[here] - self.first, plan.received_expert])
         weight = torch.cat([routing.weight[here], weights])
         y = self._run(torch.cat([x, rows]), token, expert, weight)
-        (back,) = _Exchange.apply(self.group, (plan.rows_in,), (plan.rows_out,), y[len(x) :])
+        back = _exchanged(y[len(x) :], _Trip(self.group, (plan.rows_in,), (plan.rows_out,)))
         row = x.shape[1] * x.element_size()
         notes = len(plan.order) * (16 + routing.weight.element_size()) + 16 * (self.ranks - 1)
         self.traffic = Traffic(len(plan.row_token), len(rows), (len(plan.row_token) + len(rows)) * row, notes)
-        return y[: len(x)].index_add(0, plan.row_token, back)
+        y = y[: len(x)].index_add(0, plan.row_token, back)
+        return y if other is None else y + other
 
     def _run(self, x: Tensor, token: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
         if len(self.up) == 0:
@@ -212,29 +222,94 @@ def shares(num_experts: int, ranks: int) -> list[int]:
     return [0, *itertools.accumulate(size + (rank < longer) for rank in range(ranks))]
 
 
-class _Exchange(torch.autograd.Function):
-    """Each tensor's rows to the ranks; backward, their gradients the other way, in one fixed order on every rank."""
+class _Trip:
+    """Tensors between ranks: rows out[i][rank] of tensor i leave for each rank, into[i][rank] come.
+
+    Holds what travels until :meth:`arrived`: torch.distributed does not.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, out: tuple[list[int], ...], into: tuple[list[int], ...]
+    ) -> None:
+        self.group, self.out, self.into = group, out, into
+        self.works: list[dist.Work] = []
+        self.sent: list[Tensor] = []
+        self.received: list[Tensor] = []
+        self.returning: _Trip | None = None  # that of the gradients, while they travel
+
+    def back(self) -> "_Trip":
+        """The same the other way round."""
+        return _Trip(self.group, self.into, self.out)
+
+    def leave(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Start, in order. Returns what will be filled by the time that :meth:`arrived` returns."""
+        for rows, out, into in zip(tensors, self.out, self.into, strict=True):
+            # zeros, as anomaly detection looks at what a backward pass returns before it arrives
+            received, rows = rows.new_zeros(sum(into), *rows.shape[1:]), rows.contiguous()
+            wire = _wire(received), _wire(rows)
+            self.works.append(dist.all_to_all_single(*wire, into, out, group=self.group, async_op=True))
+            self.received.append(received)
+            self.sent += wire
+        return tuple(self.received)
+
+    def arrived(self) -> tuple[Tensor, ...]:
+        """What came, once all of it has."""
+        for work in self.works:
+            work.wait()
+        received = tuple(self.received)
+        self.works, self.sent, self.received = [], [], []
+        return received
+
+
+class _Leave(torch.autograd.Function):
+    """Starts the exchange of tensors, and returns them for :class:`_Arrive` alone. Backward: their gradients came."""
 
     @staticmethod
-    def forward(ctx: Any, group: Any, out: tuple[list[int], ...], into: tuple[list[int], ...], *tensors: Tensor) -> Any:
-        ctx.group, ctx.out, ctx.into = group, out, into
-        return tuple(_all_to_all(t, o, i, group) for t, o, i in zip(tensors, out, into, strict=True))
+    def forward(ctx: Any, trip: _Trip, *tensors: Tensor) -> Any:
+        ctx.trip = trip
+        trip.leave(tensors)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        back = (_all_to_all(g, i, o, ctx.group) for g, o, i in zip(gradients, ctx.out, ctx.into, strict=True))
-        return None, None, None, *back
+        ctx.trip.returning.arrived()
+        ctx.trip.returning = None
+        return None, *gradients
 
 
-def _all_to_all(rows: Tensor, out: list[int], into: list[int], group: dist.ProcessGroup | None) -> Tensor:
+class _Arrive(torch.autograd.Function):
+    """Ends the exchange: what came. Backward: starts that of the gradients.
+
+    The backward pass of nodes made between the two lies between theirs, so that it too runs while rows travel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, trip: _Trip, *left: Tensor) -> Any:
+        ctx.trip = trip
+        return trip.arrived()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ctx.trip.returning = ctx.trip.back()
+        return None, *ctx.trip.returning.leave(gradients)
+
+
+def _exchanged(rows: Tensor, trip: _Trip) -> Tensor:
     """rows [Σ out, ...] → [Σ into, ...], those of each rank in the order of the ranks."""
-    received = rows.new_empty(sum(into), *rows.shape[1:])
-    if rows.dtype in (torch.bfloat16, torch.float16):  # gloo does not know every half-precision type, but bytes
-        dist.all_to_all_single(_as_bytes(received), _as_bytes(rows.contiguous()), into, out, group=group)
-    else:
-        dist.all_to_all_single(received, rows.contiguous(), into, out, group=group)
+    (received,) = _Arrive.apply(trip, *_Leave.apply(trip, rows))
     return received
 
 
-def _as_bytes(rows: Tensor) -> Tensor:
+def _all_to_all(rows: Tensor, out: list[int], into: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    """:func:`_exchanged` of what has no gradient."""
+    trip = _Trip(group, (out,), (into,))
+    trip.leave((rows,))
+    (received,) = trip.arrived()
+    return received
+
+
+def _wire(rows: Tensor) -> Tensor:
+    """The same memory in a type that every backend sends: gloo does not know every half-precision one, but bytes."""
+    if rows.dtype not in (torch.bfloat16, torch.float16):
+        return rows
     return rows.view(torch.uint8) if rows.numel() else rows.new_empty(len(rows), 0, dtype=torch.uint8)

@@ -1,6 +1,7 @@
 """The mixture-of-experts layer: route → dispatch → experts → combine."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import get_args
 
 import torch
@@ -78,13 +79,20 @@ class MoE(nn.Module):
             raise ValueError(f"{self.name}: x must have width dim={self.dim}, got {x.shape[-1]}")
         routing = self.route(x, token_ids=token_ids, padding_mask=padding_mask, replay=replay, generator=generator)
         rows = x.reshape(-1, self.dim)
-        y = self.experts(rows, routing)
-        if self.shared is not None:
-            if routing.real is not None:
-                # padding may hold anything, and 0 · NaN in a weight's gradient is NaN
-                rows = rows.masked_fill(~(routing.real | rows.detach().isfinite().all(-1))[:, None], 0.0)
-            y = y + self.shared.forward_one(0, rows)
+        if self.shared is None:
+            y = self.experts(rows, routing)
+        elif getattr(self.experts, "exchanges", False):
+            y = self.experts(rows, routing, meanwhile=partial(self._shared, self.shared, rows, routing))
+        else:
+            y = self.experts(rows, routing) + self._shared(self.shared, rows, routing)
         return y.reshape(x.shape), routing
+
+    @staticmethod
+    def _shared(shared: Experts, rows: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
+        if routing.real is not None:
+            # padding may hold anything, and 0 · NaN in a weight's gradient is NaN
+            rows = rows.masked_fill(~(routing.real | rows.detach().isfinite().all(-1))[:, None], 0.0)
+        return shared.forward_one(0, rows)
 
     def route(
         self,

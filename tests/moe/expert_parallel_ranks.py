@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -95,6 +96,38 @@ def skewed(rank, world):
     assert layer.experts.traffic.returned == (50 * (world - 1) if rank == owner else 0)
 
 
+def overlap(rank, world):
+    """The shared expert runs while rows travel, forward and backward: rank 0 holds its rows back until the last rank
+    has run its own, and its gradients until that has run backward. Nobody ends if any rank waits first."""
+    torch.manual_seed(0)
+    layer = MoE(D, 6, world, TopKRouter(D, world, k=1), shared_hidden=3)
+    shard_experts(layer)
+    store = dist.distributed_c10d._get_default_store()
+    run, send, sends = layer.shared.forward_one, dist.all_to_all_single, []
+
+    def forward_one(expert, rows):
+        y = run(expert, rows)
+        store.set("forward", "")
+        return y
+
+    def held_back(received, rows, *sizes, **options):
+        if rows.dtype == torch.float32:  # rows, their weights, rows back; gradients of rows back, of rows, of weights
+            sends.append(len(sends))
+            if sends[-1] in (0, 4):
+                store.wait(["forward" if sends[-1] == 0 else "backward"], timedelta(seconds=100))
+        return send(received, rows, *sizes, **options)
+
+    if rank == world - 1:
+        layer.shared.forward_one = forward_one
+        layer.shared.up.register_hook(lambda gradient: store.set("backward", ""))
+    if rank == 0 and world > 1:
+        dist.all_to_all_single = held_back
+    y, _ = layer(torch.randn(5, D, requires_grad=True))
+    y.square().sum().backward()
+    dist.all_to_all_single = send
+    assert len(sends) == (6 if rank == 0 and world > 1 else 0)
+
+
 def half_precision(rank, world):
     torch.manual_seed(0)
     layer = MoE(D, 6, 5, TopKRouter(D, 5, k=2))
@@ -136,7 +169,7 @@ def main() -> None:
     rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    for case in (layers, skewed, half_precision, models):
+    for case in (layers, skewed, overlap, half_precision, models):
         case(rank, world)
     dist.destroy_process_group()
 
