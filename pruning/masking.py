@@ -32,13 +32,10 @@ class Masks:
 
         Raises: ValueError if a parameter is missing or has another shape; then nothing has changed."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name, mask in self.kept.items():
+        for name in self.kept:
             if name not in parameters:
                 raise ValueError(f"masks name parameter {name!r}, which the model does not have")
-            if parameters[name].shape != mask.shape:
-                raise ValueError(
-                    f"mask of {name!r} must have shape {list(parameters[name].shape)}, got {list(mask.shape)}"
-                )
+        check_shapes(self.kept, parameters)
         for name, mask in self.kept.items():
             parameter = parameters[name]
             own = own_part(sharded_as(mask.to(parameter.device), parameter))
@@ -99,3 +96,10 @@ class Masks:
             return cls.from_state_dict(load_file(path))
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or cut short ({error}); copy or save it again") from error
+
+
+def check_shapes(masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Raises: ValueError for a mask that has not the shape of the parameter of its name."""
+    for name, mask in masks.items():
+        if parameters[name].shape != mask.shape:
+            raise ValueError(f"mask of {name!r} must have shape {list(parameters[name].shape)}, got {list(mask.shape)}")

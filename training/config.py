@@ -227,7 +227,7 @@ def _check(config: RunConfig) -> None:
         raise ValueError(f"train.accumulation must divide batch={train.batch}, got {train.accumulation}")
     if config.model.max_length is not None and config.model.max_length < data.length:
         raise ValueError(f"model.max_length must be at least data.length={data.length}, got {config.model.max_length}")
-    check_sparsify(config.sparsify)
+    check_sparsify(config.sparsify, steps=train.steps)
     if train.compile and config.sparsify.method == "variational":
         raise ValueError("train.compile must be false for sparsify.method='variational', whose hooks it would skip")
     _check_optim(optim)

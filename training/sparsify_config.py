@@ -12,6 +12,8 @@ SparsifyMethod = Literal[
 ]  # fmt: skip
 # These find their sparsity; `strength` is what they are asked.
 FINDING = ("soft_movement", "l0", "l0_units", "str", "variational", "variational_units", "proximal", "group_proximal")
+# These do something every `every` steps, before the step at which they rest.
+UPDATING = ("set", "rigl", "snfs", "dsr", "preferential", "nest", "lc")
 STRONG = (*FINDING, "lc", "l1", "hoyer_square", "group_lasso", "sigmoid_units", "softplus_units", "polarized_units")
 
 
@@ -62,8 +64,8 @@ class SparsifyConfig:
     optim.warmup steps again, or the rate's schedule starting again after its warm-up (Renda et al. 2020)."""
 
 
-def check_sparsify(config: SparsifyConfig) -> None:
-    """Raises: ValueError, naming the field, its bound and its value."""
+def check_sparsify(config: SparsifyConfig, *, steps: int) -> None:
+    """steps: of the training. Raises: ValueError, naming the field, its bound and its value."""
     if not 0 <= config.sparsity < 1:
         raise ValueError(f"sparsify.sparsity must be in [0, 1), got {config.sparsity}")
     if not 0 < config.fraction <= 1:
@@ -82,3 +84,9 @@ def check_sparsify(config: SparsifyConfig) -> None:
         raise ValueError(f"sparsify.gate_lr must be positive, got {config.gate_lr}")
     if config.rate != "keep" and config.method not in ("magnitude", "movement", "feedback"):
         raise ValueError(f"sparsify.rate must be 'keep' for method={config.method!r}, got {config.rate!r}")
+    rest = steps if config.method == "lc" else config.end or max(1, steps * 3 // 4)
+    if config.method in UPDATING and config.sparsity and 1 < config.every >= rest:
+        raise ValueError(
+            f"sparsify.every must be < {rest}, the step at which method={config.method!r} rests in a training of"
+            f" {steps} steps, got {config.every}: it would never update"
+        )

@@ -32,7 +32,8 @@ class DynamicSparsity(ABC):
     fraction: share of the active connections that an update drops at step 0; it falls as a half cosine to 0 at ``stop``
     (None: it stays). Stacked experts are taken expert by expert. generator: draws on the CPU; give every rank the same
     seed. weights: parameter names, None is `prunable_weights`.
-    Raises: ValueError for a sparsity outside [0, 1), a fraction outside (0, 1], every < 1 or stop < 1.
+    Raises: ValueError for a sparsity outside [0, 1), a fraction outside (0, 1], every < 1 or stop < 1, every ≥ stop (no
+    update would ever come), weights that are frozen or shared by two layers, and a sparsity that leaves a matrix empty.
     """
 
     def __init__(
@@ -53,14 +54,17 @@ class DynamicSparsity(ABC):
         for name, value in (("every", every), ("stop", stop)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
+        if stop is not None and 1 < every >= stop:
+            raise ValueError(f"every must be < stop={stop}, or no update would come, got {every}")
         self.model, self.sparsity, self.every, self.stop, self.fraction = model, sparsity, every, stop, fraction
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.step = 0
-        self._weights = prunable_weights(model, weights)
+        self._weights = growable_weights(model, weights)
         self._masks = Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in self._weights.items()})
         allocation = erk if allocation is None else allocation
         noise = {name: self._uniform(part) for name, part in matrices(self._weights).items()}
         counts = allocation(noise, sparsity)
+        check_counts(noise, counts, sparsity)
         for name, mask in matrices(self._masks.kept).items():
             mask.copy_(self.initial(name, noise[name], counts[name]))
         self._masks.apply(model)
@@ -169,6 +173,34 @@ class DynamicSparsity(ABC):
     def _uniform(self, like: Tensor) -> Float[Tensor, "..."]:
         """Uniform on [0, 1), drawn on the CPU so that a seed means the same on every device."""
         return torch.rand(like.shape, generator=self.generator).to(like.device)
+
+
+def growable_weights(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
+    """`prunable_weights`, each of which trains and is one layer's own, as growth by its gradient needs.
+
+    Raises: as `prunable_weights`; ValueError for a frozen weight, and one that the model holds under two names."""
+    chosen = prunable_weights(model, names)
+    held: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        held.setdefault(id(parameter), []).append(name)
+    for name, weight in chosen.items():
+        if not weight.requires_grad:
+            raise ValueError(f"connections grow in weights that train, got {name!r} with requires_grad=False: "
+                             "leave it out with weights=")  # fmt: skip
+        if len(held[id(weight)]) > 1:
+            raise ValueError(f"connections grow in weights of one layer, got one shared by {held[id(weight)]}: "
+                             "leave it out with weights=")  # fmt: skip
+    return chosen
+
+
+def check_counts(scores: Mapping[str, Tensor], removed: Mapping[str, int], sparsity: float) -> None:
+    """Raises: ValueError naming a matrix that loses all its weights."""
+    for name, score in scores.items():
+        if 0 < score.numel() <= removed[name]:
+            raise ValueError(
+                f"a sparsity of {sparsity:g} leaves {name!r} {list(score.shape)} without a connection: lower it, or "
+                "pass allocation=min_density(erk)"
+            )
 
 
 def lowest_active(weight: Tensor, mask: Bool[Tensor, "..."], count: int) -> Bool[Tensor, "..."]:

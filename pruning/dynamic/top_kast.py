@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pruning.allocation import Allocation, erk
-from pruning.masking import Masks
+from pruning.dynamic.base import check_counts, growable_weights
+from pruning.masking import Masks, check_shapes
 from pruning.sparsifier import select_masks
 from pruning.structure import check_fraction
-from pruning.weights import prunable_weights
+from pruning.weights import matrices
 
 
 @final
@@ -31,7 +32,8 @@ class TopKAST:
     >>> method.before_step(optimizer); optimizer.step(); method.after_step(optimizer)
     >>> method.finish()    # the zeros go into the weights
 
-    Raises: ValueError unless 0 ≤ backward_sparsity ≤ sparsity < 1, every ≥ 1 and penalty ≥ 0.
+    Raises: ValueError unless 0 ≤ backward_sparsity ≤ sparsity < 1, every ≥ 1 and penalty ≥ 0; for weights that are
+    frozen or shared by two layers, and a sparsity that leaves a matrix empty.
     """
 
     def __init__(
@@ -56,9 +58,11 @@ class TopKAST:
         self.model, self.sparsity, self.backward_sparsity = model, sparsity, backward
         self.every, self.penalty, self.step = every, penalty, 0
         self.allocation = erk if allocation is None else allocation
-        self._weights = prunable_weights(model, weights)
+        self._weights = growable_weights(model, weights)
         self._resting: dict[str, Tensor] = {}
         self._choose()
+        parts = matrices(self._forward.kept)
+        check_counts(parts, {name: int((~mask).sum()) for name, mask in parts.items()}, sparsity)
 
     @contextmanager
     def parametrise(self) -> Iterator[None]:
@@ -115,6 +119,7 @@ class TopKAST:
         if masks.keys() != self._weights.keys():
             odd = sorted(masks.keys() ^ self._weights.keys())
             raise ValueError(f"masks must be those of the model's {len(self._weights)} weights, got {odd[0]!r} besides")
+        check_shapes(masks, self._weights)
         return Masks.from_state_dict({name: mask.to(self._weights[name].device) for name, mask in masks.items()})
 
     def _choose(self) -> None:
