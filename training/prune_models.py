@@ -113,7 +113,10 @@ def load_model(source: Source, *, dtype: str, device: torch.device) -> nn.Module
     transformers = _transformers()
     if source.file is not None:
         asked = asked or torch.float32
-        model = transformers.AutoModelForCausalLM.from_pretrained(source.folder, gguf_file=source.file, dtype=asked)
+        plain = transformers.GgufConfig(dequantize=True)  # transformers may keep weights packed, which has no zeros
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source.folder, gguf_file=source.file, dtype=asked, quantization_config=plain
+        )
     elif _pruned_before(source.folder):
         model = load_pruned(source.folder, dtype=asked)
     else:
