@@ -244,7 +244,8 @@ class GatherPiece:
         """Store one row for each query of the piece."""
         heads = slice(self.heads.start * groups, self.heads.stop * groups)
         by_block = value.unflatten(2, (-1, groups, self.block)).flatten(1, 2).transpose(1, 2).flatten(0, 1)
-        _blocks(x[self.batch, heads], self.block)[:, self.gather.rows.flatten()] = by_block.to(x.dtype)
+        index = self.gather.rows.flatten().to(x.device)
+        _blocks(x[self.batch, heads], self.block).index_copy_(1, index, by_block.to(x.dtype))
 
 
 Piece = StripPiece | GatherPiece | ThinPiece

@@ -29,7 +29,7 @@ HEIGHTS, CALL, COPY = (4, 8, 16, 32), 4.0, 0.5
 # Fewer keys than this do not get a call of their own.
 FEW = 64
 # A band this many times as large as the rest is computed by itself.
-BY_FAR = 3
+BY_FAR = 2.5
 # Queries of a list of rows; entries of the largest mask; the smallest step between single keys.
 ROWS, LARGEST, LEAST_STEP = 64, 1 << 24, 16
 
