@@ -49,7 +49,8 @@ class PruneArguments:
     structure: str | None = None
     """'2:4' (or another n:m, which implies the sparsity), 'block 16x16', 'row', 'column'; single weights if absent."""
     allocation: str | None = None
-    """How the zeros are shared out: uniform, global, erk, lamp, owl, sensitivity; the method's own if left out."""
+    """How the zeros are shared out: uniform, global, erk, lamp, owl, sensitivity; for methods that go layer by layer
+    uniform or loss; the method's own if left out."""
     scope: Literal["layerwise", "global"] | None = None
     """An older name: 'layerwise' is --allocation uniform, 'global' --allocation global."""
     heads: float = 0.0
@@ -178,16 +179,20 @@ def _check_weights(arguments: PruneArguments) -> None:
     allocation = default_allocation(method, arguments.chosen_allocation, structure)
     if method in CALIBRATED:
         _check_calibrated(method, allocation, structure)
+    elif allocation == "loss":
+        raise ValueError(f"--allocation loss goes with --method {', '.join(CALIBRATED)}, got {method!r}")
     else:
         check_pair(method, allocation, structure, None, None)
 
 
 def _check_calibrated(method: str, allocation: object, structure: str | None) -> None:
-    if allocation != "uniform":
-        raise ValueError(f"--method {method} compares weights inside a layer: --allocation must be uniform, "
+    if allocation not in ("uniform", "loss"):
+        raise ValueError(f"--method {method} compares weights inside a layer: --allocation must be uniform or loss, "
                          f"got {allocation!r}")  # fmt: skip
     if structure is None:
         return
+    if allocation == "loss":
+        raise ValueError(f"--structure {structure} fixes every matrix's sparsity: --allocation must be uniform")
     named_structure(structure)
     if ":" not in structure:
         raise ValueError(f"--method {method} chooses weights or n:m groups: --structure must be n:m, got {structure!r}")

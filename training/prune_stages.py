@@ -100,7 +100,7 @@ def prune_weights(
     if arguments.method in CALIBRATED:
         report = prune_calibrated(
             model, batches, method=arguments.method, sparsity=arguments.sparsity, structure=arguments.structure,
-            weights=names, progress=progress, journal=journal,
+            allocation=arguments.chosen_allocation or "uniform", weights=names, progress=progress, journal=journal,
         )  # fmt: skip
         return Weights(report.masks, report.matrices)
     device = next(model.parameters()).device
