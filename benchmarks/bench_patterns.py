@@ -12,7 +12,8 @@ left out. Freed memory is kept in the heap for every contender, as in training.
 import argparse
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
 
 import torch
@@ -104,10 +105,10 @@ def bench(length: int, names: list[str], *, rounds: int, peer: bool) -> None:
     chosen = {name: pattern for name, pattern in patterns(length).items() if name in names}
     errors = {name: gate(name, inputs, grad) for name in chosen}
     runs: dict[str, Callable[[], Tensor]] = {"sdpa_causal": lambda: sdpa(q, k, v, is_causal=True)}
-    runs |= {name: (lambda one=pattern: attend(q, k, v, pattern=one)) for name, pattern in chosen.items()}
+    runs |= {name: partial(attend, q, k, v, pattern=pattern) for name, pattern in chosen.items()}
     if peer and importlib.util.find_spec("local_attention"):
         runs["local_attention"] = local_attention(q, k, v)
-    contests = {
+    contests: dict[str, Mapping[str, Callable[[], object]]] = {
         "forward": {name: forward_only(run) for name, run in runs.items()},
         "forward+backward": {name: forward_backward(run, inputs, grad) for name, run in runs.items()},
     }
