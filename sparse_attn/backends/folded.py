@@ -6,6 +6,7 @@ the output and the log-sum-exp are kept: memory is linear in the length. The bac
 the log-sum-exp known, the probability is one exp and its gradient one product (as FlashAttention-2, arXiv:2307.08691).
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from sparse_attn.backends.flash import flash_backward, flash_forward
 from sparse_attn.backends.pieces import Piece, tiles_of
 from sparse_attn.backends.plan import Plan
+from sparse_attn.backends.remainders import join, split
 from sparse_attn.backends.scoring import Scoring
 from sparse_attn.backends.work import BITS, Work
 
@@ -36,9 +38,34 @@ def folded(
     bf16 and fp16 are computed in float32 and rounded once. Dropout draws one seed from torch's generator, so it obeys
     ``torch.manual_seed`` and repeats under activation checkpointing.
     """
+    if plan.inner is not None:
+        return _by_remainder(q, k, v, *plan.inner, scoring=scoring, key_mask=key_mask, dropout=dropout)
     seed = int(torch.randint(2**62, ())) if dropout else 0
     with torch.autocast(q.device.type, enabled=False):
         return _Folded.apply(q, k, v, key_mask, plan, scoring, dropout, seed)
+
+
+def _by_remainder(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step: int,
+    plan: Plan,
+    *,
+    scoring: Scoring,
+    key_mask: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """Every remainder of the positions by ``step`` for itself, as heads; as sequences where a mask tells them apart."""
+    axis = 1 if key_mask is None else 0
+    slopes = scoring.slopes
+    if slopes is not None:  # distances are step times as long
+        slopes = step * (slopes.repeat(step) if axis == 1 else slopes)
+    rows, keys, values = (split(x, step, axis) for x in (q, k, v))
+    mask = None if key_mask is None else split(key_mask[:, None, :, None], step, axis)[:, 0, :, 0]
+    inner = replace(scoring, slopes=slopes)
+    out, lse = folded(rows, keys, values, plan, scoring=inner, key_mask=mask, dropout=dropout)
+    return join(out, step, axis), join(lse[..., None], step, axis).squeeze(-1)
 
 
 class _Folded(torch.autograd.Function):

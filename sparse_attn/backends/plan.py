@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sparse_attn.backends.clusters import Gather, gathers
+from sparse_attn.backends.remainders import by_remainder
 from sparse_attn.backends.thin import Thin
 from sparse_attn.backends.thinning import divide
 from sparse_attn.layout import BlockLayout
@@ -64,6 +65,8 @@ class Plan:
     gathers: tuple[Gather, ...]
     late: tuple[Gather, ...]
     thin: tuple[Thin, ...]
+    # Where keys are seen at multiples of a step only: the step and the plan of one remainder, instead of all the above.
+    inner: "tuple[int, Plan] | None" = None
 
     @property
     def merges(self) -> bool:
@@ -82,6 +85,9 @@ def make_plan(layout: BlockLayout) -> Plan:
 
     Before that, what is cheaper by single queries and keys, or lies beside a regular band, is taken out.
     """
+    step, remainder = by_remainder(layout)
+    if step > 1:
+        return Plan(layout, (), (), (), (), (step, make_plan(remainder)))
     parts = divide(layout)
     strips, loose = _blocks(parts.regular)
     late = () if parts.lone is None else gathers(parts.lone, parts.lone.row_start.diff().nonzero().flatten())
