@@ -119,7 +119,7 @@ def test_a_model_without_any_head_left_says_so():
     model = build()
     shrink(model, model.prunable_axes(), {axis.name: [] for axis in heads(model)})
     assert model(ids()).logits.isfinite().all()
-    with pytest.raises(ValueError, match="kind 'head', got kinds \\['layer', 'neuron'\\]"):
+    with pytest.raises(ValueError, match="kind 'head', got kinds \\['layer', 'neuron', 'width'\\]"):
         head_importance(model, [ids()])
 
 
