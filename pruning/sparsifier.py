@@ -28,8 +28,8 @@ from pruning.masking import Masks
 from pruning.saliency.data_free import magnitude
 from pruning.schedules import Schedule
 from pruning.sharding import sharded_as
-from pruning.structure import Structure, named_structure, unstructured
-from pruning.weights import prunable_weights
+from pruning.structure import Structure, check_fraction, named_structure, unstructured
+from pruning.weights import check_values, prunable_weights
 
 
 def sparsify(
@@ -65,8 +65,12 @@ def sparsify(
     Counts are exact under ties, where the earlier position goes first; weights that are 0 already go before all others.
     weights: parameter names; None is `prunable_weights`. Keep the masks through fine-tuning with `Masks.apply`.
     Raises: ValueError for unknown words, with the nearest; a sparsity outside [0, 1) or at odds with the structure; a
-    method that needs calibration without it; two choices that do not go together; as the method itself."""
+    method that needs calibration without it; two choices that do not go together; a model on the meta device; as the
+    method itself."""
     check_name("method", method, METHODS)
+    if sparsity is not None:
+        check_fraction("sparsity", sparsity)
+    check_values(prunable_weights(model, weights))
     chosen_allocation = default_allocation(method, allocation, structure)
     if method in CALIBRATED:
         batches = _calibrated(method, chosen_allocation, structure, rounds, calibration, loss)
@@ -166,6 +170,7 @@ class Sparsifier:
         self.structure = named_structure(structure) if isinstance(structure, str) else structure
         self.step, self.sparsity = 0, 0.0
         self._weights = prunable_weights(model, weights)
+        check_values(self._weights)
         self._masks = Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in self._weights.items()})
         self._advance()
 

@@ -49,9 +49,13 @@ def unstructured(scores: Float[Tensor, "..."], count: int) -> Bool[Tensor, "..."
     return keep.view(scores.shape)
 
 
+def _check_numbers(scores: Tensor) -> None:
+    if torch.isnan(scores).any():
+        raise ValueError(f"scores must not be NaN, got {int(torch.isnan(scores).sum())} of {scores.numel()}")
+
+
 def _threshold(flat: Float[Tensor, "n"], count: int) -> Float[Tensor, ""]:
-    if torch.isnan(flat).any():
-        raise ValueError(f"scores must not be NaN, got {int(torch.isnan(flat).sum())} of {flat.numel()}")
+    _check_numbers(flat)
     # kthvalue is not implemented for half precision everywhere
     return flat.to(torch.promote_types(flat.dtype, torch.float32)).kthvalue(count).values.to(flat.dtype)
 
@@ -60,7 +64,7 @@ def n_of_m(n: int, m: int, *, dim: int = -1) -> Structure:
     """Keep the n largest of every m consecutive scores along `dim` (the input dimension); of equal scores the earlier
     go first. The count that the structure is called with must be the one it implies, (m − n)/m of the scores.
 
-    Raises: ValueError unless 0 < n < m, m divides the dimension, and the count fits."""
+    Raises: ValueError unless 0 < n < m, m divides the dimension, the count fits and no score is NaN."""
     if not 0 < n < m:
         raise ValueError(f"n of m must satisfy 0 < n < m, got {n}:{m}")
 
@@ -70,6 +74,7 @@ def n_of_m(n: int, m: int, *, dim: int = -1) -> Structure:
         implied = scores.numel() // m * (m - n)
         if count != implied:
             raise ValueError(f"{n}:{m} removes {implied} of {scores.numel()} weights, got count {count}")
+        _check_numbers(scores)
         groups = scores.movedim(dim, -1).unflatten(-1, (-1, m))
         order = groups.argsort(dim=-1, stable=True)
         keep = torch.ones_like(groups, dtype=torch.bool).scatter(-1, order[..., : m - n], False)

@@ -27,6 +27,13 @@ def prunable_weights(model: nn.Module, names: Sequence[str] | None = None) -> di
     return found
 
 
+def check_values(weights: Mapping[str, Tensor]) -> None:
+    """Raises: ValueError naming a weight on the meta device, which has a shape and no values."""
+    for name, weight in weights.items():
+        if weight.is_meta:
+            raise ValueError(f"weights must hold values, got {name!r} on the meta device: load the model first")
+
+
 def _named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in names:

@@ -14,7 +14,7 @@ from pruning.allocation import Allocation, erk
 from pruning.dynamic.sparse_adamw import SparseAdamW
 from pruning.masking import Masks
 from pruning.structure import check_fraction, unstructured
-from pruning.weights import matrices, prunable_weights
+from pruning.weights import check_values, matrices, prunable_weights
 
 
 class DynamicSparsity(ABC):
@@ -180,6 +180,7 @@ def growable_weights(model: nn.Module, names: Sequence[str] | None) -> dict[str,
 
     Raises: as `prunable_weights`; ValueError for a frozen weight, and one that the model holds under two names."""
     chosen = prunable_weights(model, names)
+    check_values(chosen)
     held: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         held.setdefault(id(parameter), []).append(name)

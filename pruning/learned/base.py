@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from pruning.masking import Masks, check_shapes
-from pruning.weights import prunable_weights
+from pruning.weights import check_values, prunable_weights
 
 
 class LearnedSparsity(ABC):
@@ -35,8 +35,8 @@ class LearnedSparsity(ABC):
     In training mode (``model.training`` on entry) f may draw noise, from ``generator`` on the CPU, the same for all
     that enters in one step; in evaluation it is deterministic. gate_lr: factor on the learning rate for φ, in
     ``lr_factor`` and applied to ``lr`` by whoever sets rates. Ranks that hold the same weights and average their
-    gradients stay alike, given the same seed. Raises: ValueError for a gate_lr or strength below 0, and for sharded
-    weights.
+    gradients stay alike, given the same seed. Raises: ValueError for a gate_lr or strength below 0, and for weights
+    that are frozen (without a gradient their gates would stay where they are), sharded or on the meta device.
     """
 
     def __init__(
@@ -56,7 +56,11 @@ class LearnedSparsity(ABC):
         self._drawn_from = self.generator.get_state()
         self._noise: dict[str, Tensor] = {}
         self._weights = prunable_weights(model, weights)
+        check_values(self._weights)
         for name, weight in self._weights.items():
+            if not weight.requires_grad:
+                raise ValueError(f"{type(self).__name__} learns from the gradients of the weights, got {name!r} with "
+                                 "requires_grad=False: leave it out with weights=")  # fmt: skip
             if isinstance(weight, DTensor):
                 raise ValueError(
                     f"weights must be whole on every rank, got shards of {name!r}: train with shard='none'"

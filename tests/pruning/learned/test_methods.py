@@ -366,3 +366,14 @@ def test_what_several_processes_cannot_train_is_refused(tmp_path, monkeypatch):
 def test_bad_options(make, message):
     with unchecked(), pytest.raises(ValueError, match=message):
         make(net())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_frozen_weights_and_a_model_without_values_are_named(name):
+    model = net()
+    first = next(iter(METHODS[name](net()).masks().kept))
+    model.get_parameter(first).requires_grad_(False)
+    with pytest.raises(ValueError, match=f"got '{first}' with requires_grad=False: leave it out"):
+        METHODS[name](model)
+    with pytest.raises(ValueError, match=f"got '{first}' on the meta device: load the model first"):
+        METHODS[name](net().to("meta"))
