@@ -40,6 +40,9 @@ class SparsifyConfig:
     fraction: float = 0.3
     """Share of the connections that an update of set, rigl, snfs, dsr or preferential moves; of the weights that one
     evaluation of 'generalization' prunes at most."""
+    when: Literal["low", "high"] = "low"
+    """At which generalisation loss 'generalization' prunes most: 'low', while the held-out loss is the best so far, so
+    that the sparsity is reached; 'high', the further it is above its best (Prechelt 1997), the sparsity as a bound."""
     topology: Literal["random", "banded", "local", "block_diagonal", "small_world"] = "random"
     """How 'static' lays its connections out."""
     attack: float = 0.05

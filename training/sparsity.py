@@ -174,7 +174,9 @@ def _asked(config: SparsifyConfig, model: Transformer, steps: int) -> Method:
         "lc": lambda: LearningCompression(
             model, every=config.every, mu=1e-3 if config.strength is None else config.strength, **asked
         ),
-        "generalization": lambda: GeneralizationDriven(model, begin=config.begin, most=config.fraction, **asked),
+        "generalization": lambda: GeneralizationDriven(
+            model, begin=config.begin, most=config.fraction, when=config.when, **asked
+        ),
         "l1": lambda: Regularized(model, penalty=l1, **shrinking),
         "hoyer_square": lambda: Regularized(model, penalty=hoyer_square, **shrinking),
         "group_lasso": lambda: Regularized(model, penalty=partial(group_lasso, axes=_units(model)), **shrinking),

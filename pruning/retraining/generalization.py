@@ -24,8 +24,8 @@ def generalization_loss(held_out: float, best: float) -> float:
 
 
 def pruning_share(loss: float, *, most: float, alpha: float, when: Literal["low", "high"]) -> float:
-    """most / (1 + α GL) where pruning waits for recovery ("low"), most · (1 − 1 / (1 + α GL)) where it fights
-    overfitting, as Prechelt's lprune does ("high"); between 0 and ``most``.
+    """most · (1 − 1 / (1 + α GL)) where pruning fights overfitting, as Prechelt's lprune does ("high");
+    most / (1 + α GL) where it waits for recovery, which is not his ("low"); between 0 and ``most``.
 
     >>> pruning_share(0.0, most=0.2, alpha=2.0, when="low"), pruning_share(0.5, most=0.2, alpha=2.0, when="high")
     (0.2, 0.1)
@@ -39,10 +39,11 @@ class GeneralizationDriven(LearnedSparsity):
     """After each evaluation a share of the remaining weights goes, the smallest, as the generalisation loss says.
 
     Call ``observe(held_out_loss)`` at each evaluation (the trainer does). GL(t) = 100 · (E_va / E_opt − 1), E_opt the
-    lowest held-out loss so far, and the share is :func:`pruning_share`: with ``when="low"`` up to ``most`` while the
-    model generalises as well as ever, less while it recovers; with ``when="high"`` Prechelt's, more the more it
-    overfits (α = 2; his ``most`` is 2/3 of the mean importance, here a share of weights). What is pruned stays pruned,
-    up to ``sparsity``; weights are compared as ``allocation`` counts them.
+    lowest held-out loss so far, and the share is :func:`pruning_share`: with ``when="high"`` Prechelt's, more the more
+    the model overfits (α = 2; his ``most`` is 2/3 of the mean importance, here a share of weights), and nothing while
+    the held-out loss still falls, so that ``sparsity`` is a bound and may not be reached; with ``when="low"`` up to
+    ``most`` while the model generalises as well as ever, less while it recovers. What is pruned stays pruned, up to
+    ``sparsity``; weights are compared as ``allocation`` counts them.
     Raises: as :class:`LearnedSparsity`; ValueError for a sparsity outside [0, 1), most outside (0, 1), alpha < 0,
     another when, or a held-out loss that is not positive.
     """
@@ -54,7 +55,7 @@ class GeneralizationDriven(LearnedSparsity):
         sparsity: float,
         most: float = 0.2,
         alpha: float = 2.0,
-        when: Literal["low", "high"] = "low",
+        when: Literal["low", "high"] = "high",
         begin: int = 0,
         allocation: Allocation = global_ranking,
         weights: Sequence[str] | None = None,

@@ -152,7 +152,7 @@ def test_the_generalisation_loss_drives_the_pruning():
     assert pruning_share(0.0, most=0.2, alpha=2.0, when="low") == 0.2
     assert pruning_share(0.0, most=0.2, alpha=2.0, when="high") == 0.0
     model = net()
-    method = GeneralizationDriven(model, sparsity=0.5, most=0.3, alpha=2.0, begin=1)
+    method = GeneralizationDriven(model, sparsity=0.5, most=0.3, alpha=2.0, when="low", begin=1)
     method.observe(2.0)
     assert method.masks().zeros == 0
     optimizer = make_optimizer(model, method)
