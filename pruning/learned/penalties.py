@@ -41,7 +41,7 @@ def group_lasso(weights: Mapping[str, Tensor], *, axes: Sequence[Axis]) -> Float
 def polarization(gates: Mapping[str, Tensor], *, t: float = 1.2) -> Float[Tensor, ""]:
     """t · Σ |γ| − Σ |γ − γ̄|, γ̄ the mean over all gates: draws some to 0 and others to one value above it.
 
-    Zhuang et al. 2020, Neuron-level structured pruning using polarization regularizer (NeurIPS 2020), eq. 3; larger t
+    Zhuang et al. 2020, Neuron-level structured pruning using polarization regularizer (NeurIPS 2020), eq. 2; larger t
     draws more to 0. γ ≥ 0."""
     every = torch.cat([gate.reshape(-1) for gate in gates.values()])
     return t * every.abs().sum() - (every - every.mean()).abs().sum()
