@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def train(
     with (
         joined(
             environment, device=config.train.device, expert_parallel=settings.expert_parallel,
-            timeout_s=settings.timeout_s,
+            timeout_s=settings.timeout_s, agree=partial(require_same_config, flat(to_dict(config))),
         ) as world,
         one_clear_error(timeout_s=settings.timeout_s, advice=advice),
     ):  # fmt: skip
@@ -87,7 +88,6 @@ def train(
             seed=config.seed,
         )  # fmt: skip
         with closing(ranks) as parallel:
-            require_same_config(flat(to_dict(config)), parallel.gathered)
             config = on_device(config, world, parallel.gathered)
             return _train(config, start, parallel=parallel, console=console)
 

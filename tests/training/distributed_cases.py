@@ -9,10 +9,13 @@ from pruning import Sparsifier, global_ranking
 from pruning.dynamic import RigL
 from tests.training.models import small_data
 from training.config import OptimConfig, TrainConfig
+from training.data import Batch
 from training.optim import local
-from training.parallel import Parallel
+from training.parallel import Alone, Parallel
+from training.step import SideLosses, StepOutput
 from training.trainer import Trainer
 from transformer import DenseConfig, MoEConfig, Transformer, TransformerConfig
+from transformer.layer_config import ROUTERS
 
 STEPS = 5
 # name: (feed-forward, settings of [train])
@@ -21,6 +24,18 @@ RUNS: dict[str, tuple[DenseConfig | MoEConfig, dict[str, Any]]] = {
     "moe": (MoEConfig(hidden=8, num_experts=6, k=2, shared_hidden=8), {"aux_scope": "global", "aux": 0.1}),
     "sigmoid": (MoEConfig(hidden=8, num_experts=4, k=2, router="sigmoid"), {"aux": 0.0, "accumulation": 2}),
 }
+# one run for each router; ranks route their own tokens, as one process does its micro-batches
+ROUTED = {f"router-{name}": name for name in ROUTERS}
+RUNS |= {
+    run: (
+        MoEConfig(
+            hidden=8, num_experts=4, k=1 if name in ("switch", "base") else 2, router=name, shared_hidden=4,
+            capacity_factor=1.0 if name in ("switch", "top_2") else None, allow_future=name == "expert_choice",
+        ),
+        {"aux": 0.05},
+    )
+    for run, name in ROUTED.items()
+}  # fmt: skip
 # runs in a world of so many ranks: (name, expert_parallel, shard)
 LAYOUTS = {
     1: [("moe", 1, "none")],
@@ -31,7 +46,9 @@ LAYOUTS = {
         ("moe", 2, "none"),
         ("moe", 2, "fsdp"),
         ("sigmoid", 2, "none"),
+        *((run, 2, "none") for run in ROUTED),
     ],
+    3: [("dense", 1, "fsdp"), ("moe", 3, "none")],
     4: [("moe", 2, "fsdp"), ("moe", 4, "none"), ("sigmoid", 2, "none")],
 }
 
@@ -54,14 +71,26 @@ def make_trainer(
 ) -> Trainer:
     """A trainer of STEPS steps of 24 sequences; sparsifiers: a function of the placed model."""
     model = make_model(name)
-    if parallel is not None:
-        parallel.place(model)
+    parallel = parallel or Alone()
+    parallel.place(model)
+    noise_of_rows(parallel)
     defaults = {"steps": STEPS, "batch": 24, "dtype": "float32", "eval_every": 100, "save_every": 100, "device": "cpu"}
     return Trainer(
         model, small_data(), out=out, length=16, optim=OptimConfig(lr=0.01, warmup=2),
         train=TrainConfig(**(defaults | RUNS[name][1] | settings)), parallel=parallel,
         sparsifiers=[] if sparsifiers is None else sparsifiers(model),
     )  # fmt: skip
+
+
+def noise_of_rows(parallel: Parallel) -> None:
+    """What a router draws depends on the rows, whichever process has them."""
+    run = parallel.forward
+
+    def forward(model: Transformer, batch: Batch, side: SideLosses) -> StepOutput:
+        torch.manual_seed(int(batch.inputs.sum()))
+        return run(model, batch, side)
+
+    parallel.forward = forward  # type: ignore[method-assign]
 
 
 def magnitude_pruner(model: Transformer) -> list[Sparsifier]:

@@ -1,27 +1,41 @@
-"""The command, with a fault of rank 1 in its first life: FAULT=kill python -m tests.training.faulty_rank train …"""
+"""The command, with faults of rank 1: FAULT=kill python -m tests.training.faulty_rank train …
+
+kill: it is slow in one step and dies in mid-step in its first life, in mid-checkpoint in its second. stop: it hangs.
+nan: its loss is not a number.
+"""
 
 import dataclasses
 import os
 import signal
 import sys
+import time
 
 import torch
 
 from training.cli import main
-from training.distributed import Ranks
+from training.distributed import Ranks, checkpoint
 
-STEP = 8  # the one that fails
-take_rows, run_forward = Ranks.rows, Ranks.forward
+SLOW, STEP = 3, 8  # the step that takes long, and the one that fails
+take_rows, run_forward, name_part = Ranks.rows, Ranks.forward, checkpoint.own_file
 steps = 0
 
 
 def rows(self, batch):
-    """Die, or stop for ever, after this rank's rows are chosen and before it meets the others."""
+    """Sleep, die, or stop for ever, after this rank's rows are chosen and before it meets the others."""
     global steps
     steps += 1
-    if steps == STEP and fault in ("kill", "stop"):
+    if steps == SLOW and fault == "kill":
+        time.sleep(3)
+    if steps == STEP and life == 0 and fault in ("kill", "stop"):
         os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
     return take_rows(self, batch)
+
+
+def own_file(rank):
+    """Die when the tensors of this rank are on the disk, and the rest is not."""
+    if life == 1 and fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return name_part(rank)
 
 
 def forward(self, model, batch, side):
@@ -31,7 +45,7 @@ def forward(self, model, batch, side):
 
 
 if __name__ == "__main__":
-    first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    fault = os.environ.get("FAULT", "") if os.environ["RANK"] == "1" and first_life else ""
-    Ranks.rows, Ranks.forward = rows, forward
-    main([*sys.argv[1:], *(["--seed", "7"] if fault == "seed" else [])])
+    life = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    fault = os.environ["FAULT"] if os.environ["RANK"] == "1" else ""
+    Ranks.rows, Ranks.forward, checkpoint.own_file = rows, forward, own_file
+    main(sys.argv[1:])

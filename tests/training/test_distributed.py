@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.tolerances import close
-from tests.training.distributed_cases import LAYOUTS, RUNS, STEPS, make_trainer, without_clock
+from tests.training.distributed_cases import LAYOUTS, ROUTED, RUNS, STEPS, make_trainer, without_clock
 from tests.training.spawning import spawn
 
 EXACT = ("step", "tokens", "lr", "loads", "dropped")
@@ -21,7 +21,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[dict
     """Metrics, held-out loss before the last step, and last weights of every run in one process."""
     found = {}
     for name in RUNS:
-        trainer = make_trainer(name, tmp_path_factory.mktemp(name))
+        apart = {"accumulation": 2} if name in ROUTED else {}
+        trainer = make_trainer(name, tmp_path_factory.mktemp(name), **apart)
         lines = [without_clock(trainer.train_step()) for _ in range(STEPS - 1)]
         held_out = trainer.evaluate().loss
         lines.append(without_clock(trainer.train_step()))
@@ -29,7 +30,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[dict
     return found
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_ranks_train_as_one_process(world: int, tmp_path: Path, alone: Any) -> None:
     spawn("tests.training.distributed_ranks", world, tmp_path, "runs")
     for name, expert_parallel, shard in LAYOUTS[world]:

@@ -75,7 +75,7 @@ def test_damage_and_another_model_are_refused(saved: Path, tmp_path: Path) -> No
     name, _, shard = SAVED[0]
     folder = tmp_path / "step-00000003"
     shutil.copytree(saved / f"{name}-{shard}" / CHECKPOINTS / folder.name, folder)
-    with pytest.raises(ValueError, match="is of another shape: layers.0.feedforward"):
+    with pytest.raises(ValueError, match="is of another shape: layers.0.feedforward.gate.weight is absent"):
         make_trainer("dense", tmp_path / "out").resume(folder)
     part = next(folder.glob("__1_*.distcp"))
     part.write_bytes(part.read_bytes()[:-5])

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-import socket
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +14,10 @@ import torch
 from tests.tolerances import close
 from tests.training.faulty_rank import STEP
 from tests.training.models import small_corpus
-from tests.training.spawning import ROOT
+from tests.training.spawning import PATIENCE, ROOT, launched
 from training.config import load_config
 from training.run import train
+from training.trainer import CHECKPOINTS
 
 CONFIG = """
 [data]
@@ -45,6 +46,22 @@ eval_batches = 1
 [distributed]
 timeout_s = 60.0
 """
+# what both ranks say in each case of misfit_ranks
+MISFITS = {
+    "seed": "seed must be the same on every rank: rank 0 has 0, rank 1 has 7",
+    "mesh": "distributed.expert_parallel must be the same on every rank: rank 0 has 2, rank 1 has 1",
+    "batch on one": "train.batch must be the same on every rank: rank 0 has 4, rank 1 has 5",
+    "time-out": "distributed.timeout_s must be the same on every rank: rank 0 has 60.0, rank 1 has 30.0",
+    "world": "distributed.expert_parallel must divide the 2 processes, got 3",
+    "batch": "train.batch must be a multiple of 2 processes times train.accumulation=1, got 5",
+    "experts": r".*num_experts must be a multiple of distributed.expert_parallel=2, got 1",
+    "no experts": "distributed.expert_parallel must be 1 for a model without experts, got 2",
+    "none of it": "",
+    "nothing to resume": "no checkpoint at .*: leave out --resume",
+    "another model": ".*is of another shape: ",
+    "other experts": ".*is of another shape: ",
+    "data": "fingerprint of the data must be the same on every rank: rank 0 has",
+}
 
 
 @pytest.fixture
@@ -66,58 +83,59 @@ def losses(out: Path) -> torch.Tensor:
     return torch.tensor([line["loss"] for line in lines if "loss" in line])
 
 
-def two_ranks(config: Path, out: Path, fault: str) -> list[str]:
-    """What the ranks say on standard error; both fail."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": "2",
-        "FAULT": fault,
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "tests.training.faulty_rank", "train", str(config), "--out", str(out)]
-    running = [
-        subprocess.Popen(
-            [*command, "--data.cache", str(out.with_name("cache")), "--expert-parallel", "2"],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=ROOT,
-            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=160)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [1, 1], said
+def errors_of_two(config: Path, out: Path, fault: str) -> list[str]:
+    """What each of two ranks, which fail, says on standard error."""
+    command = ["train", str(config), "--out", str(out), "--data.cache", str(out.with_name("cache"))]
+    with launched("tests.training.faulty_rank", 2, *command, "--expert-parallel", "2", FAULT=fault) as running:
+        said = [process.communicate(timeout=PATIENCE)[1] for process in running[: 1 if fault == "stop" else 2]]
+        assert [process.returncode for process in running[: len(said)]] == [1] * len(said), said
+        assert fault != "stop" or running[1].poll() is None
     return [" ".join(line for line in text.splitlines() if line.startswith("error: ")) for text in said]
 
 
-def test_torchrun_restarts_after_a_kill_and_the_losses_are_those_of_one_process(config: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+def test_torchrun_restarts_after_kills_and_the_losses_are_those_of_one_process(config: Path, tmp_path: Path) -> None:
+    """Slow in a step, killed in mid-step, killed in mid-checkpoint: three lives, one run."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
     command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     command += ["-m", "tests.training.faulty_rank", "train", str(config), "--out", str(tmp_path / "two")]
     command += ["--data.cache", str(tmp_path / "cache"), "--expert-parallel", "2"]
     environment = os.environ | {"FAULT": "kill", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=160)
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * PATIENCE)
     assert run.returncode == 0, run.stderr
-    assert "rank 0 stops: another of the 2 processes died" in run.stderr
-    assert "step 5 of 12, into" in " ".join(run.stdout.split())  # the second life began at the checkpoint
+    assert run.stderr.count("rank 0 stops: another of the 2 processes died") == 2, run.stderr
+    # the second life and the third began at the checkpoint before the one that was not finished
+    assert " ".join(run.stdout.split()).count("step 5 of 12, into") == 2, run.stdout
+    assert not list((tmp_path / "two" / CHECKPOINTS).glob(".writing-*"))
     alone = load_config(config)
     data = dataclasses.replace(alone.data, cache=tmp_path / "cache")
     train(dataclasses.replace(alone, out=tmp_path / "one", data=data))
     close(losses(tmp_path / "two"), losses(tmp_path / "one"))
 
 
-@pytest.mark.parametrize("fault", ["nan", "seed"])
-def test_a_fault_of_one_rank_is_one_clear_error_on_every_rank(fault: str, config: Path, tmp_path: Path) -> None:
-    zero, one = two_ranks(config, tmp_path / "run", fault)
-    if fault == "nan":
-        assert f"step {STEP}: gradient norm is nan, rank 1: every layer's output is finite" in zero
-        assert f"step {STEP}: loss is nan, rank 1: every layer's output is finite" in one
-        assert "the last good checkpoint is" in zero
-    if fault == "seed":
-        assert zero == one == "error: seed must be the same on every rank: rank 0 has 0, rank 1 has 7"
+def test_nan_on_one_rank_is_named_on_every_rank(config: Path, tmp_path: Path) -> None:
+    zero, one = errors_of_two(config, tmp_path / "run", "nan")
+    assert f"step {STEP}: gradient norm is nan, rank 1: every layer's output is finite" in zero
+    assert f"step {STEP}: loss is nan, rank 1: every layer's output is finite" in one
+    assert "the last good checkpoint is" in zero
+
+
+def test_a_rank_that_hangs_ends_the_run_on_the_others(config: Path, tmp_path: Path) -> None:
+    config.write_text(config.read_text().replace("timeout_s = 60.0", "timeout_s = 20.0"))
+    (zero,) = errors_of_two(config, tmp_path / "run", "stop")
+    assert "rank 0 stops: another of the 2 processes died, or was silent for 20 s; checkpoints in" in zero
+
+
+def test_what_does_not_fit_is_one_error_on_every_rank(config: Path, tmp_path: Path) -> None:
+    for rank, text in enumerate(small_corpus().train[:2]):
+        (tmp_path / f"rank-{rank}" / "corpus").mkdir(parents=True)
+        (tmp_path / f"rank-{rank}" / "corpus" / "text.txt").write_text(text * 4)
+        (tmp_path / f"rank-{rank}" / "corpus" / "held_out.txt").write_text(text)
+    config.write_text(config.read_text().replace(str(tmp_path / "corpus"), "corpus"))
+    with launched("tests.training.misfit_ranks", 2, str(tmp_path), str(config)) as running:
+        ends = [(process.communicate(timeout=PATIENCE)[1], process.returncode) for process in running]
+    assert [code for _, code in ends] == [0, 0], ends
+    zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert zero == one
+    for case, error in MISFITS.items():
+        assert re.fullmatch(f"error: {error}.*" if error else "", zero.pop(case)), case
+    assert not zero

@@ -2,18 +2,16 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from training.config import RunConfig
-from training.distributed.world import World
+from training.distributed.world import Tell, World
 from training.precision import choose_precision
 
 # methods that compute the same on every rank from weights and reduced gradients
 REPLICATED = ("magnitude", "static", "set", "rigl", "snfs", "dsr", "deep_r", "top_kast")
-Tell = Callable[[str], list[str]]
 
 
 def require_rows(config: RunConfig, *, ranks: int) -> None:

@@ -139,7 +139,7 @@ def load_sharded(
     state = json.loads((folder / STATE).read_text())
     weights = laid_out({f"{MODEL}{key}": tensor for key, tensor in model.state_dict().items()}, layouts)
     models = {key: torch.empty(entry.size, device="meta") for key, entry in stored.items() if key.startswith(MODEL)}
-    check_shapes(models, weights, folder)
+    check_shapes(_under(models, MODEL), _under(weights, MODEL), folder)
     slots = _empty_slots(stored, model)
     held = laid_out({f"{OPTIMIZER}{key}": tensor for key, tensor in slots.items()}, layouts)
     writers = [rank] if state["ranks"] == ranks else list(range(state["ranks"]))

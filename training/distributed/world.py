@@ -1,10 +1,12 @@
 """The processes that torchrun started: who this one is, how they talk, and in what grid they stand."""
 
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 REPLICATE, EXPERT, RANKS = "replicate", "expert", "ranks"
 SECONDS_TO_START = 300.0
+Tell = Callable[[str], list[str]]
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -58,21 +61,29 @@ def torchrun_environment(variables: Mapping[str, str] = os.environ) -> Environme
 
 @contextmanager
 def joined(
-    environment: Environment, *, device: str = "auto", expert_parallel: int = 1, timeout_s: float = 600.0
+    environment: Environment,
+    *,
+    device: str = "auto",
+    expert_parallel: int = 1,
+    timeout_s: float = 600.0,
+    agree: Callable[[Tell], None] | None = None,
 ) -> Iterator[World]:
     """The process group of all ranks, NCCL between GPUs and gloo otherwise, left when the block ends.
 
     device: ``auto`` or ``cuda``: each rank its own GPU, if there are any; ``cpu``. timeout_s: how long a rank waits for
-    the others in one exchange before it gives up; to start, they have 300 s at least.
-    Raises: ValueError if the numbers do not fit: the same on every rank, before any of them waits for another.
+    the others in one exchange before it gives up; to start, they have 300 s at least. agree: called before any exchange
+    with a function that tells all ranks a text and returns all of theirs; may raise, the same on every rank.
+    Raises: ValueError if the numbers do not fit: the same on every rank, before there is a process group.
     """
+    store = _all_started(environment, limit=timedelta(seconds=max(timeout_s, SECONDS_TO_START)))
+    if agree is not None:
+        agree(partial(_told, store, environment))
     where = rank_device(device, local_rank=environment.local_rank)
     check_grid(environment.ranks, expert_parallel)
     if not timeout_s > 0:
         raise ValueError(f"distributed.timeout_s must be positive, got {timeout_s}")
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    store = _all_started(environment, limit=timedelta(seconds=max(timeout_s, SECONDS_TO_START)))
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout_s)
     dist.init_process_group(backend, store=store, rank=environment.rank, world_size=environment.ranks, timeout=limit)
@@ -90,6 +101,20 @@ def _all_started(environment: Environment, *, limit: timedelta) -> dist.Store:
     store.set(f"started-{environment.rank}", "")
     store.wait([f"started-{rank}" for rank in range(environment.ranks)], limit)
     return store
+
+
+def _told(store: dist.Store, environment: Environment, text: str) -> list[str]:
+    """Every rank's text, by rank, through the store; once in a life."""
+    store.set(f"told-{environment.rank}", text)
+    if environment.rank == 0:
+        texts = [store.get(f"told-{rank}").decode() for rank in range(environment.ranks)]
+        store.set("told", json.dumps(texts))
+        # the store may end with this process: not before all have read
+        store.wait([f"heard-{rank}" for rank in range(1, environment.ranks)])
+        return texts
+    heard: list[str] = json.loads(store.get("told"))
+    store.set(f"heard-{environment.rank}", "")
+    return heard
 
 
 def make_world(device: torch.device, *, expert_parallel: int = 1) -> World:

@@ -1,0 +1,49 @@
+"""What each rank of test_distributed_faults runs: python -m tests.training.misfit_ranks FOLDER CONFIG.
+
+Each case is a life of its own of the command, as after a restart of torchrun. Its error goes to FOLDER/RANK.json.
+"""
+
+import contextlib
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+from training.cli import main
+
+# case: what both ranks add to the command, and rank 1 alone
+CASES: dict[str, tuple[list[str], list[str]]] = {
+    "seed": ([], ["--seed", "7"]),
+    "mesh": ([], ["--expert-parallel", "1"]),
+    "batch on one": ([], ["--train.batch", "5"]),
+    "time-out": ([], ["--distributed.timeout-s", "30"]),
+    "world": (["--expert-parallel", "3"], []),
+    "batch": (["--train.batch", "5"], []),
+    "experts": (["--model.num-experts", "1", "--model.k", "1"], []),
+    "no experts": (["--model.feedforward", "dense"], []),
+    "none of it": (["--train.steps", "1"], []),
+    "nothing to resume": (["--resume", "--out", "OUT/absent"], []),
+    "another model": (["--resume", "--model.dim", "32"], []),
+    "other experts": (["--resume", "--model.num-experts", "6"], []),
+    "data": (["--overwrite"], []),
+}
+
+
+def said(arguments: list[str]) -> str:
+    """The error of the command, or nothing."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.suppress(SystemExit):
+        main(arguments)
+    return "".join(line for line in errors.getvalue().splitlines() if line.startswith("error: "))
+
+
+if __name__ == "__main__":
+    out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    found = {}
+    for life, (case, (both, one)) in enumerate(CASES.items()):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(life)
+        os.chdir(out / f"rank-{rank}" if case == "data" else out / "rank-0")
+        command = ["train", sys.argv[2], "--out", str(out / "run"), "--expert-parallel", "2", *both, *one * rank]
+        found[case] = said([argument.replace("OUT", str(out)) for argument in command])
+    (out / f"{rank}.json").write_text(json.dumps(found))
