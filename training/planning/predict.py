@@ -7,8 +7,8 @@ way) besides. Experts cost 16 bytes over the ranks of their group. Time of a ste
     compute + all-to-all + max(0, gradients − overlap · backward) + optimiser,
 
 compute = FLOPs / (peak · efficiency): forward 1, backward 2, recomputation 1 where blocks are checkpointed; the
-busiest rank of an expert group has ``imbalance`` times the mean load. All-to-all is not hidden behind anything, which
-is what this library does. Collectives: ring all-reduce of n bytes sends 2 (R − 1)/R · n a rank, all-gather and
+busiest rank of an expert group has ``imbalance`` times the mean load. All-to-all is taken as hidden behind nothing (a
+shared expert does run meanwhile). Collectives: ring all-reduce of n bytes sends 2 (R − 1)/R · n a rank, all-gather and
 reduce-scatter (R − 1)/R · n (Patarasuk & Yuan 2009); each of its steps has the cluster's latency.
 """
 
