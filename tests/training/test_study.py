@@ -23,6 +23,7 @@ from training.study.summary import best_rates, compare, missing, results
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
+PATIENCE = 400  # seconds: against a hang, and enough where the machine has a tenth of a core to give
 
 TOML = """
 name = "toy"
@@ -129,10 +130,10 @@ def test_a_killed_cell_goes_on_from_its_checkpoint_and_its_record_is_as_if_it_ha
         if name == "killed":
             _wait_for(config.out / "checkpoints" / "latest")
             worker.stdin.close()  # what a worker sees when the study is killed
-            assert worker.wait(timeout=100) == STOPPED
+            assert worker.wait(timeout=PATIENCE) == STOPPED
             assert not (config.out / "record.json").exists()
             worker = _start(job)
-        assert worker.wait(timeout=100) == 0
+        assert worker.wait(timeout=PATIENCE) == 0
         records.append(json.loads((config.out / "record.json").read_text()))
         assert not list((config.out / "checkpoints").glob("step-*"))
     assert records[0]["tokens"] == records[1]["tokens"] == 120 * 2 * 16
@@ -143,7 +144,7 @@ def _start(job):
     return subprocess.Popen([sys.executable, "-m", "training.study", str(job)], stdin=subprocess.PIPE, cwd=ROOT)
 
 
-def _wait_for(path, seconds=150):
+def _wait_for(path, seconds=PATIENCE):
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
@@ -160,7 +161,7 @@ def test_a_killed_study_goes_on_where_it_stopped(toy, tmp_path):
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     _wait_for(tmp_path / "records.jsonl")
     os.kill(process.pid, signal.SIGINT)
-    assert process.wait(timeout=100) != 0
+    assert process.wait(timeout=PATIENCE) != 0
     early = open_records(tmp_path / "records.jsonl")
     assert len(early) == 1
     study = load_study(tmp_path / "toy.toml")
