@@ -74,7 +74,14 @@ def make_trainer(
     parallel = parallel or Alone()
     parallel.place(model)
     noise_of_rows(parallel)
-    defaults = {"steps": STEPS, "batch": 24, "dtype": "float32", "eval_every": 100, "save_every": 100, "device": "cpu"}
+    defaults: dict[str, Any] = {
+        "steps": STEPS,
+        "batch": 24,
+        "dtype": "float32",
+        "eval_every": 100,
+        "save_every": 100,
+        "device": "cpu",
+    }
     return Trainer(
         model, small_data(), out=out, length=16, optim=OptimConfig(lr=0.01, warmup=2),
         train=TrainConfig(**(defaults | RUNS[name][1] | settings)), parallel=parallel,
