@@ -120,6 +120,7 @@ def test_a_study_runs_every_cell_once_and_nothing_the_second_time(toy, tmp_path,
     assert not missing(study, lines) and "Unfinished" not in page_text(study, lines)
 
 
+@pytest.mark.timeout(PATIENCE)
 def test_a_killed_cell_goes_on_from_its_checkpoint_and_its_record_is_as_if_it_had_not_been_killed(toy, tmp_path):
     study = toy(steps=120)
     records = []
@@ -151,6 +152,7 @@ def _wait_for(path, seconds=PATIENCE):
         time.sleep(0.01)
 
 
+@pytest.mark.timeout(PATIENCE)
 def test_a_killed_study_goes_on_where_it_stopped(toy, tmp_path):
     toy(steps=60, one=True)
     code = (
