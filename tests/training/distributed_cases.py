@@ -21,7 +21,7 @@ STEPS = 5
 # name: (feed-forward, settings of [train])
 RUNS: dict[str, tuple[DenseConfig | MoEConfig, dict[str, Any]]] = {
     "dense": (DenseConfig(hidden=24), {}),
-    "moe": (MoEConfig(hidden=8, num_experts=6, k=2, shared_hidden=8), {"aux_scope": "global", "aux": 0.1}),
+    "moe": (MoEConfig(hidden=8, num_experts=12, k=2, shared_hidden=8), {"aux_scope": "global", "aux": 0.1}),
     "sigmoid": (MoEConfig(hidden=8, num_experts=4, k=2, router="sigmoid"), {"aux": 0.0, "accumulation": 2}),
 }
 # one run for each router; ranks route their own tokens, as one process does its micro-batches
