@@ -16,7 +16,9 @@ from benchmarks.readme_tables import RECORDS, ROOT, Line, read, table
 PAGE = ROOT / "docs" / "guides" / "prune-measured.md"
 FIGURE = PAGE.with_suffix(".svg")
 SOURCE = RECORDS / "smollm2-pruning.jsonl"
-RUNS = tuple(ROOT / "runs" / f"{name}.jsonl" for name in ("smollm2-pruning", "smollm2-heads", "experts-removed"))
+RUNS = tuple(
+    ROOT / "runs" / f"{name}.jsonl" for name in ("smollm2-pruning", "smollm2-heads", "minilm-heads", "experts-removed")
+)
 LABELS = {
     ("magnitude", "uniform"): "magnitude",
     ("wanda", "uniform"): "Wanda",
@@ -163,10 +165,36 @@ def experts(lines: list[Line]) -> str:
     )
 
 
+def encoder(lines: list[Line]) -> str:
+    """Agreement with the whole sentence encoder, and speed, by heads removed; chance as the mean of its seeds."""
+    rows = named(lines, "minilm")
+    fractions = sorted({line["fraction"] for line in rows})
+    found: dict[str, dict[float, list[Line]]] = {}
+    for line in rows:
+        label = CHANCE if line["importance"].startswith(CHANCE) else line["importance"]
+        found.setdefault(label, {}).setdefault(line["fraction"], []).append(line)
+    cells = [
+        [label, *(f"{mean(one['agreement'] for one in by[f]):.3f}" if f in by else "" for f in fractions)]
+        for label, by in found.items()
+    ]
+    fastest = [
+        f"{mean(line['parameters'] for line in rows if line['fraction'] == f) / 1e6:.1f} M and "
+        f"{mean(line['speedup'] for line in rows if line['fraction'] == f):.2f} times as fast"
+        for f in fractions
+    ]
+    return (
+        table(["heads removed", *(f"{fraction:.0%}" for fraction in fractions)], cells)
+        + f"\n\nCorrelation of the cosine similarities of all pairs among {rows[0]['pairs']} held-out sentences of "
+        + f"{rows[0]['text']} with the whole encoder's. {rows[0]['model']}, shrunk for good: {'; '.join(fastest)}, "
+        + f"{rows[0]['threads']} thread(s). Torch {rows[0]['torch']}, commit `{rows[0]['commit']}`."
+    )
+
+
 TABLES = {
     "pruned": ("pruned", pruned), "times": ("pruned", times), "spread": ("pruned", spread),
     "heads": ("heads", heads), "shrunk": ("heads", shrunk), "recovery": ("heads", recovery),
     "experts": ("experts", experts),
+    "encoder": ("minilm", encoder),
 }  # fmt: skip
 
 

@@ -23,7 +23,9 @@ LINES = [
     {**HEAD, "recovered_steps": 40, "perplexity": 22.0},
     {**COMMON, "name": "experts", "way": "whole", "fraction": 0.0, "bits_per_byte": 1.25, "parameters": 6.8e6},
     {**COMMON, "name": "experts", "way": "merged", "fraction": 0.5, "bits_per_byte": 2.0, "parameters": 3.7e6},
-]
+    {**COMMON, "name": "minilm", "importance": "chance 0", "fraction": 0.5, "agreement": 0.7, "parameters": 20e6,
+     "speedup": 1.25, "pairs": 512},
+]  # fmt: skip
 
 
 def test_cells_hold_the_records_figures():
@@ -34,6 +36,7 @@ def test_cells_hold_the_records_figures():
     assert "| chance | 35.0 |" in text and "| 10% | 10.0% | 130.0 M | 200 ms | 100 ms | 2.00 |" in text
     assert "| gradient | 10% | 40 | 22.0 |" in text
     assert "| merged | 2.000 |" in text and "whole: 1.250 with 6.8 M parameters, then 3.7 M." in text
+    assert "| chance | 0.700 |" in text and "20.0 M and 1.25 times as fast" in text
     assert fill(text, LINES) == text
 
 
