@@ -102,7 +102,9 @@ def test_torchrun_restarts_after_kills_and_the_losses_are_those_of_one_process(c
     environment = os.environ | {"FAULT": "kill", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * PATIENCE)
     assert run.returncode == 0, run.stderr
-    assert run.stderr.count("rank 0 stops: another of the 2 processes died") == 2, run.stderr
+    # each time rank 0 says why it stops, unless torchrun is faster and stops it
+    stopped = ("rank 0 stops: another of the 2 processes died", "closing signal SIGTERM")
+    assert sum(run.stderr.count(text) for text in stopped) >= 2, run.stderr
     # the second life and the third began at the checkpoint before the one that was not finished
     assert " ".join(run.stdout.split()).count("step 5 of 12, into") == 2, run.stdout
     assert not list((tmp_path / "two" / CHECKPOINTS).glob(".writing-*"))
