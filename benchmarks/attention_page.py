@@ -28,7 +28,7 @@ from transformer.selection_cost import selection_flops
 
 PAGE = ROOT / "docs" / "guides" / "attention.md"
 PICTURES = ROOT / "docs" / "guides" / "attention"
-RECALL, LONG = RECORDS / "recall.jsonl", RECORDS / "long-documents.jsonl"
+RECALL, LONG, SPEEDS = (RECORDS / f"{name}.jsonl" for name in ("recall", "long-documents", "patterns"))
 SIDE, LENGTH, HEADS, HEAD_DIM = 48, 4096, 4, 64
 
 
@@ -152,8 +152,32 @@ def long_documents(lines: list[Line]) -> str:
     )
 
 
+def speeds(lines: list[Line]) -> str:
+    """Each pattern's speed-up over causal SDPA, beside what its visited blocks promise."""
+    found = [line for line in lines if line["name"].startswith("pattern_")]
+    times = {(line["name"], line["conditions"]["passes"]): line for line in found}
+    rows = []
+    for name in dict.fromkeys(line["name"] for line in found):
+        both = times[name, "forward+backward"]
+        promise = both["conditions"].get("promise")
+        rows.append([
+            name.removeprefix("pattern_").replace("_", " "), "" if promise is None else f"{promise:.2f}",
+            *(f"{times[name, passes]['median_s'] * 1e3:.1f} ms" for passes in ("forward", "forward+backward")),
+            "" if promise is None else f"{both['conditions']['speedup']:.2f}",
+            "" if promise is None else f"{both['conditions']['share']:.0%}",
+        ])  # fmt: skip
+    one = found[0]
+    return (
+        table(["", "promise", "forward", "forward + backward", "times as fast", "of the promise"], rows)
+        + f"\n\n{one['conditions']['L']:,} positions, {one['conditions']['H']} heads of {one['conditions']['d']}, "
+        + f"{one['conditions']['dtype']}. {one['device']} with {one['threads']} threads, torch {one['torch']}, commit "
+        + f"{one['commit']}: `python {one['command']}`."
+    )
+
+
 TABLES: dict[str, Callable[[list[Line]], str]] = {
     "patterns": patterns,
+    "speeds": speeds,
     "selections": selections,
     "recall": recall,
     "long_documents": long_documents,
@@ -184,7 +208,7 @@ def pictures(lines: list[Line]) -> dict[str, str]:
 
 def records() -> list[Line]:
     """The committed records that the page is made from."""
-    return [*read(RECALL), *read(LONG)]
+    return [*read(RECALL), *read(LONG), *read(SPEEDS)]
 
 
 def collect() -> None:
