@@ -16,9 +16,8 @@ from benchmarks.readme_tables import RECORDS, ROOT, Line, read, table
 PAGE = ROOT / "docs" / "guides" / "prune-measured.md"
 FIGURE = PAGE.with_suffix(".svg")
 SOURCE = RECORDS / "smollm2-pruning.jsonl"
-RUNS = tuple(
-    ROOT / "runs" / f"{name}.jsonl" for name in ("smollm2-pruning", "smollm2-heads", "minilm-heads", "experts-removed")
-)
+NAMES = ("smollm2-pruning", "smollm2-heads", "minilm-heads", "experts-removed", "sparse-execution")
+RUNS = tuple(ROOT / "runs" / f"{name}.jsonl" for name in NAMES)
 LABELS = {
     ("magnitude", "uniform"): "magnitude",
     ("wanda", "uniform"): "Wanda",
@@ -190,11 +189,30 @@ def encoder(lines: list[Line]) -> str:
     )
 
 
+def execution(lines: list[Line]) -> str:
+    """Time of CSR and of blocks against the dense product, by sparsity and batch."""
+    rows = [line for line in lines if line["name"] in ("sparse_csr", "sparse_block")]
+    found = {(r["name"], r["conditions"]["sparsity"], r["conditions"]["batch"]): r["ratios"]["dense"] for r in rows}
+    batches = sorted({batch for _, _, batch in found})
+    cells = [
+        [f"{name.removeprefix('sparse_')}, {sparsity:.0%}", *(f"{found[name, sparsity, b]:.2f}" for b in batches)]
+        for name in ("sparse_csr", "sparse_block")
+        for sparsity in sorted({sparsity for _, sparsity, _ in found})
+    ]
+    one = rows[0]
+    return (
+        table(["time against dense", *(f"batch {batch}" for batch in batches)], cells)
+        + f"\n\n{one['conditions']['shape']}, float32, {one['threads']} threads, torch {one['torch']}, commit "
+        + f"`{one['commit']}`: `python {one['command']}`. Below 1 is faster."
+    )
+
+
 TABLES = {
     "pruned": ("pruned", pruned), "times": ("pruned", times), "spread": ("pruned", spread),
     "heads": ("heads", heads), "shrunk": ("heads", shrunk), "recovery": ("heads", recovery),
     "experts": ("experts", experts),
     "encoder": ("minilm", encoder),
+    "execution": ("sparse_csr", execution),
 }  # fmt: skip
 
 
@@ -246,7 +264,7 @@ def draw(lines: list[Line]) -> str:
 def newest(lines: list[Line]) -> list[Line]:
     """The last record of each cell."""
     keys = ("name", "method", "allocation", "level", "refit", "importance", "fraction", "recovered_steps", "way")
-    return list({tuple(line.get(key) for key in keys): line for line in lines}.values())
+    return list({(*(line.get(key) for key in keys), str(line.get("conditions"))): line for line in lines}.values())
 
 
 def collect() -> None:

@@ -25,6 +25,8 @@ LINES = [
     {**COMMON, "name": "experts", "way": "merged", "fraction": 0.5, "bits_per_byte": 2.0, "parameters": 3.7e6},
     {**COMMON, "name": "minilm", "importance": "chance 0", "fraction": 0.5, "agreement": 0.7, "parameters": 20e6,
      "speedup": 1.25, "pairs": 512},
+    *({**COMMON, "name": name, "conditions": {"shape": "8x8", "sparsity": 0.5, "batch": 1}, "ratios": {"dense": ratio},
+       "command": "bench"} for name, ratio in (("sparse_csr", 1.5), ("sparse_block", 0.5))),
 ]  # fmt: skip
 
 
@@ -37,6 +39,7 @@ def test_cells_hold_the_records_figures():
     assert "| gradient | 10% | 40 | 22.0 |" in text
     assert "| merged | 2.000 |" in text and "whole: 1.250 with 6.8 M parameters, then 3.7 M." in text
     assert "| chance | 0.700 |" in text and "20.0 M and 1.25 times as fast" in text
+    assert "| csr, 50% | 1.50 |" in text and "| block, 50% | 0.50 |" in text
     assert fill(text, LINES) == text
 
 
