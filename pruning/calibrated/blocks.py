@@ -27,6 +27,15 @@ class Call:
             return hidden_states(block(*self.arguments, **self.keywords, hidden_states=hidden))
         return hidden_states(block(hidden, *self.arguments, **self.keywords))
 
+    def same(self, other: "Call") -> bool:
+        """Whether the other block was handed the very same objects."""
+        return (
+            (self.by_name, len(self.arguments), [*self.keywords])
+            == (other.by_name, len(other.arguments), [*other.keywords])
+            and all(a is b for a, b in zip(self.arguments, other.arguments, strict=True))
+            and all(a is b for a, b in zip(self.keywords.values(), other.keywords.values(), strict=True))
+        )
+
 
 @dataclass
 class Recorded:
@@ -89,35 +98,51 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 
 
 def record_calls(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch]) -> Recorded:
-    """Run the dense model up to its last block, batch by batch, keeping what each block is called with.
+    """Run the dense model on each batch, keeping what each block is called with.
 
-    Hidden states are kept of the first block only; other arguments by reference.
+    Hidden states are kept of the first block only; other arguments by reference. The first batch runs to the end of the
+    model; later ones as far as blocks get arguments that no block before them got in the first, which in most models is
+    the first block: the others are called as the first one was.
     Raises: ValueError if a block is called with a cache, or without hidden states."""
     recorded = Recorded(calls=[[] for _ in blocks])
+    alike = list(range(len(blocks)))
     for batch in batches:
-        reached = _record_batch(model, blocks, batch, recorded)
-        recorded.chained &= reached == len(blocks)
+        first = not recorded.states
+        needed = max(alike, default=-1) + 1
+        reached = _record_batch(model, blocks, batch, recorded, needed=needed, whole=first)
+        recorded.chained &= reached == needed
         if not recorded.chained:
             break
+        if first:
+            alike = _first_alike([calls[0] for calls in recorded.calls])
+        for calls, like in zip(recorded.calls[needed:], alike[needed:], strict=True):
+            calls.append(recorded.calls[like][-1])
     return recorded
 
 
-def _record_batch(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, recorded: Recorded) -> int:
-    """How many blocks were called in order, each on the output of the one before; the first batch runs to its end, to
-    see that none is called twice."""
-    reached, output, first = 0, None, not recorded.states
+def _first_alike(calls: Sequence[Call]) -> list[int]:
+    """For each call the first one with the same arguments."""
+    return [next(j for j, other in enumerate(calls) if call.same(other)) for call in calls]
+
+
+def _record_batch(
+    model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, recorded: Recorded, *, needed: int, whole: bool
+) -> int:
+    """How many of the first ``needed`` blocks were called in order, each on the output of the one before; ``whole``: to
+    the model's end, to see that none is called twice."""
+    reached, output = 0, None
 
     def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal reached
         hidden, call = _split(block, args, kwargs)
-        if reached == len(blocks) or block is not blocks[reached] or (reached and hidden is not output):
+        if reached == needed or block is not blocks[reached] or (reached and hidden is not output):
             reached = -1
             raise _Enough
         recorded.calls[reached].append(call)
         if not reached:
             recorded.states.append(hidden)
         reached += 1
-        if reached == len(blocks) and not first:
+        if reached == needed and not whole:
             raise _Enough
 
     def after(block: nn.Module, args: tuple[Any, ...], result: Any) -> None:

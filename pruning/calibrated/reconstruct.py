@@ -16,6 +16,7 @@ from pruning.calibrated.selection import Groups, block_counts, lowest, lowest_by
 Pruned = tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]
 SMALL_LAYER = 2**26
 REFIT_ELEMENTS = 2**24
+FEW = 16  # inputs of a sweep whose errors are passed on together
 
 
 def wanda_scores(weight: Float[Tensor, "out in"], squares: Float[Tensor, "in"]) -> Float[Tensor, "out in"]:
@@ -118,44 +119,49 @@ def sparsegpt(
     Raises: ValueError if the block is not a multiple of m, and as `obs_scores`."""
     if groups is not None and block % groups[1]:
         raise ValueError(f"block must be a multiple of m={groups[1]} in {groups[0]}:{groups[1]}, got {block}")
-    upper = inverse_upper(factorised(hessian, damping)[0])
-    new, zero = weight.clone(), weight == 0
+    upper = inverse_upper(hessian, damping)
+    zero = weight == 0
     first = zero | dead_inputs(hessian)
-    kept = torch.ones_like(zero)
+    ranks = torch.where(zero, -torch.inf, torch.where(first, 0.0, torch.inf)).to(weight.dtype)
+    # inputs by rows: what the sweep touches of one input lies together
+    new, gone = weight.mT.contiguous(), torch.empty_like(zero.mT, memory_format=torch.contiguous_format)
     for index, taken in enumerate(block_counts(first, count, block)):
-        part = slice(index * block, min((index + 1) * block, weight.shape[1]))
+        part = slice(index * block, min((index + 1) * block, len(new)))
         rest = slice(part.stop, None)
-        ranks = torch.where(zero, -torch.inf, torch.where(first, 0.0, torch.inf))[:, part].to(weight.dtype)
-        done, errors, gone = _sweep(new[:, part], upper[part, part], ranks, taken, groups, costs)
-        new[:, part], kept[:, part] = done, ~gone
-        new[:, rest] -= errors @ upper[part, rest]
-    return new, kept
+        gone[part], errors = _sweep(new[part], upper[part, part], ranks[:, part], taken, groups, costs)
+        new[rest].addmm_(upper[part, rest].mT, errors, alpha=-1)
+    return new.masked_fill_(gone, 0).mT.contiguous(), ~gone.mT.contiguous()
 
 
 def _sweep(
-    weight: Float[Tensor, "out block"],
+    new: Float[Tensor, "block out"],
     upper: Float[Tensor, "block block"],
     ranks: Float[Tensor, "out block"],
     count: int,
     groups: Groups,
     costs: Float[Tensor, "out"] | None,
-) -> tuple[Float[Tensor, "out block"], Float[Tensor, "out block"], Bool[Tensor, "out block"]]:
-    """One block of columns: its new weights, the scaled errors that later columns make up for, and what is gone.
+) -> tuple[Bool[Tensor, "block out"], Float[Tensor, "block out"]]:
+    """One block of inputs: what is gone of it, and the scaled errors that later inputs make up for; ``new`` [block, out],
+    the weights turned, is updated in place, but for the zeros.
 
-    ranks: an upper bound of each score, −∞ where a weight is zero already."""
-    new, errors, diagonal = weight.clone(), torch.zeros_like(weight), upper.diagonal()
-    width = weight.shape[1]
-    step = width if groups is None else groups[1]
-    gone = torch.zeros_like(weight, dtype=torch.bool)
-    for start in range(0, width, step):
-        group = slice(start, start + step)
-        scores = _costed((new[:, group] / diagonal[group]).square(), costs).minimum(ranks[:, group])
-        gone[:, group] = lowest(scores, count, groups) | (ranks[:, group] == -torch.inf)
-        for j in range(start, start + step):
-            errors[:, j] = torch.where(gone[:, j], new[:, j] / diagonal[j], 0)
-            new[:, j:] -= errors[:, j, None] * upper[j, j:]
-            new[:, j].masked_fill_(gone[:, j], 0)
-    return new, errors, gone
+    An error reaches the next few inputs at once and the rest of the block by one product for those few, so that the
+    block is not passed over once for every input. ranks: an upper bound of each score, −∞ where a weight is zero."""
+    gone, errors, diagonal = torch.empty_like(new, dtype=torch.bool), torch.empty_like(new), upper.diagonal()
+    scale = torch.empty_like(new)  # 1/U_jj where a weight goes, 0 where it stays
+    step = len(new) if groups is None else groups[1]
+    few = FEW if groups is None else -(-FEW // step) * step
+    for start in range(0, len(new), few):
+        stop = min(start + few, len(new))
+        for j in range(start, stop):
+            if not j % step:
+                group = slice(j, j + step)
+                scores = _costed((new[group].mT / diagonal[group]).square(), costs).minimum(ranks[:, group])
+                gone[group] = (lowest(scores, count, groups) | (ranks[:, group] == -torch.inf)).mT
+                torch.div(gone[group], diagonal[group, None], out=scale[group])
+            torch.mul(new[j], scale[j], out=errors[j])
+            new[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j], alpha=-1)
+        new[stop:].addmm_(upper[start:stop, stop:].mT, errors[start:stop], alpha=-1)
+    return gone, errors
 
 
 def _costed(scores: Float[Tensor, "out n"], costs: Float[Tensor, "out"] | None) -> Float[Tensor, "out n"]:

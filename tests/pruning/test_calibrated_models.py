@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pruning import prunable_weights, sparsify
+from pruning.calibrated.blocks import record_calls
 from pruning.calibrated import CALIBRATED, layer_hessian, prune_calibrated, sparsegpt, wanda_mask
 from tests.pruning.toy import tokens, toy
 from tests.tolerances import close
@@ -274,7 +275,7 @@ def test_bad_options_change_nothing(options, message):
 
 def test_more_bad_options():
     model = language_model()
-    for options, message in [({"method": "nothing"}, "method must be one of exact_obs.* got 'nothing'"),
+    for options, message in [({"method": "nothing"}, "method must be one of admm, exact_obs.* got 'nothing'"),
                              ({"damping": -0.1}, "damping must be in"), ({"block": 0}, "block must be >= 1, got 0"),
                              ({"dtype": torch.float16}, "float32 or torch.float64, got torch.float16")]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
@@ -287,3 +288,48 @@ def test_inputs_that_are_not_finite_are_refused_by_layer():
         model.layers[1].attention_norm.weight.fill_(torch.inf)
     with pytest.raises(ValueError, match=r"^layers.1.attention.query.weight: calibration inputs must be finite"):
         prune_calibrated(model, BATCHES, sparsity=0.5)
+
+
+class Scaled(nn.Module):
+    """x · scale: a block that counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.calls = nn.Parameter(torch.ones(1)), 0
+
+    def forward(self, x, scale, *, flag=None):
+        self.calls += 1
+        return x * scale
+
+
+class TwoScales(nn.Module):
+    """Blocks 0, 1 and 4 get one scale of the batch, blocks 2 and 3 another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Scaled() for _ in range(5))
+
+    def forward(self, x):
+        scales = x.mean() + torch.arange(2)
+        low, high = scales[:1], scales[1:]
+        for block, scale in zip(self.layers, (low, low, high, high, low), strict=True):
+            x = block(x, scale, flag=None)
+        return x
+
+
+def test_later_batches_run_no_further_than_new_arguments_reach():
+    model, batches = TwoScales(), [torch.randn(2, 3) for _ in range(3)]
+    blocks = list(model.layers)
+    recorded = record_calls(model, blocks, batches)
+    assert recorded.chained and [block.calls for block in blocks] == [
+        3,
+        3,
+        1,
+        1,
+        1,
+    ]  # a call that is only recorded does not run
+    for at, batch in enumerate(batches):
+        assert torch.equal(recorded.states[at], batch)
+        scales = [float(recorded.calls[index][at].arguments[0]) for index in range(5)]
+        low = float(batch.mean())
+        assert scales == pytest.approx([low, low, low + 1, low + 1, low])
