@@ -58,8 +58,8 @@ def factorised(hessian: Float[Tensor, "in in"], damping: float) -> tuple[Float[T
 def inverse_upper(hessian: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
     """Upper factor U of the damped Hessian's inverse, H⁻¹ = UᵀU, without that inverse.
 
-    With P the reversal of the inputs and P·H·P = L·Lᵀ, U = P·L⁻¹·P: one Cholesky factor and one triangular inverse. U_jj²
-    is [inverse of H restricted to the inputs j, j+1, …]_jj: what exact elimination in order would use.
+    With P the reversal of the inputs and P·H·P = L·Lᵀ, U = P·L⁻¹·P: one Cholesky factor and one triangular inverse.
+    U_jj² is [inverse of H restricted to the inputs j, j+1, …]_jj: what exact elimination in order would use.
     Raises: ValueError as `factorised`."""
     lower = factorised(hessian.flip(0, 1), damping)[0]
     eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)

@@ -141,8 +141,8 @@ def _sweep(
     groups: Groups,
     costs: Float[Tensor, "out"] | None,
 ) -> tuple[Bool[Tensor, "block out"], Float[Tensor, "block out"]]:
-    """One block of inputs: what is gone of it, and the scaled errors that later inputs make up for; ``new`` [block, out],
-    the weights turned, is updated in place, but for the zeros.
+    """One block of inputs: what is gone of it, and the scaled errors that later inputs make up for; ``new``
+    [block, out], the weights turned, is updated in place, but for the zeros.
 
     An error reaches the next few inputs at once and the rest of the block by one product for those few, so that the
     block is not passed over once for every input. ranks: an upper bound of each score, −∞ where a weight is zero."""

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from pruning import prunable_weights, sparsify
-from pruning.calibrated.blocks import record_calls
 from pruning.calibrated import CALIBRATED, layer_hessian, prune_calibrated, sparsegpt, wanda_mask
+from pruning.calibrated.blocks import record_calls
 from tests.pruning.toy import tokens, toy
 from tests.tolerances import close
 from tests.training.models import small_model
