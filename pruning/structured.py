@@ -144,12 +144,13 @@ def prune_width(
     scores: one for each channel; None ranks by magnitude (‖all weights of the channel‖₂).
     multiple: the width that stays is one of it, and so fewer channels may go than asked; matrix kernels like rows of 16
     bytes, and transformers' products over stacked experts demand them. Stock transformers loads a Llama only if its
-    number of heads divides the width.
+    number of heads divides the width, and a GPT-2, OPT or BERT if the width is its heads times their size.
 
-    The result equals the model in which the channels that go are zero wherever the stream is written (embedding rows
-    and output columns), and in which every norm over the stream takes its mean over the D' channels that stay:
-    y_i = w_i · x_i / √(Σ_{j kept} x_j² / D' + ε). Zeros alone would not do it: the model's own norms divide by D, so
-    that their outputs would be √(D / D') larger.
+    The result equals the model in which the channels that go are zero wherever the stream is written (embedding rows,
+    output columns, and what a LayerNorm puts out), and in which every norm over the stream takes its mean over the D'
+    channels that stay: y_i = w_i · x_i / √(Σ_{j kept} x_j² / D' + ε); of a LayerNorm the mean and the variance. Zeros
+    alone would not do it: the model's own norms divide by D, so that their outputs would be √(D / D') larger. BERT's
+    pooler and the transform before its vocabulary map the stream to a vector as wide, and lose the same channels of it.
 
     >>> print(prune_width(model, fraction=0.1))
     Raises: as `prune_heads`; ValueError if multiple is below 1."""

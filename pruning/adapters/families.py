@@ -31,9 +31,12 @@ class Family:
     so that none can go without changing the others. inputs, hidden: the projections to and from the neurons.
     experts: the stacked experts ([E, 2·F, D] and [E, D, F]), whose router is `router`.
     transposed: weights lie [in, out] (Conv1D). flattened: the feed-forward sees [B·L, ...].
-    norms: of a layer; with `embedding` and `norm` what else carries the embedding width; empty: no width axis.
+    norms: of a layer; with `embedding`, `positions` (tables that are added to it) and `norm` (after the last layer, or
+    before the first) what carries the embedding width. entry, exit: projections from the embedding to the width and
+    back, where a model has them (OPT-350M).
     hidden_key: what the config calls the neurons. heads_in_config: whether the config can say how many heads there are
-    whatever the width is; width_in_config: whether it can say the width whatever the heads are."""
+    whatever the width is; width_in_config: whether it can say the width whatever the heads are. Where it can do neither
+    it says both if heads and their size make up the width."""
 
     prefix: str
     tasks: tuple[str, ...] = _TASKS
@@ -54,7 +57,10 @@ class Family:
     flattened: bool = False
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     embedding: str = "embed_tokens"
+    positions: tuple[str, ...] = ()
     norm: str = "norm"
+    entry: str | None = None
+    exit: str | None = None
     hidden_key: str = "intermediate_size"
     heads_in_config: bool = True
     width_in_config: bool = True
@@ -76,15 +82,20 @@ FAMILIES = (
     Family("Olmoe", tasks=_TASKS[:2], joined_heads=True, inputs=(), hidden="", experts="mlp.experts",
            width_in_config=False),
     Family("GPT2", tasks=_GPT2, layers="h", attention="attn", projections=_FUSED, output="attn.c_proj",
-           dropout="resid_dropout", inputs=(Part("mlp.c_fc"),), hidden="mlp.c_proj", transposed=True, norms=(),
-           hidden_key="n_inner", heads_in_config=False),
+           dropout="resid_dropout", inputs=(Part("mlp.c_fc"),), hidden="mlp.c_proj", transposed=True,
+           norms=("ln_1", "ln_2"), embedding="wte", positions=("wpe",), norm="ln_f", hidden_key="n_inner",
+           heads_in_config=False, width_in_config=False),
     Family("OPT", tasks=(*_TASKS[:3], _TASKS[4]), layers="decoder.layers", projections=_LINEAR,
-           output="self_attn.out_proj", inputs=(Part("fc1"),), hidden="fc2", flattened=True, norms=(),
-           hidden_key="ffn_dim", heads_in_config=False),
+           output="self_attn.out_proj", inputs=(Part("fc1"),), hidden="fc2", flattened=True,
+           norms=("self_attn_layer_norm", "final_layer_norm"), embedding="decoder.embed_tokens",
+           positions=("decoder.embed_positions",), norm="decoder.final_layer_norm", entry="decoder.project_in",
+           exit="decoder.project_out", hidden_key="ffn_dim", heads_in_config=False, width_in_config=False),
     Family("Bert", tasks=_BERT, layers="encoder.layer", attention="attention.self", head_dim="attention_head_size",
            projections=tuple(Part(f"attention.self.{name}") for name in ("query", "key", "value")),
-           output="attention.output.dense", inputs=(Part("intermediate.dense"),), hidden="output.dense", norms=(),
-           heads_in_config=False),
+           output="attention.output.dense", inputs=(Part("intermediate.dense"),), hidden="output.dense",
+           norms=("attention.output.LayerNorm", "output.LayerNorm"), embedding="embeddings.word_embeddings",
+           positions=("embeddings.position_embeddings", "embeddings.token_type_embeddings"),
+           norm="embeddings.LayerNorm", heads_in_config=False, width_in_config=False),
 )  # fmt: skip
 SUPPORTED: dict[str, Family] = {name: family for family in FAMILIES for name in family.classes}
 
@@ -140,3 +151,11 @@ def features(family: Family, layer: nn.Module, name: str) -> tuple[int, int]:
     """(inputs, outputs) of a projection, by its weight: attributes may be out of date."""
     first, second = weight_of(layer, name).shape
     return (first, second) if family.transposed else (second, first)
+
+
+def set_attributes(layer: nn.Module, names: tuple[str, ...], value: int) -> None:
+    """Wherever one of the layer's modules has such an attribute."""
+    for module in layer.modules():
+        for name in names:
+            if hasattr(module, name):
+                setattr(module, name, value)

@@ -6,17 +6,16 @@ from typing import Any
 from torch import nn
 
 from pruning.adapters.empty import HeadlessAttention
-from pruning.adapters.families import Family, Part, Place, features, weight_of
-from pruning.adapters.record import describe, head_counts, sizes_of, width_of
+from pruning.adapters.families import Family, Part, Place, features, set_attributes, weight_of
+from pruning.adapters.record import describe, head_counts, sizes_of
+from pruning.adapters.width import width_axis
 from pruning.axes import Axis, Slice
 
-# linear heads of transformers' task models, which read the residual stream
-_HEADS = ("lm_head", "score", "qa_outputs")
 Told = Callable[[], None]
 
 
 def axes_of_place(place: Place, *, record: bool = True) -> list[Axis]:
-    """One "head" and one "neuron" axis for each layer (or an "expert" axis), one "layer" axis, one "width" axis.
+    """One "head" and one "neuron" axis for each layer (or an "expert" axis), one "layer" and one "width" axis.
 
     Layers that have lost all heads or neurons have no such axis. record: whether a removal rewrites the config.
     Raises: ValueError for weights that are not plain parameters, and for layers with cross-attention."""
@@ -34,8 +33,8 @@ def axes_of_place(place: Place, *, record: bool = True) -> list[Axis]:
         axes += [_heads(place, index, told)] if sizes.heads and not family.joined_heads else []
         axes += [_neurons(place, index, told)] if family.inputs and sizes.neurons else []
         axes += [] if family.experts is None else [_experts(place, index, told)]
-    axes.append(_layers(place, told))
-    return [*axes, _width(place, told)] if family.norms else axes
+    width = width_axis(place, told)
+    return [*axes, _layers(place, told), *([] if width is None else [width])]
 
 
 def _slices(
@@ -99,14 +98,6 @@ def _set_features(family: Family, layer: nn.Module, name: str) -> None:
         projection.nx, projection.nf = projection.weight.shape
 
 
-def _set_attributes(layer: nn.Module, names: tuple[str, ...], value: int) -> None:
-    """Wherever one of the layer's modules has such an attribute."""
-    for module in layer.modules():
-        for name in names:
-            if hasattr(module, name):
-                setattr(module, name, value)
-
-
 def _set_headless(family: Family, layer: nn.Module, attention: Any) -> None:
     inside = family.output.removeprefix(f"{family.attention}.")
     output = inside if inside != family.output else None
@@ -126,7 +117,7 @@ def _neurons(place: Place, index: int, told: Told) -> Axis:
     def resize(kept: list[int]) -> None:
         for name in (*(part.module for part in family.inputs), family.hidden):
             _set_features(family, layer, name)
-        _set_attributes(layer, ("intermediate_size",), len(kept))
+        set_attributes(layer, ("intermediate_size",), len(kept))
         told()
 
     # Conv1D cannot multiply by a matrix without rows. "mlp" where the projections lie in the layer itself
@@ -185,42 +176,3 @@ def _move(place: Place, layer: nn.Module, index: int) -> None:
         projection.weight.data[:, :width] *= ratio
         projection.bias.data[:width] *= ratio
         attention.scaling /= ratio
-
-
-def _width(place: Place, told: Told) -> Axis:
-    """The channels of the residual stream: in embeddings, norms, whatever reads or writes it, and the head."""
-    family, size = place.family, width_of(place)
-    base = [(f"{place.prefix}{family.embedding}.weight", 1), (f"{place.prefix}{family.norm}.weight", 0)]
-    slices = [Slice(name, dim, 1) for name, dim in base]
-    weight_of(place.base, family.embedding)
-    for index, layer in enumerate(place.layers):
-        slices += [Slice(f"{place.where(index)}.{name}", dim, 1) for name, dim in _width_of_layer(family, layer)]
-    embedding = place.base.get_submodule(family.embedding).weight
-    for name in _HEADS:
-        head = getattr(place.model, name, None)
-        if head is not None and weight_of(place.model, name) is not embedding:
-            slices.append(Slice(f"{name}.weight", 1, 1))
-
-    def resize(kept: list[int]) -> None:
-        place.base.get_submodule(family.embedding).embedding_dim = len(kept)
-        for layer in place.layers:
-            _set_attributes(layer, ("hidden_size", "hidden_dim"), len(kept))
-        told()
-
-    gate = f"{place.prefix}{family.layers}"
-    return Axis("width", 0, f"{place.prefix}width", size, 1, gate, tuple(slices), resize, least=1)
-
-
-def _width_of_layer(family: Family, layer: nn.Module) -> list[tuple[str, int]]:
-    """(parameter of the layer, dimension that lies along the residual stream)."""
-    found = [(f"{name}.weight", 0) for name in family.norms]
-    headless = isinstance(layer.get_submodule(family.attention), HeadlessAttention)
-    reads = () if headless else family.projections
-    found += [(f"{part.module}.weight", 1) for part in (*reads, *family.inputs)]
-    writes = [name for name in (family.output, family.hidden) if name]
-    names = {name for name, _ in layer.named_parameters()}
-    found += [(name, 0) for write in writes for name in (f"{write}.weight", f"{write}.bias") if name in names]
-    if family.experts is not None:
-        stacks = ((f"{family.experts}.gate_up_proj", 2), (f"{family.experts}.down_proj", 1))
-        found += [*stacks, (f"{family.router}.weight", 1)]
-    return found

@@ -58,7 +58,14 @@ def head_counts(family: Family, layer: nn.Module) -> tuple[int, int]:
 
 def width_of(place: Place) -> int:
     """Channels of the residual stream."""
-    return place.base.get_submodule(place.family.embedding).weight.shape[1]
+    tables = place.family.positions or (place.family.embedding,)
+    return place.base.get_submodule(tables[0]).weight.shape[1]
+
+
+def projected(place: Place) -> bool:
+    """Whether the words' embedding has a width of its own, and is projected onto the stream."""
+    entry = place.family.entry
+    return entry is not None and entry in dict(place.base.named_modules())
 
 
 def describe(place: Place) -> None:
@@ -70,8 +77,8 @@ def describe(place: Place) -> None:
     config.num_hidden_layers = len(sizes)
     if family.heads_in_config:
         config.head_dim = getattr(place.layers[0].get_submodule(family.attention), family.head_dim)
-    width = width_of(place) if family.norms else config.hidden_size
-    _set_common(config, family, sizes, width)
+    width = width_of(place)
+    _set_common(place, sizes, width)
     said = _said(config, family)
     unsaid = [size.as_list() for size in sizes] if any(size != said for size in sizes) else None
     changed = _set_record(config, LAYERS, unsaid)
@@ -91,18 +98,38 @@ def _warning(place: Place, sizes: list[Sizes], width: int) -> str:
     )  # fmt: skip
 
 
-def _set_common(config: Any, family: Family, sizes: list[Sizes], width: int) -> None:
-    first = sizes[0]
+def _set_common(place: Place, sizes: list[Sizes], width: int) -> None:
+    first, config, family = sizes[0], place.model.config, place.family
     if first.neurons and _alike(sizes, lambda size: size.neurons):
         setattr(config, family.hidden_key, first.neurons)
+    elif getattr(config, family.hidden_key) is None:
+        # None means four times the width, which may change below
+        setattr(config, family.hidden_key, 4 * config.hidden_size)
     if first.experts is not None and _alike(sizes, lambda size: size.experts or 0):
         config.num_local_experts = first.experts
+    alike = first.heads and _alike(sizes, lambda size: (size.heads, size.kv_heads))
     values: dict[str, int] = {}
-    if family.heads_in_config and _alike(sizes, lambda size: (size.heads, size.kv_heads)) and first.heads:
+    if family.heads_in_config and alike:
         values = {"num_attention_heads": first.heads, "num_key_value_heads": first.kv_heads}
     if family.width_in_config:
         values["hidden_size"] = width
+    if alike and not (family.heads_in_config or family.width_in_config):
+        values = _of_heads_and_width(place, first.heads, width)
     _set_if_valid(config, values)
+
+
+def _of_heads_and_width(place: Place, heads: int, width: int) -> dict[str, int]:
+    """What to set where a config means by a head's size the width over the heads; nothing if that is not so."""
+    attention, config = place.layers[0].get_submodule(place.family.attention), place.model.config
+    if heads * getattr(attention, place.family.head_dim) != width:
+        return {}
+    values = {"num_attention_heads": heads, "hidden_size": width}
+    if place.family.entry is None:
+        return values
+    # OPT takes an embedding as wide as the stream for one without projections
+    if projected(place):
+        return {} if config.word_embed_proj_dim == width else values
+    return {**values, "word_embed_proj_dim": width}
 
 
 def _alike(sizes: list[Sizes], part: Callable[[Sizes], Any]) -> bool:

@@ -90,12 +90,67 @@ def test_fewer_heads_in_every_layer_are_recorded_where_the_config_cannot_say_so(
         ("Llama", 1 / 24, (24, 23)),
         ("Qwen2", 1 / 24, (23, None)),
         ("Olmoe", 1 / 6, (24, 20)),
+        ("GPT2", 1 / 6, (24, 20)),
+        ("OPT", 1 / 6, (24, 20)),
+        ("Bert", 1 / 6, (24, 20)),
     ],
 )
 def test_the_width_is_recorded_where_the_config_refuses_it(name, removed, said, tmp_path):
     model = unequal(peer(name))
     prune_width(model, fraction=removed, multiple=1)
     assert (model.config.hidden_size, getattr(model.config, "pruned_width", None)) == said
+    model.save_pretrained(tmp_path)
+    same(load_pruned(tmp_path), model)
+
+
+TOGETHER = [
+    ("GPT2", None, {}), ("GPT2", None, {"n_inner": None}), ("GPT2", "ForSequenceClassification", {}), ("OPT", None, {}),
+    ("OPT", None, {"word_embed_proj_dim": 24}), ("OPT", None, {"layer_norm_elementwise_affine": False}),
+    ("Bert", None, {}), ("Bert", "Model", {}), ("Bert", "ForSequenceClassification", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "task", "options"), TOGETHER)
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_heads_and_width_that_shrink_alike_need_no_record(name, task, options, heads_first, tmp_path):
+    model = peer(name, task=task, **options)
+    steps = {"head": [0, 2, 3], "width": [*range(5), *range(11, 24)]}
+    for kind in steps if heads_first else reversed(steps):
+        axes = [axis for axis in prunable_axes(model) if axis.kind == kind]
+        shrink(model, axes, {axis.name: steps[kind] for axis in axes})
+    assert not hasattr(model.config, "pruned_layers") and not hasattr(model.config, "pruned_width")
+    assert (model.config.num_attention_heads, model.config.hidden_size) == (3, 18)
+    model.save_pretrained(tmp_path)
+    same_outputs(stock(model, tmp_path), model)
+    same_outputs(load_pruned(tmp_path), model)
+
+
+def same_outputs(again, model):
+    with torch.no_grad():
+        close(again(ids())[0], model(ids())[0])
+    assert [p.shape for p in again.parameters()] == [p.shape for p in model.parameters()]
+
+
+def test_a_width_that_stock_opt_would_take_for_another_model_is_recorded(tmp_path):
+    """Words of 12 channels are projected onto the stream, unless the config says that it is 12 wide itself."""
+    model = peer("OPT")
+    axes = prunable_axes(model)
+    kept = {axis.name: [1, 2] for axis in axes if axis.kind == "head"}
+    shrink(model, axes, kept | {axis.name: list(range(12)) for axis in axes if axis.kind == "width"})
+    assert model.config.hidden_size == 24 and model.config.pruned_width == 12
+    model.save_pretrained(tmp_path)
+    same(load_pruned(tmp_path), model)
+
+
+def test_unequal_neurons_keep_their_room_when_the_width_changes(tmp_path):
+    """GPT-2's n_inner of None means four times the width, of which the record counts down."""
+    model = peer("GPT2", n_inner=None)
+    neurons = [axis for axis in prunable_axes(model) if axis.kind == "neuron"]
+    shrink(model, neurons, {neurons[0].name: list(range(90))})
+    steps = {"head": [0, 2, 3], "width": list(range(18))}
+    axes = prunable_axes(model)
+    shrink(model, axes, {axis.name: steps[axis.kind] for axis in axes if axis.kind in steps})
+    assert model.config.hidden_size == 18 and [sizes[2] for sizes in model.config.pruned_layers] == [90, 96, 96]
     model.save_pretrained(tmp_path)
     same(load_pruned(tmp_path), model)
 
