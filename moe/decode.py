@@ -2,6 +2,8 @@
 
 import math
 from functools import lru_cache
+from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -38,29 +40,42 @@ def mix_few_tokens(
 
 
 def _few_tokens(
-    x: Tensor, token: Tensor, expert: Tensor, weight: Tensor, up: Tensor, down: Tensor, activation: Activation
+    x: Tensor, token: Tensor, expert: Tensor, weight: Tensor, up: Tensor, down: Tensor, activation: str
 ) -> Tensor:
-    places: dict[int, list[int]] = {}
-    for place, chosen in enumerate(expert.tolist()):
-        places.setdefault(chosen, []).append(place)
-    pre = _products(x[token], up, places)
-    rows = _products(activate(pre, activation), down.mT, places)
-    dtype = torch.promote_types(weight.dtype, x.dtype)
-    y = torch.zeros(x.shape, dtype=dtype, device=x.device)
-    return y.index_add_(0, token, rows.to(dtype) * weight.to(dtype)[:, None]).to(x.dtype)
+    experts = expert.tolist()
+    order = sorted(range(len(experts)), key=experts.__getitem__)
+    if order != [*range(len(order))]:
+        at = torch.tensor(order, device=x.device)
+        token, weight = token[at], weight[at]
+    groups = _groups([experts[place] for place in order])
+    one = x.shape[0] == 1
+    hidden = activate(
+        _products(x.expand(len(order), -1) if one else x[token], up, groups), cast(Activation, activation)
+    )
+    rows, weight = _products(hidden, down.mT, groups), weight.to(torch.promote_types(weight.dtype, x.dtype))
+    if one:
+        return (weight @ rows.to(weight.dtype)).to(x.dtype)[None]
+    y = torch.zeros(x.shape, dtype=weight.dtype, device=x.device)
+    return y.index_add_(0, token, rows.to(weight.dtype) * weight[:, None]).to(x.dtype)
 
 
-def _products(rows: Tensor, weights: Tensor, places: dict[int, list[int]]) -> Tensor:
-    """rows[n] · weights[expert_n] for each n."""
+def _groups(experts: list[int]) -> list[tuple[int, int, int]]:
+    """(expert, first row, last row + 1) of each run of equal experts."""
+    starts = [at for at in range(len(experts)) if not at or experts[at] != experts[at - 1]]
+    return [(experts[start], start, stop) for start, stop in pairwise([*starts, len(experts)])]
+
+
+def _products(rows: Tensor, weights: Tensor, groups: list[tuple[int, int, int]]) -> Tensor:
+    """rows[start:stop] · weights[expert] for each group."""
     out = rows.new_empty(rows.shape[0], weights.shape[2])
-    for expert, at in places.items():
+    for expert, start, stop in groups:
         matrix = weights[expert].to(rows.dtype)
-        if len(at) > 1:
-            out[at] = rows[at] @ matrix
+        if stop - start > 1:
+            torch.mm(rows[start:stop], matrix, out=out[start:stop])
         elif _is_slow(matrix):
-            out[at[0]] = _weighted_rows(rows[at[0]], matrix)
+            out[start] = _weighted_rows(rows[start], matrix)
         else:
-            torch.mv(matrix.mT, rows[at[0]], out=out[at[0]])
+            torch.mv(matrix.mT, rows[start], out=out[start])
     return out
 
 
