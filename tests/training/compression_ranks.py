@@ -22,6 +22,10 @@ METHODS = {
 }
 
 
+# bytes of a step: of the parameters of 54, 9, 18 and 2 entries 11 + 2 + 4 + 1 go, each with an int32, or values alone
+SENT = {"topk": lambda world: 18 * 12 * (world - 1), "randomk": lambda world: 2 * 18 * 8 * (world - 1) // world}
+
+
 def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 2)).double()
@@ -119,7 +123,9 @@ def methods(rank, world):
                 for p in model.module.parameters():
                     p -= 0.1 * p.grad
         assert compressor.traffic.steps == compressor.step == 6
-        assert compressor.traffic.sent <= compressor.traffic.dense
+        assert compressor.traffic.sent <= compressor.traffic.dense == 6 * (2 * 83 * 8 * (world - 1) // world)
+        if method in SENT:
+            assert compressor.traffic.sent == 6 * SENT[method](world)
 
 
 def nothing_is_lost(rank, world):
@@ -157,11 +163,51 @@ def clipping(rank, world):
     assert norm <= 0.3 * math.sqrt(world) + 1e-9
 
 
+def many_buckets(rank, world):
+    """Each parameter in a bucket of its own, or all in one: the same gradients, and with ``clip`` one norm."""
+    for options in ({"method": "topk", "density": 0.2}, {"method": "dgc", "density": 0.2, "clip": 0.05}):
+        one, several = DistributedDataParallel(net()), DistributedDataParallel(net(), bucket_cap_mb=1e-6)
+        compress_gradients(one, **options)
+        compressor = compress_gradients(several, **options)
+        seen, reduce = [], compressor.reduce
+        compressor.reduce = lambda bucket, *, last, reduce=reduce, seen=seen: (
+            seen.append(last), reduce(bucket, last=last))[1]  # fmt: skip
+        for step in range(3):
+            for model in (one, several):
+                model.zero_grad()
+                model(data(step, rank)).square().sum().backward()
+            for a, b in zip(one.parameters(), several.parameters(), strict=True):
+                close(b.grad, a.grad)
+        assert seen.count(True) == 3 < len(seen)
+
+
+def forgetting(rank, world):
+    """Without error feedback each step sends the largest of its own gradient."""
+    for method in ("topk", "dropping", "dgc"):
+        model = DistributedDataParallel(net())
+        compress_gradients(model, method, density=0.2, momentum=0.0, error_feedback=False)
+        for step in range(2):
+            total = {n: torch.zeros(p.numel()).double() for n, p in model.module.named_parameters()}
+            for other in range(world):
+                gradients = {n: g / world for n, g in local(model.module, step, other).items()}
+                limits = [sorted(g.abs().tolist())[-math.ceil(0.2 * len(g))] for g in gradients.values()]
+                if method == "dropping":
+                    flat = sorted(abs(float(v)) for g in gradients.values() for v in g)
+                    limits = [flat[-math.ceil(0.2 * len(flat))]] * 4
+                for (n, g), limit in zip(gradients.items(), limits, strict=True):
+                    kept = [float(v) if abs(float(v)) >= limit else 0.0 for v in g]
+                    total[n] += torch.tensor(kept, dtype=torch.float64)
+            model.zero_grad()
+            model(data(step, rank)).square().sum().backward()
+            for name, p in model.module.named_parameters():
+                close(p.grad.flatten(), total[name])
+
+
 def main() -> None:
     rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    for case in (methods, nothing_is_lost, clipping):
+    for case in (methods, nothing_is_lost, clipping, many_buckets, forgetting):
         case(rank, world)
     dist.destroy_process_group()
 

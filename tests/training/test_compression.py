@@ -48,6 +48,14 @@ def test_dgc_falls_to_its_density():
     assert shares == [0.25] * 2 + [0.0625] * 2 + [0.015625] * 2 + [0.004] * 2 + [0.001] * 4
 
 
+def test_every_method_with_a_density_can_warm_up():
+    made = compressor("topk", density=0.1, warmup=5)
+    counts = []
+    for made.step in range(6):
+        counts.append(len(made.compress("w", torch.randn(100)).index))
+    assert counts == [25, 10, 10, 10, 10, 10]
+
+
 def test_random_entries_differ_between_steps_and_parameters_but_not_between_processes():
     made = compressor("randomk", density=0.2)
     first = made.compress("a", torch.randn(50)).index
