@@ -47,7 +47,7 @@ class Ticket:
         """Set the model to the values of ``step``, pruned.
 
         Raises: ValueError if a tensor is missing or has another shape; then nothing has changed."""
-        own = _tensors(model)
+        own = tensors_to_rewind(model)
         for name, value in self.values.items():
             if name not in own or own[name].shape != value.shape:
                 found = list(own[name].shape) if name in own else "none"
@@ -119,7 +119,7 @@ def find_ticket(
     masks = Masks({name: torch.ones_like(weight, dtype=torch.bool) for name, weight in chosen.items()})
     if rewind:
         train_fn(model, masks, 0, rewind)
-    values = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
+    values = {name: tensor.detach().clone() for name, tensor in tensors_to_rewind(model).items()}
     sparsities, results = [], []
     for number in range(1, rounds + 1):
         results.append(train_fn(model, masks, rewind, None))
@@ -271,7 +271,7 @@ def _depth(names: Mapping[str, Any]) -> int:
     return max((int(layer[1]) + 1 for layer in map(LAYER.search, names) if layer), default=0)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def tensors_to_rewind(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers that are saved, tied ones once."""
     own = dict(model.named_parameters())
     saved = model.state_dict(keep_vars=True)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moe import SigmoidRouter
+from pruning import Masks
 from sparse_attn.selection.kmeans import KMeansRouting
 from sparse_attn.selection.sinkhorn import SinkhornSorting
 
@@ -39,6 +40,15 @@ class Parametriser(Protocol):
 
     def parametrise(self) -> AbstractContextManager[Any]:
         """The context in which a step's forward and backward passes run."""
+        ...
+
+
+@runtime_checkable
+class Masked(Protocol):
+    """A sparsifier that tells which weights are there."""
+
+    def masks(self) -> Masks:
+        """Those that the model has now."""
         ...
 
 

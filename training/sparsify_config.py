@@ -6,14 +6,14 @@ from typing import Literal
 SparsifyMethod = Literal[
     "magnitude", "static", "set", "rigl", "snfs", "dsr", "deep_r", "top_kast",
     "nest", "preferential", "robust_rewiring",
-    "movement", "feedback", "dnw", "iht", "dsd", "lc", "generalization",
+    "movement", "feedback", "dnw", "iht", "dsd", "lc", "generalization", "lottery", "early_bird",
     "l1", "hoyer_square", "group_lasso", "sigmoid_units", "softplus_units", "polarized_units",
     "soft_movement", "l0", "l0_units", "str", "variational", "variational_units", "proximal", "group_proximal",
 ]  # fmt: skip
 # These find their sparsity; `strength` is what they are asked.
 FINDING = ("soft_movement", "l0", "l0_units", "str", "variational", "variational_units", "proximal", "group_proximal")
 # These do something every `every` steps, before the step at which they rest.
-UPDATING = ("set", "rigl", "snfs", "dsr", "preferential", "nest", "lc")
+UPDATING = ("set", "rigl", "snfs", "dsr", "preferential", "nest", "lc", "early_bird")
 STRONG = (*FINDING, "lc", "l1", "hoyer_square", "group_lasso", "sigmoid_units", "softplus_units", "polarized_units")
 
 
@@ -28,8 +28,9 @@ class SparsifyConfig:
     """'magnitude' prunes a dense start along a schedule. 'set', 'rigl', 'snfs', 'dsr', 'deep_r', 'preferential',
     'robust_rewiring' and 'top_kast' are sparse from the first step and move their connections; 'nest' starts sparser,
     grows connections and neurons, then prunes; 'static' keeps those that it starts with. 'movement', 'feedback' and
-    'dnw' train dense weights through a masked forward pass; 'iht' and 'dsd' alternate sparse and dense
-    phases, 'lc' pulls weights to their largest, 'generalization' prunes after evaluations. 'l1', 'hoyer_square' and
+    'dnw' train dense weights through a masked forward pass; 'iht' and 'dsd' alternate sparse and dense phases, 'lc'
+    pulls weights to their largest, 'generalization' prunes after evaluations; 'lottery' trains, prunes and rewinds in
+    'rounds' before the pass that counts, 'early_bird' prunes once the mask has settled. 'l1', 'hoyer_square' and
     'group_lasso' shrink and prune at the end, 'sigmoid_units', 'softplus_units' and 'polarized_units' gate heads and
     neurons. These find their own sparsity: 'soft_movement', 'l0', 'str', 'variational' and 'proximal' for weights,
     'l0_units', 'variational_units' and 'group_proximal' for heads and neurons."""
@@ -50,13 +51,17 @@ class SparsifyConfig:
     allocation: Literal["erk", "uniform"] = "erk"
     """How a method that is sparse from the start spreads its weights: Erdős–Rényi, or evenly."""
     begin: int = 0
-    """Step at which pruning begins."""
+    """Step at which pruning begins; for lottery, to which it rewinds."""
     end: int = 0
     """Step at which magnitude pruning reaches its share, at or before 'begin' at once; at which movement and feedback
     do, or after which the connections of the methods that are sparse from the start rest, 0 for three quarters of the
-    training; at which the sparse phase of dsd ends (0: begin and end at one and two thirds of the training)."""
+    training; at which 'early_bird' prunes at the latest (likewise); at which the sparse phase of dsd ends (0: begin and
+    end at one and two thirds of the training)."""
     every: int = 50
     """Steps between choices of what to prune or move; of a phase of iht; between compression steps of lc."""
+    rounds: int = 3
+    """Prunings of 'lottery', each after a pass over equally many of the steps from 'begin', to which the weights and
+    the learning rate are then wound back; one more pass trains what is left."""
     schedule: Literal["cubic", "linear", "exponential", "iterative"] = "cubic"
     """How magnitude, movement and feedback go from 'begin' to 'end': along a cubic (Zhu & Gupta 2017), evenly, with
     the same share of what is left in equal times, or in rounds of 'every' steps of retraining."""
@@ -87,6 +92,15 @@ def check_sparsify(config: SparsifyConfig, *, steps: int) -> None:
         raise ValueError(f"sparsify.gate_lr must be positive, got {config.gate_lr}")
     if config.rate != "keep" and config.method not in ("magnitude", "movement", "feedback"):
         raise ValueError(f"sparsify.rate must be 'keep' for method={config.method!r}, got {config.rate!r}")
+    if config.rounds < 1:
+        raise ValueError(f"sparsify.rounds must be >= 1, got {config.rounds}")
+    if config.method == "lottery" and config.sparsity:
+        left, passes = steps - config.begin, config.rounds + 1
+        if left < passes or left % passes:
+            raise ValueError(
+                f"train.steps - sparsify.begin must be a multiple of sparsify.rounds + 1 = {passes}, got {left}: each"
+                " pass has as many steps"
+            )
     rest = steps if config.method == "lc" else config.end or max(1, steps * 3 // 4)
     if config.method in UPDATING and config.sparsity and 1 < config.every >= rest:
         raise ValueError(

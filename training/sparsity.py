@@ -45,11 +45,13 @@ from pruning.learned import (
 )
 from pruning.retraining import (
     DenseSparseDense,
+    EarlyBirdPruning,
     Feedback,
     GeneralizationDriven,
     HardThresholding,
     LearningCompression,
     NeuralWirings,
+    Rewinding,
 )
 from pruning.schedules import Schedule, cubic, exponential, iterative, linear, one_shot, prunings, rewarmed, rewound
 from training.moments import Sparsifier as Method
@@ -70,10 +72,13 @@ Options = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Pace:
-    """What prunings do to the learning rate: step → the step whose rate is used, and → a factor on it."""
+    """What prunings do to the learning rate: step → the step whose rate is used, and → a factor on it.
+
+    steps: of the schedule, where it is not the whole run's."""
 
     clock: Callable[[int], int] = lambda step: step
     factor: Callable[[int], float] = lambda step: 1.0
+    steps: int | None = None
 
 
 def make_sparsifiers(config: SparsifyConfig, model: Transformer, *, steps: int, seed: int = 0) -> list[Method]:
@@ -84,7 +89,7 @@ def make_sparsifiers(config: SparsifyConfig, model: Transformer, *, steps: int, 
         return []
     if config.method == "magnitude":
         allocation = global_ranking if config.scope == "global" else uniform
-        return [Sparsifier(model, schedule=_schedule(config, config.end), allocation=allocation)]
+        return [Sparsifier(model, schedule=pruning_schedule(config, config.end), allocation=allocation)]
     if config.method in FROM_THE_START:
         return [_sparse_from_the_start(config, model, steps, seed)]
     return [_asked(config, model, steps)]
@@ -92,16 +97,25 @@ def make_sparsifiers(config: SparsifyConfig, model: Transformer, *, steps: int, 
 
 def make_pace(config: SparsifyConfig, *, steps: int, warmup: int) -> Pace:
     """How the learning rate follows the prunings of a [sparsify] section. warmup: steps of a warm-up."""
+    if config.method == "lottery" and config.sparsity:
+        begin, every = config.begin, pass_steps(config, steps)
+        return Pace(clock=lambda step: step if step < begin else begin + (step - begin) % every, steps=begin + every)
     if config.rate == "keep" or config.sparsity == 0:
         return Pace()
-    end = config.end if config.method == "magnitude" else _end(config, steps)
-    pruned = [step for step in prunings(_schedule(config, end), steps=steps) if step > 0]
+    end = config.end if config.method == "magnitude" else last_update(config, steps)
+    pruned = [step for step in prunings(pruning_schedule(config, end), steps=steps) if step > 0]
     if config.rate == "rewarm":
         return Pace(factor=rewarmed(pruned, warmup=max(1, warmup)))
     return Pace(clock=rewound(pruned, to=warmup))
 
 
-def _schedule(config: SparsifyConfig, end: int) -> Schedule:
+def pass_steps(config: SparsifyConfig, steps: int) -> int:
+    """Steps of a pass of 'lottery' in a run of ``steps``."""
+    return (steps - config.begin) // (config.rounds + 1)
+
+
+def pruning_schedule(config: SparsifyConfig, end: int) -> Schedule:
+    """Step → sparsity of magnitude, movement and feedback, which reach their share at ``end``."""
     if end <= config.begin:
         return one_shot(config.sparsity, step=config.begin)
     if config.schedule == "iterative":
@@ -111,7 +125,8 @@ def _schedule(config: SparsifyConfig, end: int) -> Schedule:
     return make(config.sparsity, begin=config.begin, end=end, every=config.every)
 
 
-def _end(config: SparsifyConfig, steps: int) -> int:
+def last_update(config: SparsifyConfig, steps: int) -> int:
+    """The step from which connections rest: ``end``, or three quarters of the training."""
     return config.end or max(1, steps * 3 // 4)
 
 
@@ -122,7 +137,7 @@ def _sparse_from_the_start(config: SparsifyConfig, model: Transformer, steps: in
     if config.method == "top_kast":
         return TopKAST(model, every=config.every, **sizes)
     sizes["generator"] = torch.Generator().manual_seed(seed)
-    stop = _end(config, steps)
+    stop = last_update(config, steps)
     if config.method == "deep_r":
         return DeepR(model, stop=stop, **sizes)
     if config.method == "robust_rewiring":
@@ -161,7 +176,8 @@ def _asked(config: SparsifyConfig, model: Transformer, steps: int) -> Method:
     asked: Options = {"sparsity": config.sparsity, **spread}
     shrinking: Options = {**asked, **strong}
     gates: Options = {"sparsity": config.sparsity, "gate_lr": config.gate_lr, **strong}
-    gradual: Options = {"schedule": _schedule(config, _end(config, steps)), "every": config.every, **spread}
+    schedule = pruning_schedule(config, last_update(config, steps))
+    gradual: Options = {"schedule": schedule, "every": config.every, **spread}
     begin, end = (config.begin, config.end) if config.end else (steps // 3, max(steps * 2 // 3, steps // 3 + 1))
     made: dict[str, Callable[[], Method]] = {
         "movement": lambda: Movement(model, gate_lr=config.gate_lr, **gradual),
@@ -177,6 +193,10 @@ def _asked(config: SparsifyConfig, model: Transformer, steps: int) -> Method:
         "generalization": lambda: GeneralizationDriven(
             model, begin=config.begin, most=config.fraction, when=config.when, **asked
         ),
+        "lottery": lambda: Rewinding(
+            model, every=pass_steps(config, steps), rounds=config.rounds, rewind=config.begin, **asked
+        ),
+        "early_bird": lambda: EarlyBirdPruning(model, every=config.every, end=last_update(config, steps), **asked),
         "l1": lambda: Regularized(model, penalty=l1, **shrinking),
         "hoyer_square": lambda: Regularized(model, penalty=hoyer_square, **shrinking),
         "group_lasso": lambda: Regularized(model, penalty=partial(group_lasso, axes=_units(model)), **shrinking),

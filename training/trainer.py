@@ -49,7 +49,8 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. stopped: None at the last step, else the signal's name or ``stop_at``."""
+    """How a run ended. stopped: None at the last step, else the signal's name or ``stop_at``. sparsifiers: those that
+    took part, as they are at the end."""
 
     step: int
     tokens: int
@@ -58,6 +59,7 @@ class Outcome:
     evaluation: Evaluation | None
     checkpoint: Path
     stopped: str | None
+    sparsifiers: tuple[Sparsifier, ...] = ()
 
 
 class Trainer:
@@ -182,7 +184,7 @@ class Trainer:
         checkpoint = self.saved[1] if self.saved and self.saved[0] == self.step else self.save()
         self.parallel.finish(checkpoint, self.model)
         stopped = interruption.name or ("stop_at" if self.step < self.train.steps else None)
-        return Outcome(self.step, self.tokens, self.seconds, loss, result, checkpoint, stopped)
+        return Outcome(self.step, self.tokens, self.seconds, loss, result, checkpoint, stopped, self.sparsifiers)
 
     def train_step(self) -> dict[str, Any]:
         """One optimiser step; returns its line of metrics.jsonl.
@@ -300,7 +302,8 @@ class Trainer:
             )
 
     def _lr_multiplier(self) -> float:
-        steps, kind, decay_fraction = self.train.steps, self.optim.schedule, self.optim.decay_fraction
+        steps = self.pace.steps or self.train.steps
+        kind, decay_fraction = self.optim.schedule, self.optim.decay_fraction
         return self.pace.factor(self.step) * lr_multiplier(
             self.pace.clock(self.step),
             steps=steps,

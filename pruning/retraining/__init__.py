@@ -1,17 +1,21 @@
-"""Pruning and training in turn: feedback, wirings, dense and sparse phases, learning–compression, held-out loss."""
+"""Pruning and training in turn: feedback, wirings, dense and sparse phases, learning–compression, held-out loss,
+tickets."""
 
 from pruning.retraining.compression import LearningCompression
 from pruning.retraining.feedback import Feedback, NeuralWirings
 from pruning.retraining.generalization import GeneralizationDriven, generalization_loss, pruning_share
 from pruning.retraining.phases import DenseSparseDense, HardThresholding
+from pruning.retraining.tickets import EarlyBirdPruning, Rewinding
 
 __all__ = [
     "DenseSparseDense",
+    "EarlyBirdPruning",
     "Feedback",
     "GeneralizationDriven",
     "HardThresholding",
     "LearningCompression",
     "NeuralWirings",
+    "Rewinding",
     "generalization_loss",
     "pruning_share",
 ]

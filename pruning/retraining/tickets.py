@@ -1,0 +1,164 @@
+"""Tickets within one training run: prune and rewind between passes, or prune once the mask has settled."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pruning.allocation import Allocation, uniform
+from pruning.lottery import EarlyBird, Ticket, tensors_to_rewind
+from pruning.mask_selection import select_masks
+from pruning.masking import Masks
+from pruning.saliency.data_free import magnitude
+from pruning.structure import check_fraction
+from pruning.weights import check_values, prunable_weights
+
+
+@final
+class Rewinding:
+    """A lottery ticket found and trained in one run: :func:`pruning.lottery.find_ticket` as a method of a trainer.
+
+    Steps 0 … rewind − 1 train all weights; the values that they end with, W_k, are kept. Then rounds + 1 passes of
+    ``every`` steps. After pass r ≤ rounds the smallest magnitudes go, until a share (1 − sparsity)^(r/rounds) of the
+    weights is left; what stays, and every other parameter and buffer, goes back to W_k, and the optimiser forgets its
+    moments. The last pass trains the ticket: the run takes rewind + (rounds + 1) · every steps, of which rewind + every
+    train the weights that it ends with. The stream of data is not wound back. Frankle et al. 2020 (arXiv:1912.05671).
+    Raises: ValueError for a sparsity outside [0, 1), rounds or every below 1, rewind below 0.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        sparsity: float,
+        every: int,
+        rounds: int = 3,
+        rewind: int = 0,
+        allocation: Allocation = uniform,
+        weights: Sequence[str] | None = None,
+    ) -> None:
+        check_fraction("sparsity", sparsity)
+        for name, value, least in (("every", every, 1), ("rounds", rounds, 1), ("rewind", rewind, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
+        self.model, self.sparsity, self.every, self.rounds, self.rewind = model, sparsity, every, rounds, rewind
+        self.allocation, self.step = allocation, 0
+        self._weights = prunable_weights(model, weights)
+        check_values(self._weights)
+        self._masks = Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in self._weights.items()})
+        self._values = {} if rewind else self._now()
+
+    def before_step(self, optimizer: Optimizer) -> bool:
+        """True: the optimiser takes every step."""
+        return True
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Count the step and hold the zeros; keep W_k when it is reached; prune and rewind at the end of a pass."""
+        self.step += 1
+        self._masks.apply(self.model)
+        if self.step == self.rewind:
+            self._values = self._now()
+        ended, inside = divmod(self.step - self.rewind, self.every)
+        if not inside and 1 <= ended <= self.rounds:
+            self._prune(self.share(self.step))
+            Ticket(self._masks, self._values, self.rewind).apply(self.model)
+            _start_afresh(optimizer)
+
+    def share(self, step: int) -> float:
+        """Share of zeros after ``step`` steps: that of the rounds that have ended."""
+        ended = min(self.rounds, max(0, step - self.rewind) // self.every)
+        return self.sparsity if ended == self.rounds else 1 - (1 - self.sparsity) ** (ended / self.rounds)
+
+    def masks(self) -> Masks:
+        """The weights that are there in this pass."""
+        return self._masks
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, masks and W_k, for a checkpoint."""
+        return {"step": self.step, "masks": self._masks.state_dict(), "values": dict(self._values)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict()``; the masks are applied to the model at once."""
+        masks = Masks.from_state_dict({n: mask.to(self._weights[n].device) for n, mask in state["masks"].items()})
+        masks.apply(self.model)
+        self._masks, self.step, self._values = masks, state["step"], dict(state["values"])
+
+    def _now(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in tensors_to_rewind(self.model).items()}
+
+    def _prune(self, sparsity: float) -> None:
+        kept = self._masks.kept
+        scores = {n: magnitude(w.detach()).masked_fill(~kept[n], -torch.inf) for n, w in self._weights.items()}
+        self._masks = select_masks(scores, sparsity=sparsity, allocation=self.allocation)
+
+
+@final
+class EarlyBirdPruning:
+    """Dense until the mask has settled, then pruned to it, the weights that stay going on as they are.
+
+    Every ``every`` steps :class:`pruning.lottery.EarlyBird` draws a mask; at the first that is near each of the last
+    ``window``, or at step ``end`` if none was, the smallest magnitudes go. Distances are relative to the largest
+    possible, so that the threshold says the same at every sparsity. You et al. 2020 (arXiv:1909.11957).
+    found: the step at which it pruned, None before. Raises: as `EarlyBird`; ValueError for every or end below 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        sparsity: float,
+        every: int,
+        end: int,
+        window: int = 5,
+        threshold: float = 0.1,
+        allocation: Allocation = uniform,
+        weights: Sequence[str] | None = None,
+    ) -> None:
+        for name, value in (("every", every), ("end", end)):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        self.model, self.every, self.end, self.step = model, every, end, 0
+        self.bird = EarlyBird(model, sparsity=sparsity, window=window, threshold=threshold, relative=True,
+                              allocation=allocation, weights=weights)  # fmt: skip
+        self.found: int | None = None
+        self._weights = prunable_weights(model, weights)
+
+    def before_step(self, optimizer: Optimizer) -> bool:
+        """True: the optimiser takes every step."""
+        return True
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Count the step; look at the mask when it is time; hold the zeros once it was found."""
+        self.step += 1
+        if self.found is None and (self.step % self.every == 0 or self.step == self.end):
+            settled = self.bird.observe()
+            self.found = self.step if settled or self.step >= self.end else None
+        if self.found is not None:
+            self.bird.masks().apply(self.model)
+
+    def masks(self) -> Masks:
+        """All weights before it pruned, then those that stay."""
+        if self.found is not None:
+            return self.bird.masks()
+        return Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in self._weights.items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, the step at which it pruned, and the masks seen, for a checkpoint."""
+        return {"step": self.step, "found": self.found, "bird": self.bird.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict()``."""
+        self.step, self.found = state["step"], state["found"]
+        self.bird.load_state_dict(state["bird"])
+
+
+def _start_afresh(optimizer: Optimizer) -> None:
+    """Moments and counts of steps to 0; whole numbers, such as places of sparse moments, stay."""
+    for slots in optimizer.state.values():
+        for slot in slots.values():
+            if isinstance(slot, Tensor) and slot.is_floating_point():
+                slot.zero_()
