@@ -126,7 +126,7 @@ def test_a_killed_cell_goes_on_from_its_checkpoint_and_its_record_is_as_if_it_ha
     records = []
     for name in ("whole", "killed"):
         config = run_config(study, Cell(study.arm[1], 1e-3, 0), out=tmp_path / name, threads=1)
-        job = write_job(config, {"kind": "cell", "flops_per_token": 1.0})
+        job = write_job(config, {"kind": "cell", "flops_per_token": 1.0, "parameters": 2, "active_parameters": 1})
         worker = _start(job)
         if name == "killed":
             _wait_for(config.out / "checkpoints" / "latest")
@@ -318,9 +318,10 @@ def test_every_study_of_the_examples_loads_and_its_arms_are_runs(path):
 def test_the_committed_pages_are_what_their_records_give(path, tmp_path):
     study = load_study(ROOT / "examples" / "studies" / f"{path.stem}.toml")
     write_page(study, open_records(path), folder=tmp_path)
-    for suffix in (".md", ".svg"):
-        committed = path.with_suffix(suffix).read_text()
-        assert (tmp_path / f"{path.stem}{suffix}").read_text() == committed
+    written = sorted(file.name for file in tmp_path.iterdir())
+    assert {f"{path.stem}.md", f"{path.stem}.svg"} <= set(written)
+    for name in written:
+        assert (tmp_path / name).read_text() == (path.parent / name).read_text()
     assert "Unfinished" not in path.with_suffix(".md").read_text()
 
 

@@ -1,4 +1,4 @@
-"""A cell in a process of its own: ``python -m training.study JOB.json`` trains it and leaves its record."""
+"""Cells in a process of their own: ``python -m training.study JOB.json …`` trains each and leaves its record."""
 
 import os
 import signal
@@ -17,4 +17,4 @@ def end_with_parent() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=end_with_parent, daemon=True).start()
-    sys.exit(run_cell(Path(sys.argv[1])))
+    sys.exit(next((status for job in sys.argv[1:] if (status := run_cell(Path(job)))), 0))

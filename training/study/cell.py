@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from training.finite import NonFiniteError
 from training.metrics import FILE_NAME as METRICS
 from training.records import Line, read_lines
 from training.run import remove_checkpoints, train
+from training.study.cost import sparse_cost
+from training.study.measures import take_measures
 from training.study.records import DIVERGED, DONE
 from training.trainer import CHECKPOINTS, Outcome, choose_device
 
@@ -21,11 +24,11 @@ JOB, RECORD = "job.json", "record.json"
 STOPPED = 75  # EX_TEMPFAIL: the same job goes on from its checkpoint
 
 
-def write_job(config: RunConfig, facts: Line) -> Path:
-    """Leave a job in the run's folder: the run, and what its record starts with."""
+def write_job(config: RunConfig, facts: Line, *, measures: Sequence[str] = ()) -> Path:
+    """Leave a job in the run's folder: the run, what its record starts with, and what is measured in the end."""
     config.out.mkdir(parents=True, exist_ok=True)
     path = config.out / JOB
-    replace_durably(path, json.dumps({"config": to_dict(config), "facts": facts}).encode())
+    replace_durably(path, json.dumps({"config": to_dict(config), "facts": facts, "measures": list(measures)}).encode())
     return path
 
 
@@ -44,14 +47,16 @@ def run_cell(job: Path) -> int:
     else:
         if outcome.stopped is not None:
             return STOPPED
-        result = _result(config, outcome, record["facts"]["flops_per_token"])
+        result = _result(config, outcome, record["facts"])
+        if record["measures"]:
+            result["measures"] = take_measures(record["measures"], config, outcome.checkpoint)
     line = record["facts"] | result | _conditions(config) | {"wall_seconds": time.perf_counter() - started}
     replace_durably(config.out / RECORD, json.dumps(line).encode())
     remove_checkpoints(config.out / CHECKPOINTS)
     return 0
 
 
-def _result(config: RunConfig, outcome: Outcome, flops_per_token: float) -> Line:
+def _result(config: RunConfig, outcome: Outcome, facts: Line) -> Line:
     # A cell killed between its last step and its record has its evaluation in the metrics.
     lines = [line for line in read_lines(config.out / METRICS) if "bits_per_byte" in line]
     return {
@@ -60,8 +65,9 @@ def _result(config: RunConfig, outcome: Outcome, flops_per_token: float) -> Line
         "loss": lines[-1]["eval_loss"],
         "train_loss": outcome.loss if outcome.loss == outcome.loss else None,
         "tokens": outcome.tokens,
-        "training_flops": 3 * flops_per_token * outcome.tokens,
+        "training_flops": 3 * facts["flops_per_token"] * outcome.tokens,
         "seconds": outcome.seconds,
+        **sparse_cost(config, outcome, facts),
     }
 
 

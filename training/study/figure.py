@@ -11,6 +11,7 @@ from training.study.summary import ArmResult
 
 WIDTH, TOP, ROW, BOTTOM = 760, 46, 40, 34
 LABEL_END, DOTS, SWEEP = 170, (186, 520), (570, 730)
+LETTER = 7  # room for one of a label
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #1f2933 } .muted { fill: #5f6b7a } .title { font-weight: 600 }
 .grid { stroke: #d5dbe2 } .reference { stroke: #5f6b7a; stroke-dasharray: 4 3 } .seed { fill: #0f766e; opacity: .75 }
@@ -35,8 +36,9 @@ def study_svg(results: Sequence[ArmResult], *, reference: ArmResult) -> str:
         raise ValueError("results must hold at least one finished cell, got none")
     low, high = _padded(min(values), max(values))
     height = TOP + ROW * len(results) + BOTTOM
+    more = max(0, LETTER * max(len(result.arm.label) for result in results) - LABEL_END)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{-more} 0 {WIDTH + more} {height}" role="img">',
         f"<title>Held-out bits per byte of {len(results)} arms</title><style>{STYLE}</style>",
         _text(DOTS[0], 20, "held-out bits per byte, each seed (left is better)", kind="title"),
         _text(SWEEP[0], 20, "learning-rate sweep", kind="title"),

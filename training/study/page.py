@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from training.records import Line
+from training.study.answers import answers
 from training.study.figure import study_svg
+from training.study.sections import sections
 from training.study.spec import Study
 from training.study.summary import ArmResult, Comparison, Outcome, compare, missing, results
 
@@ -15,10 +17,15 @@ RULE = (
 
 
 def write_page(study: Study, lines: list[Line], *, folder: Path) -> Path:
-    """Write NAME.md and NAME.svg into ``folder``; returns the page's path. Raises: ValueError without any result."""
+    """Write NAME.md, NAME.svg and the sections' figures into ``folder``; returns the page's path.
+
+    Raises: ValueError without any result."""
     found = results(study, lines)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{study.name}.svg").write_text(study_svg(found, reference=_reference(study, found)), encoding="utf-8")
+    for section in sections(study, found):
+        for end, figure in section.figures.items():
+            (folder / f"{study.name}-{end}.svg").write_text(figure, encoding="utf-8")
     page = folder / f"{study.name}.md"
     page.write_text(page_text(study, lines), encoding="utf-8")
     return page
@@ -33,8 +40,10 @@ def page_text(study: Study, lines: list[Line]) -> str:
         *([f"Expected beforehand: {study.expected}"] if study.expected else []),
         *_incomplete(study, lines),
         "## Verdict\n\n" + "\n".join(f"- {line}" for line in verdict(found, reference)) + f"\n\n{RULE}",
+        *(["## Answers", *answers(study, found)] if study.ask else []),
+        *(section.text for section in sections(study, found) if section.text),
         f"![Held-out bits per byte by arm, and the learning-rate sweeps]({study.name}.svg)",
-        "## Numbers\n\n" + _table(found, reference),
+        "## Numbers\n\n" + _table(study, found, reference),
         *_notes(study, found),
         "## Conditions\n\n" + "\n".join(f"- {line}" for line in _conditions(study, lines)),
     ]
@@ -80,26 +89,36 @@ def _fastest(ranked: Sequence[ArmResult], reference: ArmResult) -> list[str]:
     ]
 
 
-def _table(found: Sequence[ArmResult], reference: ArmResult) -> str:
-    header = (
-        "| Arm | Learning rate | Bits per byte | Against the reference | Parameters | Active "
-        "| MFLOPs a token | Training PFLOPs | Tokens/s | Step time |\n|---|---|---|---|---|---|---|---|---|---|"
-    )
-    return "\n".join([header, *(_row(result, reference) for result in found)])
+def _table(study: Study, found: Sequence[ArmResult], reference: ArmResult) -> str:
+    names = ["Arm", "Learning rate", "Bits per byte", "Against the reference"]
+    rows = [[_label(result, reference), *_quality(result, reference)] for result in found]
+    if "cost" not in study.sections:  # which counts what zeros would save
+        names += ["Parameters", "Active", "MFLOPs a token", "Training PFLOPs"]
+        rows = [row + _sizes(result, reference) for row, result in zip(rows, found, strict=True)]
+    if study.speeds:
+        names += ["Tokens/s", "Step time"]
+        rows = [row + _speed(result) for row, result in zip(rows, found, strict=True)]
+    head, *body = [f"| {' | '.join(line)} |" for line in [names, *rows]]
+    return "\n".join([head, f"|{'---|' * len(names)}", *body])
 
 
-def _row(result: ArmResult, reference: ArmResult) -> str:
+def _label(result: ArmResult, reference: ArmResult) -> str:
     label = f"**{result.arm.label}**" if result is reference else result.arm.label
-    cells = [label + ("" if result.arm.ranked else " (not ranked)"), *_quality(result, reference)]
-    facts, speed = result.facts, result.speed
+    return label + ("" if result.arm.ranked else " (not ranked)")
+
+
+def _sizes(result: ArmResult, reference: ArmResult) -> list[str]:
+    facts = result.facts
     if facts is None:
-        cells += [""] * 4
-    else:
-        flops = facts.get("training_flops")
-        cells += [_millions(facts["parameters"]), _millions(facts["active_parameters"]), _flops(facts, reference)]
-        cells += ["" if flops is None else f"{flops / 1e15:.3f}"]
-    cells += ["", ""] if speed is None else [f"{speed['tokens_per_s']:,.0f}", f"{speed['ratio']:.2f} ×"]
-    return f"| {' | '.join(cells)} |"
+        return [""] * 4
+    flops = facts.get("training_flops")
+    cells = [_millions(facts["parameters"]), _millions(facts["active_parameters"]), _flops(facts, reference)]
+    return [*cells, "" if flops is None else f"{flops / 1e15:.3f}"]
+
+
+def _speed(result: ArmResult) -> list[str]:
+    speed = result.speed
+    return ["", ""] if speed is None else [f"{speed['tokens_per_s']:,.0f}", f"{speed['ratio']:.2f} ×"]
 
 
 def _quality(result: ArmResult, reference: ArmResult) -> list[str]:
@@ -146,7 +165,8 @@ def _conditions(study: Study, lines: list[Line]) -> list[str]:
     rates = ", ".join(f"{lr:g}" for lr in study.lrs)
     swept = "" if study.sweep_steps is None else f" for {study.sweep_steps} steps"
     said = [
-        f"Command: `sparse-transformers study {study.name}`; records: {len(cells)} cells, {len(speeds)} speeds.",
+        f"Command: `sparse-transformers study {study.name}`; records: {len(cells)} cells"
+        f"{f', {len(speeds)} speeds' if speeds else ''}.",
         f"Every arm tried the learning rates {rates} with seed {study.seeds[0]}{swept}; its best, by held-out bits per "
         f"byte, was run with the seeds {', '.join(map(str, study.seeds))}. The rate is chosen on the text that the "
         "table reports: equally for all arms.",
@@ -154,8 +174,10 @@ def _conditions(study: Study, lines: list[Line]) -> list[str]:
         f"{_values(cells, 'threads')} threads, {_values(cells, 'device')}, torch {_values(cells, 'torch')}, "
         f"commit {_values(cells, 'commit')}; {sum(line.get('wall_seconds', 0) for line in cells) / 60:.0f} minutes of "
         f"processes, declared budget {study.budget_minutes:g} minutes.",
-        f"Active FLOPs a token are counted for the forward pass; arms that must match the reference do so within "
-        f"{study.match_flops:.1%}. Training FLOPs are three times the forward pass's, of one run at full length.",
+        *([] if "cost" in study.sections else [
+            f"Active FLOPs a token are counted for the forward pass; arms that must match the reference do so within "
+            f"{study.match_flops:.1%}. Training FLOPs are three times the forward pass's, of one run at full length."
+        ]),
     ]  # fmt: skip
     if speeds:
         said.append(

@@ -9,6 +9,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from pruning import prunable_weights
 from training.folders import only_user
 from training.records import Line
 from training.run import load_data, make_model
@@ -17,7 +18,17 @@ from training.study.page import write_page
 from training.study.pool import completed, cores
 from training.study.progress import Progress
 from training.study.records import FOLDER, append_record, cells_by_key, open_records, speeds_by_key
-from training.study.spec import Cell, Study, cell_key, find_study, load_study, run_config, seed_cells, sweep_cells
+from training.study.spec import (
+    Cell,
+    Study,
+    cell_key,
+    find_study,
+    load_study,
+    measures_of,
+    run_config,
+    seed_cells,
+    sweep_cells,
+)
 from training.study.speed import measure_speeds, speed_key
 from training.study.summary import best_rates
 from training.trainer import choose_device
@@ -92,7 +103,8 @@ def run_study(
                 _run(study, sweep_cells(study), facts, out, records, jobs=jobs, progress=progress)
                 rates = best_rates(study, open_records(records))
                 _run(study, seed_cells(study, rates), facts, out, records, jobs=jobs, progress=progress)
-        _speeds(study, facts, records, again=speed_only, console=console)
+        if study.speeds or speed_only:
+            _speeds(study, facts, records, again=speed_only, console=console)
         return open_records(records)
 
 
@@ -114,6 +126,7 @@ def check_arms(study: Study, *, out: Path) -> Facts:
         facts[arm.name] = {
             "parameters": model.num_parameters(),
             "active_parameters": model.num_parameters(active=True),
+            "prunable_weights": sum(weight.numel() for weight in prunable_weights(model).values()),
             "flops_per_token": model.flops_per_token(config.data.length),
         }
     require_equal_flops(study, {name: line["flops_per_token"] for name, line in facts.items()})
@@ -149,7 +162,8 @@ def _job(study: Study, cell: Cell, key: str, facts: Facts, out: Path, *, threads
     config = run_config(study, cell, out=out / "cells" / f"{_slug(cell.arm.name)}-{cell.lr:g}-{cell.seed}-{key}",
                         threads=threads)  # fmt: skip
     given = {"kind": "cell", "key": key, "arm": cell.arm.name, "lr": cell.lr, "seed": cell.seed}
-    return write_job(config, given | {"steps": config.train.steps} | facts[cell.arm.name])
+    facts_of_cell = given | {"steps": config.train.steps} | facts[cell.arm.name]
+    return write_job(config, facts_of_cell, measures=measures_of(study, cell))
 
 
 def _speeds(study: Study, facts: Facts, records: Path, *, again: bool, console: Console) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from training.config import RunConfig, from_dict
 from training.run import flat
+from training.study.question import Question
 
 FOLDER = Path("examples/studies")
 SET_BY_STUDY = ("optim.lr", "seed", "out")
@@ -24,7 +25,8 @@ class Arm:
     """One contender. changes: dotted keys over the base, e.g. {"model.router": "switch"}.
 
     flops: 'match' must use as many active FLOPs a token as the reference, 'free' may differ. ranked: False keeps it
-    out of the verdict. grid: False leaves it out of the study's grid. note: printed below the table.
+    out of the verdict. grid: False leaves it out of the study's grid. measures: besides the study's. note: printed
+    below the table.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Arm:
     flops: Literal["match", "free"] = "match"
     ranked: bool = True
     grid: bool = True
+    measures: tuple[str, ...] = ()
     note: str | None = None
 
 
@@ -44,7 +47,9 @@ class Study:
     each tried by every arm with the first seed, for ``sweep_steps`` steps (the run's own if left out); the best of an
     arm is run with every seed. memory_lr: whether the rate is also that of the tables of memories. match_flops:
     relative tolerance of equal active FLOPs. grid: dotted key → values; an arm other than the reference becomes one arm
-    for each combination. expected: what was expected beforehand.
+    for each combination. expected: what was expected beforehand. measures: taken of the model at the end of each cell
+    of full length (:mod:`training.study.measures`). ask: questions that the page answers besides the comparison with
+    the reference. sections: more parts of the page (:mod:`training.study.page`). speeds: whether step times are taken.
     """
 
     name: str
@@ -60,6 +65,10 @@ class Study:
     memory_lr: bool = False
     grid: dict = field(default_factory=dict)
     expected: str | None = None
+    measures: tuple[str, ...] = ()
+    ask: tuple[Question, ...] = ()
+    sections: tuple[str, ...] = ()
+    speeds: bool = True
 
     def __post_init__(self) -> None:
         grids = ((arm, self.grid if arm.grid and arm.name != self.reference else {}) for arm in self.arm)
@@ -124,6 +133,11 @@ def seed_cells(study: Study, best: dict[str, float]) -> list[Cell]:
     return [Cell(arm, best[arm.name], seed) for seed in study.seeds for arm in study.arm if arm.name in best]
 
 
+def measures_of(study: Study, cell: Cell) -> tuple[str, ...]:
+    """What is measured when the cell ends; nothing after a short run of a sweep."""
+    return (*study.measures, *cell.arm.measures) if cell.steps in (None, study.steps) else ()
+
+
 def declared(study: Study, cell: Cell) -> dict[str, Any]:
     """The settings that a cell states, flat: the base, the arm's changes over it, rate, seed and steps."""
     values = flat(study.base) | flat(cell.arm.changes) | {"optim.lr": cell.lr, "seed": cell.seed}
@@ -135,6 +149,8 @@ def declared(study: Study, cell: Cell) -> dict[str, Any]:
 def cell_key(study: Study, cell: Cell) -> str:
     """A hash of the settings that decide the cell's numbers. It depends on the study's text alone."""
     values = {name: value for name, value in declared(study, cell).items() if name not in NOT_IN_KEY}
+    if measures := measures_of(study, cell):
+        values["measures"] = measures
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -174,6 +190,8 @@ def _check(study: Study) -> None:
     if len(set(names)) != len(names):
         raise ValueError(f"arms must have different names, got {', '.join(names)}")
     study.named(study.reference)
+    for question in study.ask:
+        question.check(names)
     for name, several in {"lrs": study.lrs, "seeds": study.seeds}.items():
         if not several or len(set(several)) != len(several):
             raise ValueError(f"{name} must be at least one value, each once, got {list(several)}")

@@ -1,6 +1,7 @@
 """From a study's records to its numbers: best rates, means and spreads, and what follows from them."""
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +19,7 @@ class ArmResult:
 
     lr: the best of ``sweep`` (rate → held-out bits a byte, None where the loss was not finite), None if none worked.
     bits: seed → held-out bits a byte at that rate. diverged: seeds whose loss was not finite. facts: one of its cells'
-    records, speed: its speed's.
+    records, speed: its speed's. runs: seed → the record of the cell that ended with a finite loss.
     """
 
     arm: Arm
@@ -28,6 +29,7 @@ class ArmResult:
     diverged: tuple[int, ...]
     facts: Line | None
     speed: Line | None
+    runs: dict[int, Line]
 
     @property
     def mean(self) -> float:
@@ -81,11 +83,16 @@ def results(study: Study, lines: list[Line]) -> list[ArmResult]:
 
 def compare(result: ArmResult, reference: ArmResult) -> Comparison | None:
     """None unless both have at least two seeds that ended."""
-    if result.spread is None or reference.spread is None:
+    return compare_values(result.bits, reference.bits)
+
+
+def compare_values(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Comparison | None:
+    """Values by seed, of which the lower is the better; None unless both have at least two."""
+    if len(ours) < 2 or len(theirs) < 2:
         return None
-    difference = result.mean - reference.mean
-    margin = (result.spread**2 + reference.spread**2) ** 0.5
-    pairs = [result.bits[seed] - reference.bits[seed] for seed in result.bits if seed in reference.bits]
+    difference = statistics.fmean(ours.values()) - statistics.fmean(theirs.values())
+    margin = (statistics.variance(ours.values()) + statistics.variance(theirs.values())) ** 0.5
+    pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     if difference < -margin and all(pair < 0 for pair in pairs):
         return Comparison(difference, margin, "better")
     if difference > margin and all(pair > 0 for pair in pairs):
@@ -121,4 +128,5 @@ def _result(study: Study, arm: Arm, lr: float | None, lines: list[Line]) -> ArmR
         diverged=tuple(seed for seed, line in ended.items() if line["status"] != DONE),
         facts=next(iter(ended.values()), None),
         speed=speeds_by_key(lines).get(speed_key(study, arm)),
+        runs={seed: line for seed, line in ended.items() if line["status"] == DONE},
     )
