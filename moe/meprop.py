@@ -85,9 +85,10 @@ def _by_token(x: Tensor, weight: Tensor, errors: Tensor, k: int, needed: tuple[b
     return d_x, d_weight, d_bias
 
 
-class MePropLinear(nn.Module):
-    """:func:`meprop_linear` with its own weight [outputs, inputs] and bias, drawn as those of nn.Linear.
+class MePropLinear(nn.Linear):
+    """An nn.Linear [outputs, inputs] whose backward pass is :func:`meprop_linear`'s.
 
+    Surgery that leaves fewer than k outputs leaves a layer that keeps all its errors.
     Raises: ValueError for sizes < 1, or k outside [1, outputs].
 
     >>> MePropLinear(8, 6, k=2)(torch.zeros(3, 8)).shape
@@ -95,14 +96,11 @@ class MePropLinear(nn.Module):
     """
 
     def __init__(self, inputs: int, outputs: int, *, k: int, unified: bool = False, bias: bool = True) -> None:
-        super().__init__()
         at_least("inputs", inputs, 1)
         at_least("outputs", outputs, 1)
         within("k", k, 1, outputs, most_name="outputs")
-        linear = nn.Linear(inputs, outputs, bias=bias)
+        super().__init__(inputs, outputs, bias=bias)
         self.k, self.unified = k, unified
-        self.weight = linear.weight
-        self.register_parameter("bias", linear.bias)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, k: int, unified: bool = False) -> Self:
@@ -115,8 +113,8 @@ class MePropLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch O"]:
         """x [..., inputs] to [..., outputs]."""
-        return meprop_linear(x, self.weight, self.bias, k=self.k, unified=self.unified)
+        return meprop_linear(x, self.weight, self.bias, k=min(self.k, len(self.weight)), unified=self.unified)
 
     def extra_repr(self) -> str:
-        outputs, inputs = self.weight.shape
-        return f"inputs={inputs}, outputs={outputs}, k={self.k}, unified={self.unified}, bias={self.bias is not None}"
+        """Shown by print(model)."""
+        return f"{super().extra_repr()}, k={self.k}, unified={self.unified}"

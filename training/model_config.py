@@ -173,6 +173,12 @@ class ModelConfig:
     """Rate at which an attention head is dropped for a sequence, in training."""
     drop_connect: float = 0.0
     """Rate at which single weights of attention and dense feed-forward are dropped, in training."""
+    error_k: int | None = None
+    """Errors that the backward pass of a dense feed-forward's matrices keeps for each token, the largest (meProp); all
+    if left out."""
+    error_unified: bool = False
+    """Whether the kept errors are the same for all tokens of a batch, which saves time where choosing token by token
+    does not."""
     path_dropout: float = 0.0
     """Rate at which a branch of the last layer is dropped for a sequence, in training; it rises linearly from layer to
     layer (stochastic depth)."""
@@ -308,7 +314,9 @@ _SELECTIONS: dict[SelectionName, Callable[[ModelConfig, int], SelectionConfig]] 
 
 _KINDS: dict[FeedForwardName, Callable[[ModelConfig], FeedForwardConfig]] = {
     "moe": _moe,
-    "dense": lambda model: DenseConfig(model.hidden, model.activation or "swiglu", drop_connect=model.drop_connect),
+    "dense": lambda model: DenseConfig(
+        model.hidden, model.activation or "swiglu", model.drop_connect, model.error_k, model.error_unified
+    ),
     "thresholded": lambda model: ThresholdedConfig(
         model.hidden, model.activation or "relu2", model.threshold_method, model.threshold, model.top_neurons
     ),
@@ -328,6 +336,7 @@ _OWNERS: dict[str, tuple[FeedForwardName, ...]] = {
     ),
     "allow_future": ("moe", "soft_moe"),
     "slots_per_expert": ("soft_moe",),
+    **dict.fromkeys(("error_k", "error_unified"), ("dense",)),
     **dict.fromkeys(("num_keys", "memory_heads", "memory_k", "key_dim", "query_norm"), _MEMORIES),
     **dict.fromkeys(("gated", "memory_pool"), ("product_key",)),
     **dict.fromkeys(("threshold_method", "threshold", "top_neurons"), ("thresholded",)),

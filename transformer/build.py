@@ -89,7 +89,10 @@ def build_depth(dim: int, config: DepthConfig, *, name: str = "depth") -> Mixtur
 
 
 def _dense(dim: int, config: DenseConfig, name: str) -> FeedForward:
-    return FeedForward(dim, config.hidden, activation=config.activation, drop_connect=config.drop_connect)
+    return FeedForward(
+        dim, config.hidden, activation=config.activation, drop_connect=config.drop_connect, error_k=config.error_k,
+        error_unified=config.error_unified,
+    )  # fmt: skip
 
 
 def _thresholded(dim: int, config: ThresholdedConfig, name: str) -> ThresholdedFeedForward:

@@ -105,7 +105,9 @@ _ROPE_KEYS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 PRUNED = "pruned_layers"  # [heads, key-value heads, neurons] of each layer, which pruning leaves in the config
 PRUNED_WIDTH = "pruned_width"  # the width, where the config's own class would refuse it
-_TRAINING_ONLY = ("bias_update", "head_dropout", "drop_connect", "path_dropout", "layer_drop")
+_TRAINING_ONLY = (
+    "bias_update", "head_dropout", "drop_connect", "path_dropout", "layer_drop", "error_k", "error_unified",
+)  # fmt: skip
 _WINDOWED = re.compile(r"causal\(\) & sliding_window\((\d+)\)|sliding_window\((\d+)\) & causal\(\)")
 
 

@@ -70,17 +70,25 @@ class AttentionConfig:
 class DenseConfig:
     """A dense feed-forward layer of ``hidden`` neurons; ``swiglu`` has a gate matrix, ``gelu`` and ``relu2`` do not.
 
-    drop_connect: rate at which single weights are dropped in training (:class:`moe.DropConnect`).
+    drop_connect: rate at which single weights are dropped in training (:class:`moe.DropConnect`). error_k: how many of
+    the errors that come back to each output vector of a matrix are kept, None for all; error_unified: the same ones
+    for all tokens of a batch (:func:`moe.meprop_linear`). A matrix narrower than error_k keeps all.
     """
 
     hidden: int
     activation: str = "swiglu"
     drop_connect: float = 0.0
+    error_k: int | None = None
+    error_unified: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
         at_least("hidden", self.hidden, 1)
         one_of("activation", self.activation, ACTIVATIONS)
+        if self.error_k is not None:
+            at_least("error_k", self.error_k, 1)
+        elif self.error_unified:
+            raise ValueError("error_unified needs error_k, the number of errors that are kept, got error_k=None")
         check_rate("drop_connect", self.drop_connect)
 
 

@@ -34,6 +34,8 @@ CAUSAL = {
     "hash": MoEConfig(16, 4, router="hash"),
     "sinkhorn": MoEConfig(16, 4, router="sinkhorn", sinkhorn_iterations=3),
     "base": MoEConfig(16, 4, k=1, router="base"),
+    "errors": DenseConfig(16, error_k=3),
+    "errors_unified": DenseConfig(16, "gelu", error_k=3, error_unified=True),
     "thresholded": ThresholdedConfig(16, threshold=0.001),
     "cats": ThresholdedConfig(16, "swiglu", "cats", threshold=0.01),
     "drelu": ThresholdedConfig(16, "drelu", "cett"),
