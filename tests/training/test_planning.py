@@ -18,8 +18,8 @@ from training.planning.hardware import GB
 from training.planning.predict import Assumptions
 from transformer import Transformer
 
-COUNTS = ModelCounts(dim=8, layers=2, dense=1000, largest=400, mixtures=(Dispatch(4, 2, 6000),), flops=100.0,
-                     activations=(50.0, 20.0), boundary=(0.0, 32.0), block=(25.0, 10.0))  # fmt: skip
+COUNTS = ModelCounts(dim=8, layers=2, dense=1000, root=200, largest=400, mixtures=(Dispatch(4, 2, 6000),), flops=100.0,
+                     activations=(50.0, 20.0), boundary=(0.0, 32.0), block=(25.0, 10.0), vocabulary=50)  # fmt: skip
 
 
 @pytest.mark.parametrize("experts, k, ranks", [(8, 2, 4), (7, 3, 3), (4, 4, 2), (5, 1, 5), (6, 2, 1)])
@@ -37,13 +37,18 @@ def test_rows_that_leave_are_those_of_uniform_routings(experts, k, ranks):
 def test_bytes_and_memory_by_hand():
     cluster = Cluster(HARDWARE["h100"], 4, per_node=4)
     whole = predict(COUNTS, cluster, Mesh(1, "none"), tokens=400)
-    assert whole.memory == {"weights, gradients, moments": 16 * 7000, "activations": 100 * (2 * 50 + 4 * 20)}
+    assert whole.memory == {
+        "weights, gradients, moments": 16 * 7000, "gradient buckets": 4 * 7000, "activations": 100 * (2 * 50 + 4 * 20),
+        "logits": 8 * 100 * 50}  # fmt: skip
     assert whole.sent == {"gradients": 4 * 7000 * 1.5, "weights": 0, "expert gradients": 0, "all-to-all": 0}
     sharded = predict(COUNTS, cluster, Mesh(1, "fsdp"), tokens=400, micro_batches=2, checkpointing=True, half=False)
     assert sharded.memory == {
         "weights, gradients, moments": 16 * 7000 / 4, "gathered weights": 8 * (400 + 6000),
-        "activations": 50 * (4 * 25 + 4 * 42)}  # fmt: skip
-    assert sharded.sent["gradients"] == 4 * 7000 * 0.75 and sharded.sent["weights"] == 4 * 4 * 7000 * 0.75
+        "activations": 50 * (4 * 25 + 4 * 42),
+        "logits": 8 * 50 * 50}  # fmt: skip
+    assert sharded.sent["gradients"] == 4 * 7000 * 0.75 and sharded.sent["weights"] == 2 * 4 * (2 * 7000 - 200) * 0.75
+    gloo = predict(COUNTS, cluster, Mesh(1, "fsdp"), tokens=400, assumptions=Assumptions(reduce_scatter=False))
+    assert gloo.sent["gradients"] == whole.sent["gradients"]
     spread = predict(COUNTS, cluster, Mesh(2, "none"), tokens=400)
     assert spread.memory["weights, gradients, moments"] == 16 * (1000 + 3000)
     assert spread.sent["expert gradients"] == 4 * 3000 * 2 * 0.5
@@ -89,6 +94,7 @@ def test_counts_are_those_of_the_model(model):
     assert counts.flops == built.flops_per_token(32)
     experts = [p for name, p in built.named_parameters() if ".experts." in name]
     assert counts.experts == sum(p.numel() for p in experts)
+    assert counts.root == sum(p.numel() for name, p in built.named_parameters() if not name.startswith("layers."))
 
 
 @pytest.mark.parametrize("model", [

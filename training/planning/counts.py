@@ -38,20 +38,23 @@ class Dispatch:
 
 @dataclass(frozen=True)
 class ModelCounts:
-    """dense: weights outside experts; largest: weights of the block, or of what is outside blocks, that has most;
-    mixtures: the mixture layers; flops: forward matrix-product FLOPs a token; activations: numbers kept a token for the
-    backward pass, in working precision and (residual stream, norms' inputs) in float32; boundary: the same with
-    activation checkpointing, one residual a block; block: what recomputing one block keeps at its peak."""
+    """dense: weights outside experts; root: those of them outside blocks (embedding, head, last norm); largest: weights
+    of the block, or of the root, that has most; mixtures: the mixture layers; flops: forward matrix-product FLOPs a
+    token; activations: numbers kept a token for the backward pass, in working precision and (residual stream, norms'
+    inputs) in float32; boundary: the same with activation checkpointing, one residual a block; block: what recomputing
+    one block keeps at its peak; vocabulary: rows of the head."""
 
     dim: int
     layers: int
     dense: int
+    root: int
     largest: int
     mixtures: tuple[Dispatch, ...]
     flops: float
     activations: tuple[float, float]
     boundary: tuple[float, float]
     block: tuple[float, float]
+    vocabulary: int
 
     @property
     def experts(self) -> int:
@@ -81,12 +84,14 @@ def count_model(config: RunConfig, *, vocab_size: int | None = None) -> ModelCou
         dim=settings.dim,
         layers=len(settings.layers),
         dense=total - experts,
+        root=total - experts - sum(blocks),
         largest=max([total - experts - sum(blocks), *blocks]),
         mixtures=tuple(mixtures),
         flops=model.flops_per_token(config.data.length),
         activations=(work, wide + 2 * settings.dim),
         boundary=(0.0, float(settings.dim * (len(settings.layers) + 2))),
         block=max(kept, key=sum, default=(0.0, 0.0)),
+        vocabulary=vocab,
     )
 
 

@@ -1,15 +1,17 @@
 """Memory, traffic and time of one step on a mesh: an analytic model whose every assumption is a named number.
 
 Weights, gradients and both moments of AdamW are float32, as the trainer keeps them: 16 bytes a weight. A replicated
-weight costs them on every rank; under FSDP2 1/N of them, and the gathered weights of two blocks (one in use, one on its
-way) besides. Experts cost 16 bytes over the ranks of their group. Time of a step is
+weight costs them on every rank, and 4 more in the buckets in which DistributedDataParallel reduces its gradient; under
+FSDP2 1/N of them, and the gathered weights of two blocks (one in use, one on its way) besides. Experts cost 16 bytes
+over the ranks of their group. The head makes at most 2²² logits at once, held twice in float32. Time of a step is
 
     compute + all-to-all + max(0, gradients − overlap · backward) + optimiser,
 
 compute = FLOPs / (peak · efficiency): forward 1, backward 2, recomputation 1 where blocks are checkpointed; the
 busiest rank of an expert group has ``imbalance`` times the mean load. All-to-all is taken as hidden behind nothing (a
 shared expert does run meanwhile). Collectives: ring all-reduce of n bytes sends 2 (R − 1)/R · n a rank, all-gather and
-reduce-scatter (R − 1)/R · n (Patarasuk & Yuan 2009); each of its steps has the cluster's latency.
+reduce-scatter (R − 1)/R · n (Patarasuk & Yuan 2009); each of its steps has the cluster's latency. gloo, which joins
+CPUs, reduces all where a part is asked for, so that its reduce-scatter sends as much as an all-reduce.
 """
 
 from dataclasses import dataclass
@@ -20,18 +22,21 @@ from training.planning.hardware import Cluster
 WEIGHT_BYTES = 16
 # what the allocator, the context and the collectives' buffers keep, of a GPU's memory
 RESERVE = 0.08
+# the head is applied to so many logits at once (transformer.loss), which are held twice in float32
+LOGITS = 2**22
 
 
 @dataclass(frozen=True)
 class Assumptions:
     """efficiency: share of the peak that matrix products reach; overlap: share of the backward pass that can hide the
     reduction of gradients; read_efficiency: of the memory's rate in the optimiser; imbalance: load of the busiest rank
-    of experts against the mean."""
+    of experts against the mean; reduce_scatter: whether the backend has one, as NCCL does and gloo does not."""
 
     efficiency: float = 0.45
     overlap: float = 0.8
     read_efficiency: float = 0.8
     imbalance: float = 1.1
+    reduce_scatter: bool = True
 
     def __post_init__(self) -> None:
         for name in ("efficiency", "read_efficiency"):
@@ -100,7 +105,7 @@ def predict(
     _check(counts, cluster, mesh, tokens, micro_batches)
     size = 2 if half else 4
     mine = tokens / cluster.gpus
-    sent = _sent(counts, cluster, mesh, mine, micro_batches, size)
+    sent = _sent(counts, cluster, mesh, mine, micro_batches, size, given)
     seconds = _seconds(counts, cluster, mesh, mine, sent, checkpointing, half, given)
     hidden = given.overlap * seconds["backward"]
     reduction = seconds["gradients"] + seconds["weights"]
@@ -144,25 +149,29 @@ def _memory(
 ) -> dict[str, float]:
     outside, experts = _owned(counts, cluster, mesh)
     memory = {"weights, gradients, moments": WEIGHT_BYTES * (outside + experts)}
+    if mesh.shard == "none" and cluster.gpus > 1:
+        memory["gradient buckets"] = 4.0 * outside
     if mesh.shard == "fsdp":
         inside = max((mixture.parameters for mixture in counts.mixtures), default=0) if mesh.expert == 1 else 0
         memory["gathered weights"] = 2 * 4.0 * (counts.largest + inside)
     kept = counts.boundary if checkpointing else counts.activations
     extra = counts.block if checkpointing else (0.0, 0.0)
     memory["activations"] = tokens * (size * (kept[0] + extra[0]) + 4 * (kept[1] + extra[1]))
+    memory["logits"] = 2 * 4.0 * min(tokens * counts.vocabulary, LOGITS)
     return memory
 
 
 def _sent(
-    counts: ModelCounts, cluster: Cluster, mesh: Mesh, tokens: float, micro_batches: int, size: int
+    counts: ModelCounts, cluster: Cluster, mesh: Mesh, tokens: float, micro_batches: int, size: int, given: Assumptions
 ) -> dict[str, float]:
     ranks = cluster.gpus
     outside = counts.dense + (counts.experts if mesh.expert == 1 else 0)
     share = (ranks - 1) / ranks
-    sent = {"gradients": 4.0 * outside * share * (1 if mesh.shard == "fsdp" else 2), "weights": 0.0}
+    passes = 1 if mesh.shard == "fsdp" and given.reduce_scatter else 2
+    sent = {"gradients": 4.0 * outside * share * passes, "weights": 0.0}
     if mesh.shard == "fsdp":
-        # gathered for the forward and again for the backward pass of every micro-batch
-        sent["weights"] = 2.0 * micro_batches * 4.0 * outside * share
+        # blocks are gathered for the forward and again for the backward pass of every micro-batch, the root once
+        sent["weights"] = micro_batches * 4.0 * (2 * outside - counts.root) * share
     copies = ranks // mesh.expert
     owned = counts.experts / mesh.expert if mesh.expert > 1 else 0.0
     sent["expert gradients"] = 2 * (copies - 1) / copies * 4.0 * owned
