@@ -28,7 +28,9 @@ from transformer.selection_cost import selection_flops
 
 PAGE = ROOT / "docs" / "guides" / "attention.md"
 PICTURES = ROOT / "docs" / "guides" / "attention"
-RECALL, LONG, SPEEDS = (RECORDS / f"{name}.jsonl" for name in ("recall", "long-documents", "patterns"))
+RECALL, LONG, SPEEDS, CHOICES = (
+    RECORDS / f"{name}.jsonl" for name in ("recall", "long-documents", "patterns", "selections")
+)
 SIDE, LENGTH, HEADS, HEAD_DIM = 48, 4096, 4, 64
 
 
@@ -153,8 +155,13 @@ def long_documents(lines: list[Line]) -> str:
 
 
 def speeds(lines: list[Line]) -> str:
-    """Each pattern's speed-up over causal SDPA, beside what its visited blocks promise."""
+    """Each pattern's speed-up over causal SDPA, beside what its visited blocks promise; a table for each length."""
     found = [line for line in lines if line["name"].startswith("pattern_")]
+    lengths = dict.fromkeys(line["conditions"]["L"] for line in found)
+    return "\n\n".join(_speeds([line for line in found if line["conditions"]["L"] == length]) for length in lengths)
+
+
+def _speeds(found: list[Line]) -> str:
     times = {(line["name"], line["conditions"]["passes"]): line for line in found}
     rows = []
     for name in dict.fromkeys(line["name"] for line in found):
@@ -166,12 +173,46 @@ def speeds(lines: list[Line]) -> str:
             "" if promise is None else f"{both['conditions']['speedup']:.2f}",
             "" if promise is None else f"{both['conditions']['share']:.0%}",
         ])  # fmt: skip
-    one = found[0]
+    head = ["", "promise", "forward", "forward + backward", "times as fast", "of the promise"]
+    return table(head, rows) + f"\n\n{_made(found[0])}"
+
+
+def selection_speeds(lines: list[Line]) -> str:
+    """What choosing and attending take, as a share of causal SDPA's time."""
+    found = [line for line in lines if line["name"].startswith("selection_")]
+    times = {_place(line): line for line in found}
+    rows = []
+    for length, groups, name in dict.fromkeys(_place(line)[:3] for line in found):
+        pair = [times[length, groups, name, passes] for passes in ("forward", "forward+backward")]
+        ratios = [line["ratios"].get("sdpa_causal") for line in pair]
+        rows.append([
+            name.removeprefix("selection_").replace("_", " "), f"{length:,}", f"{groups}",
+            *(f"{line['median_s'] * 1e3:,.0f} ms" for line in pair),
+            *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+        ])  # fmt: skip
+    head = [
+        "",
+        "positions",
+        "query heads a key head",
+        "forward",
+        "forward + backward",
+        "of SDPA, forward",
+        "and backward",
+    ]
+    return table(head, rows) + f"\n\n{_made(found[0], length=False)}"
+
+
+def _place(line: Line) -> tuple[int, int, str, str]:
+    sizes = line["conditions"]
+    return sizes["L"], sizes["H"] // sizes["Hkv"], line["name"], sizes["passes"]
+
+
+def _made(line: Line, *, length: bool = True) -> str:
+    sizes = line["conditions"]
+    positions = f"{sizes['L']:,} positions, " if length else ""
     return (
-        table(["", "promise", "forward", "forward + backward", "times as fast", "of the promise"], rows)
-        + f"\n\n{one['conditions']['L']:,} positions, {one['conditions']['H']} heads of {one['conditions']['d']}, "
-        + f"{one['conditions']['dtype']}. {one['device']} with {one['threads']} threads, torch {one['torch']}, commit "
-        + f"{one['commit']}: `python {one['command']}`."
+        f"{positions}{sizes['H']} heads of {sizes['d']}, {sizes['dtype']}. {line['device']} with {line['threads']} "
+        f"threads, torch {line['torch']}, commit {line['commit']}: `python {line['command']}`."
     )
 
 
@@ -179,6 +220,7 @@ TABLES: dict[str, Callable[[list[Line]], str]] = {
     "patterns": patterns,
     "speeds": speeds,
     "selections": selections,
+    "selection_speeds": selection_speeds,
     "recall": recall,
     "long_documents": long_documents,
 }
@@ -208,7 +250,7 @@ def pictures(lines: list[Line]) -> dict[str, str]:
 
 def records() -> list[Line]:
     """The committed records that the page is made from."""
-    return [*read(RECALL), *read(LONG), *read(SPEEDS)]
+    return [*read(RECALL), *read(LONG), *read(SPEEDS), *read(CHOICES)]
 
 
 def collect() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from benchmarks.harness import interleaved, require_parity, row
+from benchmarks.harness import forward_backward, forward_only, interleaved, require_parity, row
 from sparse_attn import Pattern, attend, causal, explain_backend, sinks, sliding_window
 from training.allocator import keep_freed_memory
 
@@ -72,21 +72,6 @@ def _results(inputs: list[Tensor], grad: Tensor, pattern: Pattern, backend: str)
     q, k, v = inputs
     out = attend(q, k, v, pattern=pattern, backend=backend)
     return dict(zip(("out", "q", "k", "v"), (out, *torch.autograd.grad(out, inputs, grad)), strict=True))
-
-
-def forward_only(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Without a graph."""
-
-    def timed() -> Tensor:
-        with torch.no_grad():
-            return run()
-
-    return timed
-
-
-def forward_backward(run: Callable[[], Tensor], inputs: list[Tensor], grad: Tensor) -> Callable[[], object]:
-    """Output and all gradients."""
-    return lambda: torch.autograd.grad(run(), inputs, grad)
 
 
 def bench(length: int, *, window: int, sink_count: int, rounds: int, flex: bool) -> None:

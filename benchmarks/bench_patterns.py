@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from benchmarks.bench_attention import forward_backward, forward_only
-from benchmarks.harness import interleaved, require_parity, row
+from benchmarks.harness import forward_backward, forward_only, interleaved, require_parity, row
 from sparse_attn import (
     Pattern,
     attend,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from benchmarks.harness import interleaved, require_parity, row
+from benchmarks.harness import forward_backward, forward_only, interleaved, require_parity, row
 from sparse_attn.selection import NSA, MoBA, Selected
 from training.allocator import keep_freed_memory
 
@@ -92,26 +92,6 @@ def peer(heads: int, kv_heads: int) -> nn.Module:
         num_selected_blocks=16,
         causal=True,
     )
-
-
-def forward_only(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Without a graph."""
-
-    def timed() -> Tensor:
-        with torch.no_grad():
-            return run()
-
-    return timed
-
-
-def forward_backward(run: Callable[[], Tensor], inputs: list[Tensor], grad: Tensor) -> Callable[[], object]:
-    """Output and all gradients."""
-
-    def timed() -> object:
-        out = run()
-        return torch.autograd.grad(out, inputs, grad.view_as(out), materialize_grads=True)
-
-    return timed
 
 
 def bench(length: int, *, heads: int, kv_heads: int, rounds: int, passes: list[str], with_peer: bool) -> None:

@@ -60,6 +60,26 @@ def interleaved(
     return seconds
 
 
+def forward_only(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Without a graph."""
+
+    def timed() -> Tensor:
+        with torch.no_grad():
+            return run()
+
+    return timed
+
+
+def forward_backward(run: Callable[[], Tensor], inputs: Sequence[Tensor], grad: Tensor) -> Callable[[], object]:
+    """Output and all gradients."""
+
+    def timed() -> object:
+        out = run()
+        return torch.autograd.grad(out, inputs, grad.view_as(out), materialize_grads=True)
+
+    return timed
+
+
 def spread(seconds: Sequence[float]) -> tuple[float, float]:
     """Median and interquartile range of the seconds."""
     if len(seconds) < 2:
