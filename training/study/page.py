@@ -169,7 +169,7 @@ def _conditions(study: Study, lines: list[Line]) -> list[str]:
         f"{f', {len(speeds)} speeds' if speeds else ''}.",
         f"Every arm tried the learning rates {rates} with seed {study.seeds[0]}{swept}; its best, by held-out bits per "
         f"byte, was run with the seeds {', '.join(map(str, study.seeds))}. The rate is chosen on the text that the "
-        "table reports: equally for all arms.",
+        f"table reports: equally for all arms.{_taken(study)}",
         f"Cells: {_values(cells, 'steps')} steps, {_values(cells, 'tokens')} tokens; {_values(cells, 'dtype')}, "
         f"{_values(cells, 'threads')} threads, {_values(cells, 'device')}, torch {_values(cells, 'torch')}, "
         f"commit {_values(cells, 'commit')}; {sum(line.get('wall_seconds', 0) for line in cells) / 60:.0f} minutes of "
@@ -186,6 +186,14 @@ def _conditions(study: Study, lines: list[Line]) -> list[str]:
             f"ratios within a round; load of the machine when it began {_values(speeds, 'load_before')}."
         )
     return said
+
+
+def _taken(study: Study) -> str:
+    """Which arms had no sweep."""
+    if not any(arm.rate_of for arm in study.arm):
+        return ""
+    at = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in study.sweep_at.items())
+    return f" The sweep was made at {at}; the arms of other values take the rate that was best there."
 
 
 def _values(lines: Sequence[Line], name: str) -> str:

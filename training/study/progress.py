@@ -63,7 +63,7 @@ class Progress:
         return self._total() - cells_left(self.study, self.lines)
 
     def _total(self) -> int:
-        return len(self.study.arm) * (len(self.study.lrs) + _seeds_after_sweep(self.study))
+        return len(sweep_cells(self.study)) + _after_sweep(self.study)
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -81,12 +81,13 @@ def cells_left(study: Study, lines: list[Line]) -> int:
     """Cells with no record; until the sweep has ended, with all seeds that will follow it."""
     known = cells_by_key(lines)
     sweep = [cell for cell in sweep_cells(study) if cell_key(study, cell) not in known]
-    return len(sweep) + len(study.arm) * _seeds_after_sweep(study) if sweep else len(missing(study, lines))
+    return len(sweep) + _after_sweep(study) if sweep else len(missing(study, lines))
 
 
-def _seeds_after_sweep(study: Study) -> int:
-    """Seeds of an arm still to run when its sweep has ended: the sweep's own run counts if it had full length."""
-    return len(study.seeds) - (study.sweep_steps in (None, study.steps))
+def _after_sweep(study: Study) -> int:
+    """Cells still to run when the sweep has ended, of which an arm's best run counts if it had full length."""
+    counted = sum(arm.rate_of is None for arm in study.arm) if study.sweep_steps in (None, study.steps) else 0
+    return len(study.arm) * len(study.seeds) - counted
 
 
 def seconds_left(study: Study, lines: list[Line]) -> float:

@@ -25,8 +25,8 @@ class Arm:
     """One contender. changes: dotted keys over the base, e.g. {"model.router": "switch"}.
 
     flops: 'match' must use as many active FLOPs a token as the reference, 'free' may differ. ranked: False keeps it
-    out of the verdict. grid: False leaves it out of the study's grid. measures: besides the study's. note: printed
-    below the table.
+    out of the verdict. grid: False leaves it out of the study's grid. rate_of: the arm whose best learning rate it
+    takes, instead of a sweep of its own. measures: besides the study's. note: printed below the table.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Arm:
     flops: Literal["match", "free"] = "match"
     ranked: bool = True
     grid: bool = True
+    rate_of: str | None = None
     measures: tuple[str, ...] = ()
     note: str | None = None
 
@@ -47,9 +48,11 @@ class Study:
     each tried by every arm with the first seed, for ``sweep_steps`` steps (the run's own if left out); the best of an
     arm is run with every seed. memory_lr: whether the rate is also that of the tables of memories. match_flops:
     relative tolerance of equal active FLOPs. grid: dotted key → values; an arm other than the reference becomes one arm
-    for each combination. expected: what was expected beforehand. measures: taken of the model at the end of each cell
-    of full length (:mod:`training.study.measures`). ask: questions that the page answers besides the comparison with
-    the reference. sections: more parts of the page (:mod:`training.study.page`). speeds: whether step times are taken.
+    for each combination; with sweep_at, dotted key → value, only those of these values have a sweep, and the others of
+    the same arm take its best rate. expected: what was expected beforehand. measures: taken of the model at the end of
+    each cell of full length (:mod:`training.study.measures`). ask: questions that the page answers besides the
+    comparison with the reference. sections: more parts of the page (:mod:`training.study.page`). speeds: whether step
+    times are taken.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Study:
     sweep_steps: int | None = None
     memory_lr: bool = False
     grid: dict = field(default_factory=dict)
+    sweep_at: dict = field(default_factory=dict)
     expected: str | None = None
     measures: tuple[str, ...] = ()
     ask: tuple[Question, ...] = ()
@@ -72,7 +76,8 @@ class Study:
 
     def __post_init__(self) -> None:
         grids = ((arm, self.grid if arm.grid and arm.name != self.reference else {}) for arm in self.arm)
-        object.__setattr__(self, "arm", tuple(variant for arm, grid in grids for variant in _over_grid(arm, grid)))
+        variants = (variant for arm, grid in grids for variant in _over_grid(arm, grid, self.sweep_at))
+        object.__setattr__(self, "arm", tuple(variants))
         _check(self)
 
     def named(self, name: str) -> Arm:
@@ -124,8 +129,11 @@ def load_study(path: Path) -> Study:
 
 
 def sweep_cells(study: Study) -> list[Cell]:
-    """Every arm at every learning rate with the first seed; rates outermost, so that every arm is timed early."""
-    return [Cell(arm, lr, study.seeds[0], study.sweep_steps) for lr in study.lrs for arm in study.arm]
+    """Every arm at every learning rate with the first seed; rates outermost, so that every arm is timed early.
+
+    Arms that take another's rate have none."""
+    arms = [arm for arm in study.arm if arm.rate_of is None]
+    return [Cell(arm, lr, study.seeds[0], study.sweep_steps) for lr in study.lrs for arm in arms]
 
 
 def seed_cells(study: Study, best: dict[str, float]) -> list[Cell]:
@@ -172,17 +180,21 @@ def _nested(values: dict[str, Any]) -> dict[str, Any]:
     return root
 
 
-def _over_grid(arm: Arm, grid: dict) -> list[Arm]:
+def _over_grid(arm: Arm, grid: dict, sweep_at: dict) -> list[Arm]:
     if not grid:
         return [arm]
     variants = []
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
-        suffix = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in chosen.items())
-        changes = flat(arm.changes) | chosen
+        suffix, changes = _suffix(chosen), flat(arm.changes) | chosen
         named = replace(arm, name=f"{arm.name} {suffix}", label=f"{arm.label}, {suffix}", changes=changes, grid=False)
-        variants.append(named)
+        swept = chosen | sweep_at
+        variants.append(named if swept == chosen else replace(named, rate_of=f"{arm.name} {_suffix(swept)}"))
     return variants
+
+
+def _suffix(chosen: dict) -> str:
+    return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in chosen.items())
 
 
 def _check(study: Study) -> None:
@@ -190,6 +202,12 @@ def _check(study: Study) -> None:
     if len(set(names)) != len(names):
         raise ValueError(f"arms must have different names, got {', '.join(names)}")
     study.named(study.reference)
+    odd = [f"{key} = {value}" for key, value in study.sweep_at.items() if value not in study.grid.get(key, [])]
+    if odd:
+        raise ValueError(f"sweep_at must be of the grid's values, got {', '.join(odd)}")
+    for arm in study.arm:
+        if arm.rate_of is not None and (arm.rate_of == arm.name or study.named(arm.rate_of).rate_of is not None):
+            raise ValueError(f"rate_of of arm {arm.name!r} must be an arm with a sweep of its own, got {arm.rate_of!r}")
     for question in study.ask:
         question.check(names)
     for name, several in {"lrs": study.lrs, "seeds": study.seeds}.items():

@@ -64,7 +64,8 @@ class Comparison:
 
 
 def best_rates(study: Study, lines: list[Line]) -> dict[str, float]:
-    """Arm's name → the sweep's rate with the fewest held-out bits a byte; arms with no finite result are left out."""
+    """Arm's name → the sweep's rate with the fewest held-out bits a byte, or that of the arm whose rate it takes; arms
+    with no finite result are left out."""
     cells = cells_by_key(lines)
     found: dict[str, tuple[float, float]] = {}
     for cell in sweep_cells(study):
@@ -72,7 +73,9 @@ def best_rates(study: Study, lines: list[Line]) -> dict[str, float]:
         if line is not None and line["status"] == DONE:
             name, candidate = cell.arm.name, (line["bits_per_byte"], cell.lr)
             found[name] = min(found.get(name, candidate), candidate)
-    return {name: lr for name, (_, lr) in found.items()}
+    rates = {name: lr for name, (_, lr) in found.items()}
+    taken = {arm.name: rates[arm.rate_of] for arm in study.arm if arm.rate_of in rates}
+    return rates | taken
 
 
 def results(study: Study, lines: list[Line]) -> list[ArmResult]:
