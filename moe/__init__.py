@@ -10,6 +10,7 @@ from moe.losses import entropy_loss, importance_loss, load_balancing_loss, load_
 from moe.memory_stats import MemoryStats, memory_stats
 from moe.memory_values import MemoryValues
 from moe.meprop import MePropLinear, meprop_linear
+from moe.noise import Noise
 from moe.peer import PEER
 from moe.predictor import ActivePredictor, active_neurons, train_predictor
 from moe.product_key import ProductKeyMemory
@@ -64,6 +65,7 @@ __all__ = [
     "MemoryValues",
     "MixtureOfDepths",
     "MoE",
+    "Noise",
     "NoisyTopKRouter",
     "PathDropout",
     "ProductKeyMemory",

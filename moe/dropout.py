@@ -1,8 +1,9 @@
 """The dropout family beyond single activations: weights, heads, residual paths, whole layers.
 
 All are the identity in evaluation and for p = 0, and all but LayerDrop scale what is kept by 1 / (1 − p), so that the
-expectation in training is the value in evaluation. ``generator`` may give the draws; by default they come from the
-global generator of the tensor's device, whose state activation checkpointing restores.
+expectation in training is the value in evaluation. ``generator`` may give the draws, a torch.Generator or
+:class:`moe.Noise`; by default they come from the global generator of the tensor's device, whose state activation
+checkpointing restores.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from moe.noise import Noise, Source
 
 
 class DropConnect(nn.Module):
@@ -25,9 +28,7 @@ class DropConnect(nn.Module):
         super().__init__()
         self.linear, self.p = linear, _checked_probability(p)
 
-    def forward(
-        self, x: Float[Tensor, "*batch I"], *, generator: torch.Generator | None = None
-    ) -> Float[Tensor, "*batch O"]:
+    def forward(self, x: Float[Tensor, "*batch I"], *, generator: Source | None = None) -> Float[Tensor, "*batch O"]:
         """x [..., in] → [..., out]."""
         return drop_connect(self.linear, x, self.p if self.training else 0.0, generator=generator)
 
@@ -36,14 +37,22 @@ class DropConnect(nn.Module):
 
 
 def drop_connect(
-    linear: nn.Module, x: Float[Tensor, "*batch I"], p: float, *, generator: torch.Generator | None = None
+    linear: nn.Module,
+    x: Float[Tensor, "*batch I"],
+    p: float,
+    *,
+    generator: Source | None = None,
+    site: str = "weights",
 ) -> Float[Tensor, "*batch O"]:
     """linear(x) with each weight dropped with probability p, for a layer that keeps its name; its hooks still run.
 
-    p = 0 calls any module that stands for the Linear."""
+    p = 0 calls any module that stands for the Linear. From :class:`moe.Noise` all sequences of a step get one mask,
+    which ``site`` names."""
     if p == 0:
         return linear(x)
     whole = cast(Tensor, linear.weight)
+    if isinstance(generator, Noise):
+        generator = generator.shared(site, whole.device)
     weight = whole * keep_mask(whole, list(whole.shape), _checked_probability(p), generator)
     return functional_call(linear, {"weight": weight}, (x,))
 
@@ -59,15 +68,13 @@ class HeadDropout(nn.Module):
         super().__init__()
         self.p = _checked_probability(p)
 
-    def forward(
-        self, heads: Float[Tensor, "B H L d"], *, generator: torch.Generator | None = None
-    ) -> Float[Tensor, "B H L d"]:
+    def forward(self, heads: Float[Tensor, "B H L d"], *, generator: Source | None = None) -> Float[Tensor, "B H L d"]:
         """The heads' outputs, before the output projection, in the same shape. Raises: ValueError unless 4-D."""
         if heads.dim() != 4:
             raise ValueError(f"heads must have shape [B, H, L, d], got {list(heads.shape)}")
         if not self.training or self.p == 0:
             return heads
-        return heads * keep_mask(heads, [*heads.shape[:2], 1, 1], self.p, generator)
+        return heads * keep_mask(heads, [*heads.shape[:2], 1, 1], self.p, generator, site="heads")
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -86,12 +93,12 @@ class PathDropout(nn.Module):
         self.p = _checked_probability(p)
 
     def forward(
-        self, branch: Float[Tensor, "B *rest"], *, generator: torch.Generator | None = None
+        self, branch: Float[Tensor, "B *rest"], *, generator: Source | None = None, site: str = "path"
     ) -> Float[Tensor, "B *rest"]:
-        """The branch [B, ...], each sample either zero or divided by 1 − p."""
+        """The branch [B, ...], each sample either zero or divided by 1 − p. site: which one, for :class:`moe.Noise`."""
         if not self.training or self.p == 0:
             return branch
-        return branch * keep_mask(branch, [len(branch)] + [1] * (branch.dim() - 1), self.p, generator)
+        return branch * keep_mask(branch, [len(branch)] + [1] * (branch.dim() - 1), self.p, generator, site=site)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -103,7 +110,8 @@ class LayerDrop(nn.Module):
 
     rescale: False, as in the paper, gives the layer's own output when it runs. True gives x + (layer(x) − x) / (1 − p),
     whose expectation is layer(x) for a fixed x.
-    Data parallel ranks that draw differently skip different layers: give them generators with the same seed.
+    Data parallel ranks that draw differently skip different layers: give them one :class:`moe.Noise`, or generators
+    with the same seed.
     Raises: ValueError for p outside [0, 1).
     """
 
@@ -116,7 +124,7 @@ class LayerDrop(nn.Module):
         layer: Callable[[Tensor], Tensor],
         x: Float[Tensor, "*shape"],
         *,
-        generator: torch.Generator | None = None,
+        generator: Source | None = None,
     ) -> Float[Tensor, "*shape"]:
         """layer(x), or x itself where the layer is skipped."""
         if self.skips(generator=generator):
@@ -124,10 +132,12 @@ class LayerDrop(nn.Module):
         scaled = self.rescale and self.training and self.p > 0
         return x + (layer(x) - x) / (1 - self.p) if scaled else layer(x)
 
-    def skips(self, *, generator: torch.Generator | None = None) -> bool:
+    def skips(self, *, generator: Source | None = None) -> bool:
         """Draw whether the layer is skipped this time, for a layer that returns more than one tensor."""
         if not self.training or self.p == 0:
             return False
+        if isinstance(generator, Noise):
+            generator = generator.shared("layer")
         # drawn on the host, which decides whether to launch the layer at all
         device = "cpu" if generator is None else generator.device
         return bool(torch.rand((), generator=generator, device=device) < self.p)
@@ -137,9 +147,19 @@ class LayerDrop(nn.Module):
 
 
 def keep_mask(
-    like: Float[Tensor, "..."], shape: list[int], p: float, generator: torch.Generator | None = None
+    like: Float[Tensor, "..."],
+    shape: list[int],
+    p: float,
+    generator: Source | None = None,
+    *,
+    site: str = "mask",
 ) -> Float[Tensor, "..."]:
-    """1 / (1 − p) with probability 1 − p, else 0, in the dtype and on the device of ``like``."""
+    """1 / (1 − p) with probability 1 − p, else 0, in the dtype and on the device of ``like``.
+
+    site: of :class:`moe.Noise`, whose sequences are the first dimension."""
+    if isinstance(generator, Noise):
+        kept = generator.draw(site, like.new_empty(shape), lambda part, g: part.bernoulli_(1 - p, generator=g))
+        return kept / (1 - p)
     # drawn in float32: in bfloat16 a uniform number has 8 bits, and small p would be off
     draw = torch.rand(shape, device=like.device, generator=generator)
     return (draw >= p).to(like.dtype) / (1 - p)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from moe import noise as draws
 from moe.dispatch import Priority, expert_capacity, group_by_expert, limit_capacity, limit_rows
 from moe.experts import Experts
 from moe.layer import MoE
@@ -122,7 +123,7 @@ class GumbelTop2Router(LinearRouter):
         token_ids: Int[Tensor, "T"] | None = None,
         padding_mask: Bool[Tensor, "T"] | None = None,
         replay: Routing | None = None,
-        generator: torch.Generator | None = None,
+        generator: draws.Source | None = None,
     ) -> Routing:
         """Route x. token_ids is not used; generator seeds the draw (default: torch's global CPU generator)."""
         logits = router_logits(x, self.weight, padding_mask)
@@ -145,13 +146,12 @@ class GumbelTop2Router(LinearRouter):
         return f"{sizes}, capacity_factor={self.capacity_factor}, noise={self.noise!r}"
 
 
-def gumbel_noise(like: Float[Tensor, "T E"], seed: int) -> Float[Tensor, "T E"]:
+def gumbel_noise(like: Float[Tensor, "T E"], seed: int | draws.Noise) -> Float[Tensor, "T E"]:
     """−ln(−ln U) in the shape, type and device of ``like``, the same for the same seed."""
-    generator = torch.Generator(device=like.device).manual_seed(seed)
-    return -torch.empty_like(like).exponential_(generator=generator).log()
+    return -draws.drawn(seed, like, lambda part, generator: part.exponential_(generator=generator)).log()
 
 
-def _choose_pair(logits: Float[Tensor, "T E"], seed: int | None) -> Int[Tensor, "T 2"]:
+def _choose_pair(logits: Float[Tensor, "T E"], seed: int | draws.Noise | None) -> Int[Tensor, "T 2"]:
     first = logits.argmax(-1, keepdim=True)
     noisy = logits if seed is None else logits + gumbel_noise(logits, seed)
     second = noisy.scatter(1, first, -torch.inf).argmax(-1, keepdim=True)

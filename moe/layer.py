@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import get_args
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moe.checks import at_least
 from moe.dispatch import Priority, expert_capacity, limit_capacity
 from moe.experts import Experts
+from moe.noise import Source
 from moe.nonlinearity import Activation
 from moe.routing import Routing
 
@@ -66,13 +66,13 @@ class MoE(nn.Module):
         token_ids: Int[Tensor, "*batch"] | None = None,
         padding_mask: Bool[Tensor, "*batch"] | Int[Tensor, "*batch"] | None = None,
         replay: Routing | None = None,
-        generator: torch.Generator | None = None,
+        generator: Source | None = None,
     ) -> tuple[Float[Tensor, "*batch D"], Routing]:
         """The mixture of x, and the routing that made it.
 
         padding_mask: True (or 1) marks real tokens; padding is never routed and gets zeros from the routed experts.
         replay: a recorded routing of these tokens: its choices are reused, its weights recomputed (activation
-        checkpointing and debugging). generator: for routers that draw noise.
+        checkpointing and debugging). generator: for routers that draw noise, or :class:`moe.Noise`.
         Raises: ValueError for a wrong width; FloatingPointError, with the layer's name, for non-finite router logits.
         """
         if x.shape[-1] != self.dim:
@@ -101,7 +101,7 @@ class MoE(nn.Module):
         token_ids: Int[Tensor, "*batch"] | None = None,
         padding_mask: Bool[Tensor, "*batch"] | Int[Tensor, "*batch"] | None = None,
         replay: Routing | None = None,
-        generator: torch.Generator | None = None,
+        generator: Source | None = None,
     ) -> Routing:
         """What :meth:`forward` would decide for x, capacity included, without running an expert."""
         mask = None if padding_mask is None else padding_mask.reshape(-1).bool()

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe.noise import Noise
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -17,7 +19,8 @@ class Routing:
     logits, scores [T, E]: the router's raw output and its probabilities, float32 or wider, kept for the losses.
     dropped [M, 2]: (token, expert) pairs that were chosen and then lost to capacity.
     real [T]: False marks padding, which is never routed; None where every token is real.
-    noise_seed: seeds the router's noise, so that a replay draws the same; None where nothing was drawn.
+    noise_seed: a seed of the router's noise, or the :class:`moe.Noise` that it came from, so that a replay draws the
+    same; None where nothing was drawn.
     balance_first: load balancing counts only each token's choice of the largest score, not all of them (GShard).
     smooth_load [E]: the expected load, differentiable, of a router that draws noise on its logits (Shazeer 2017).
     """
@@ -31,7 +34,7 @@ class Routing:
     num_tokens: int
     dropped: Int[Tensor, "M 2"]
     real: Bool[Tensor, "T"] | None = None
-    noise_seed: int | None = None
+    noise_seed: int | Noise | None = None
     balance_first: bool = False
     smooth_load: Float[Tensor, "E"] | None = None
 

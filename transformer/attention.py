@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moe.dropout import HeadDropout, drop_connect
+from moe.noise import Source
 from sparse_attn import KVCache, Pattern, RaggedKVCache, StreamingKVCache, attend, causal
 from transformer.norm import RMSNorm
 from transformer.rope import RopeScaling, frequencies
@@ -123,6 +124,7 @@ class Attention(nn.Module):
         token_mask: Bool[Tensor, "B L"] | None = None,
         cache: KVCache | RaggedKVCache | StreamingKVCache | None = None,
         positions: Int[Tensor, "B L"] | None = None,
+        generator: Source | None = None,
     ) -> tuple[Float[Tensor, "B L D"], dict[str, Float[Tensor, ""]]]:
         """x [B, L, dim] to the same shape, and the side losses of the selection, by name: none without one.
 
@@ -130,14 +132,15 @@ class Attention(nn.Module):
         which no query sees. cache: earlier keys and values; it receives these. positions: where the rows stand, where
         they do not follow each other: ascending in each sequence, padding last (or first, with a cache); a cache is
         then a RaggedKVCache, or a StreamingKVCache of unequal rows. A StreamingKVCache turns queries and keys itself.
+        generator: draws the heads and weights that are dropped.
         """
         losses: dict[str, Tensor] = {}
-        q = self._heads(self._project(self.query, x), self.query_norm)
-        k = self._heads(self._project(self.key, x), self.key_norm)
-        v = _split(self._project(self.value, x), self.head_dim)
+        q = self._heads(self._project(self.query, x, "query", generator), self.query_norm)
+        k = self._heads(self._project(self.key, x, "key", generator), self.key_norm)
+        v = _split(self._project(self.value, x, "value", generator), self.head_dim)
         if isinstance(cache, StreamingKVCache):
             mixed = cache.attend(q, k, v, key_mask=token_mask, positions=positions)
-            return self._out(mixed), losses
+            return self._out(mixed, generator), losses
         q, k = rotate(q, angles), rotate(k, angles)
         if self.selection is not None:
             mixed, losses = _selected(self.selection, q, k, v, x, token_mask, cache, positions)
@@ -149,10 +152,11 @@ class Attention(nn.Module):
             mixed = self._cached(q, k, v, token_mask, cache)
         else:
             raise ValueError("positions must be given with a RaggedKVCache, got None")
-        return self._out(mixed), losses
+        return self._out(mixed, generator), losses
 
-    def _out(self, mixed: Float[Tensor, "B H L d"]) -> Float[Tensor, "B L D"]:
-        return self._project(self.output, self.head_dropout(mixed).transpose(1, 2).flatten(2))
+    def _out(self, mixed: Float[Tensor, "B H L d"], generator: Source | None) -> Float[Tensor, "B L D"]:
+        kept = self.head_dropout(mixed, generator=generator).transpose(1, 2).flatten(2)
+        return self._project(self.output, kept, "output", generator)
 
     def _cached(self, q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor | None, cache: KVCache) -> Tensor:
         positions = torch.arange(cache.length, cache.length + q.shape[2], device=q.device)
@@ -183,8 +187,8 @@ class Attention(nn.Module):
             return attend(q, k, v, pattern=self.pattern)
         return attend(q, k, v, pattern=self.pattern, query_positions=positions, key_positions=held, key_mask=seen)
 
-    def _project(self, linear: nn.Module, x: Tensor) -> Tensor:
-        return drop_connect(linear, x, self.drop_connect if self.training else 0.0)
+    def _project(self, linear: nn.Module, x: Tensor, site: str, generator: Source | None) -> Tensor:
+        return drop_connect(linear, x, self.drop_connect if self.training else 0.0, generator=generator, site=site)
 
     def _heads(self, x: Float[Tensor, "B L C"], norm: nn.Module | None) -> Float[Tensor, "B H L d"]:
         if norm is None:

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe import PEER, DepthRouting, LayerDrop, MoE, PathDropout, ProductKeyMemory, Routing, SoftMoE
+from moe.dropout import keep_mask
 from moe.memory_values import MemoryValues
+from moe.noise import Noise
 from sparse_attn import KVCache, RaggedKVCache, StreamingKVCache
 from transformer.build import build_attention, build_depth, build_feedforward
-from transformer.feedforward import autocast_once
+from transformer.feedforward import FeedForward, autocast_once
 from transformer.layer_config import LayerConfig
 from transformer.norm import RMSNorm
 
@@ -38,13 +40,14 @@ class Rows:
     """What goes with the rows [B, L, dim] that a block works on.
 
     angles: cos and sin of their rotation, [L, P] or [B, L, P]; mask: False marks padding; ids: their tokens;
-    positions: where they stand, if they do not follow each other.
+    positions: where they stand, if they do not follow each other; noise: what training draws for them.
     """
 
     angles: tuple[Tensor, Tensor] | None = None
     mask: Bool[Tensor, "B L"] | None = None
     ids: Int[Tensor, "B L"] | None = None
     positions: Int[Tensor, "B L"] | None = None
+    noise: Noise | None = None
 
     def at(self, places: Int[Tensor, "B C"], length: int, *, start: int, ragged: bool) -> "Rows":
         """Those of ``places`` [B, C] in [0, length]; place ``length`` is padding, which stands where the last row does.
@@ -55,7 +58,7 @@ class Rows:
         angles = self.angles and (_picked(self.angles[0], inside), _picked(self.angles[1], inside))
         ids = None if self.ids is None else self.ids.gather(1, inside)
         positions = inside + start if self.positions is None else self.positions.gather(1, inside)
-        return Rows(angles, places < length if ragged else None, ids, positions)
+        return Rows(angles, places < length if ragged else None, ids, positions, self.noise)
 
 
 def _picked(angles: Float[Tensor, "*#B L P"], places: Int[Tensor, "B C"]) -> Float[Tensor, "B C P"]:
@@ -107,6 +110,7 @@ class Block(nn.Module):
         positions: Int[Tensor, "B L"] | None = None,
         replay: Choices | None = None,
         choose_first: bool = False,
+        noise: Noise | None = None,
     ) -> tuple[Float[Tensor, "B L D"], Choices]:
         """x [B, L, dim] to the same shape, and what was chosen: experts, and tokens that pass.
 
@@ -114,11 +118,11 @@ class Block(nn.Module):
         of a batch count their own. With a cache a predictor chooses the tokens
         that pass, in training too: the best of a sequence are not known before its end.
         replay: use these experts and tokens instead of choosing. choose_first: choose the experts apart, then replay
-        that choice, for :func:`recomputed`.
+        that choice, for :func:`recomputed`. noise: what routers and dropout draw from; None: torch's global generators.
         A layer that LayerDrop skips gives x, and the choices of no token.
         """
-        rows, replay = Rows(angles, token_mask, token_ids, positions), replay or Choices()
-        if self.layer_drop.skips():
+        rows, replay = Rows(angles, token_mask, token_ids, positions, noise), replay or Choices()
+        if self.layer_drop.skips(generator=noise):
             return x, self._no_choices(x)
         if self.depth is None:
             return self._run(x, rows, cache, replay.routing, choose_first)
@@ -150,13 +154,21 @@ class Block(nn.Module):
                 raise ValueError("angles must be given to a block with attention, got None")
             normed = autocast_once(self.attention_norm(x))
             mixed, losses = self.attention(
-                normed, rows.angles, token_mask=rows.mask, cache=cache, positions=rows.positions
+                normed, rows.angles, token_mask=rows.mask, cache=cache, positions=rows.positions, generator=rows.noise
             )
-            x = x + self.path(self.dropout(mixed))
+            x = x + self._branch(mixed, "attention", rows.noise)
         if self.feedforward is None or self.feedforward_norm is None:
             return x, Choices(losses=losses)
         y, routing = _feed(self.feedforward, self.feedforward_norm(x), rows, replay, choose_first)
-        return x + self.path(self.dropout(y)), Choices(routing, losses=losses)
+        return x + self._branch(y, "feedforward", rows.noise), Choices(routing, losses=losses)
+
+    def _branch(self, y: Float[Tensor, "B L D"], site: str, noise: Noise | None) -> Float[Tensor, "B L D"]:
+        """What is added to the stream: y after dropout and stochastic depth."""
+        if noise is None:
+            return self.path(self.dropout(y))
+        if self.training and isinstance(self.dropout, nn.Dropout):
+            y = y * keep_mask(y, list(y.shape), self.dropout.p, noise, site=site)
+        return self.path(y, generator=noise, site=f"{site} path") if isinstance(self.path, PathDropout) else y
 
     def _no_choices(self, x: Float[Tensor, "B L D"]) -> Choices:
         """Of no token, so that every batch has one record for each layer with something to choose."""
@@ -171,10 +183,12 @@ def _feed(
     if isinstance(feedforward, MoE):
         if choose_first and replay is None:
             with torch.no_grad():
-                replay = feedforward.route(normed, token_ids=rows.ids, padding_mask=rows.mask)
-        return feedforward(normed, token_ids=rows.ids, padding_mask=rows.mask, replay=replay)
+                replay = feedforward.route(normed, token_ids=rows.ids, padding_mask=rows.mask, generator=rows.noise)
+        return feedforward(normed, token_ids=rows.ids, padding_mask=rows.mask, replay=replay, generator=rows.noise)
     if isinstance(feedforward, SoftMoE | ProductKeyMemory | PEER):
         return feedforward(normed, padding_mask=rows.mask), None
+    if isinstance(feedforward, FeedForward):
+        return feedforward(autocast_once(normed), generator=rows.noise), None
     return feedforward(autocast_once(normed)), None
 
 

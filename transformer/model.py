@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moe import DepthRouting, MemoryValues, Routing
+from moe import DepthRouting, MemoryValues, Noise, Routing
 from pruning.axes import Axis
 from sparse_attn import KVCache, RaggedKVCache, StreamingKVCache, window_and_sinks
 from transformer import accounting, axes, storage
@@ -133,13 +133,17 @@ class Transformer(nn.Module):
         cache: ModelCache | None = None,
         replay: tuple[Routing | None, ...] | None = None,
         replay_depths: tuple[DepthRouting | None, ...] | None = None,
+        noise: Noise | None = None,
     ) -> tuple[
         Float[Tensor, "B L D"],
         tuple[Routing | None, ...],
         tuple[DepthRouting | None, ...],
         tuple[dict[str, Float[Tensor, ""]] | None, ...],
     ]:
-        """Hidden states [B, L, D] after the final norm, routings, depths and selection losses: all but the logits."""
+        """Hidden states [B, L, D] after the final norm, routings, depths and selection losses: all but the logits.
+
+        noise: of the B sequences, for the routers and dropout of training; None draws from torch's global generators.
+        """
         self._check(input_ids, cache, replay, replay_depths)
         start = cache.length if cache else 0
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
@@ -160,6 +164,7 @@ class Transformer(nn.Module):
             run = partial(
                 _run_block, layer, angles[attention.head_dim] if attention else None, token_mask, input_ids,
                 cache.layers[index] if cache else None, start, positions, again,
+                None if noise is None else noise.at(index),
             )  # fmt: skip
             chosen = Choices(replay[index] if replay else None, replay_depths[index] if replay_depths else None)
             x, choices = recomputed(run, x, chosen) if again else run(x, chosen)
@@ -274,8 +279,8 @@ class Transformer(nn.Module):
                 raise ValueError(f"input_ids must be in [0, vocab_size={self.config.vocab_size}), got {low}…{high}")
 
 
-def _run_block(block, angles, token_mask, token_ids, cache, start, positions, choose_first, x, replay):
+def _run_block(block, angles, token_mask, token_ids, cache, start, positions, choose_first, noise, x, replay):
     return block(
         x, angles, token_mask=token_mask, token_ids=token_ids, cache=cache, start=start, positions=positions,
-        replay=replay, choose_first=choose_first,
+        replay=replay, choose_first=choose_first, noise=noise,
     )  # fmt: skip

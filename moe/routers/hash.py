@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moe.checks import at_least
+from moe.noise import Source
 from moe.routers.linear import check_sizes
 from moe.routers.top_k import choose_top_k
 from moe.routing import Routing
@@ -66,7 +67,7 @@ class HashRouter(nn.Module):
         token_ids: Int[Tensor, "T"] | None = None,
         padding_mask: Bool[Tensor, "T"] | None = None,
         replay: Routing | None = None,
-        generator: torch.Generator | None = None,
+        generator: Source | None = None,
     ) -> Routing:
         """Route by token_ids. Of x only the width, device and precision matter; generator is not used."""
         if x.shape[1] != self.dim:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from moe.noise import Noise, Source, drawn
 from moe.routers.linear import LinearRouter
 from moe.routers.top_k import choose_top_k, draw_seed, router_logits
 from moe.routing import Routing
@@ -40,7 +41,7 @@ class NoisyTopKRouter(LinearRouter):
         token_ids: Int[Tensor, "T"] | None = None,
         padding_mask: Bool[Tensor, "T"] | None = None,
         replay: Routing | None = None,
-        generator: torch.Generator | None = None,
+        generator: Source | None = None,
     ) -> Routing:
         """Route x. token_ids is not used; generator seeds the noise (default: torch's global CPU generator)."""
         clean = router_logits(x, self.weight, padding_mask)
@@ -83,7 +84,6 @@ def smooth_load(
     return stays.sum(0)
 
 
-def normal_noise(x: Float[Tensor, "T E"], seed: int) -> Float[Tensor, "T E"]:
+def normal_noise(x: Float[Tensor, "T E"], seed: int | Noise) -> Float[Tensor, "T E"]:
     """N(0, 1) in the shape, dtype and device of x, the same for the same seed."""
-    generator = torch.Generator(device=x.device).manual_seed(seed)
-    return torch.empty_like(x, requires_grad=False).normal_(generator=generator)
+    return drawn(seed, x, lambda part, generator: part.normal_(generator=generator))

@@ -12,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from moe.noise import Source
 from moe.routers.linear import LinearRouter
 from moe.routers.top_k import record_choice, replay_choice, router_logits
 from moe.routing import Routing
@@ -74,7 +75,7 @@ class SigmoidRouter(LinearRouter):
         token_ids: Int[Tensor, "T"] | None = None,
         padding_mask: Bool[Tensor, "T"] | None = None,
         replay: Routing | None = None,
-        generator: torch.Generator | None = None,
+        generator: Source | None = None,
     ) -> Routing:
         """Route x, and count the choices when in training. token_ids and generator are not used."""
         logits = router_logits(x, self.weight, padding_mask)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe.checks import at_least
 from moe.dispatch import group_by_expert
+from moe.noise import Source
 from moe.routers.linear import LinearRouter
 from moe.routers.top_k import choose_top_k, router_logits
 from moe.routing import Routing
@@ -42,7 +43,7 @@ class SinkhornRouter(LinearRouter):
         token_ids: Int[Tensor, "T"] | None = None,
         padding_mask: Bool[Tensor, "T"] | None = None,
         replay: Routing | None = None,
-        generator: torch.Generator | None = None,
+        generator: Source | None = None,
     ) -> Routing:
         """Route x. token_ids and generator are not used: the choice depends on x alone, and nothing is drawn."""
         logits = router_logits(x, self.weight, padding_mask)
@@ -83,7 +84,7 @@ class BalancedAssignmentRouter(LinearRouter):
         token_ids: Int[Tensor, "T"] | None = None,
         padding_mask: Bool[Tensor, "T"] | None = None,
         replay: Routing | None = None,
-        generator: torch.Generator | None = None,
+        generator: Source | None = None,
     ) -> Routing:
         """Route x. token_ids and generator are not used: the choice depends on x alone, and nothing is drawn."""
         logits = router_logits(x, self.weight, padding_mask)

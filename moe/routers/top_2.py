@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe.dispatch import expert_capacity, limit_rows
+from moe.noise import Noise, Source, drawn
 from moe.routers.linear import LinearRouter
 from moe.routers.top_k import choose_top_k, draw_seed, require_replay_of, router_logits
 from moe.routing import Routing
@@ -47,7 +48,7 @@ class Top2Router(LinearRouter):
         token_ids: Int[Tensor, "T"] | None = None,
         padding_mask: Bool[Tensor, "T"] | None = None,
         replay: Routing | None = None,
-        generator: torch.Generator | None = None,
+        generator: Source | None = None,
     ) -> Routing:
         """Route x. token_ids is not used; generator seeds the draw (default: torch's global CPU generator)."""
         logits = router_logits(x, self.weight, padding_mask)
@@ -68,12 +69,15 @@ class Top2Router(LinearRouter):
         return f"{sizes}, second={self.second!r}, capacity_factor={self.capacity_factor}"
 
 
-def _skip_seconds(routing: Routing, seed: int) -> Routing:
+def _skip_seconds(routing: Routing, seed: int | Noise) -> Routing:
     """Keep each second assignment where 2 · weight > U(0, 1); first ones stay."""
     weight = routing.weight.detach().view(-1, 2)
-    generator = torch.Generator(device=weight.device).manual_seed(seed)
+    # keyed, padding has numbers too: what a token gets depends on its place in its sequence alone
+    keyed = isinstance(seed, Noise)
+    like = weight.new_empty(routing.num_tokens if keyed else len(weight))
+    draw = drawn(seed, like, lambda part, generator: part.uniform_(generator=generator))
     keep = torch.ones_like(weight, dtype=torch.bool)
-    keep[:, 1] = 2 * weight[:, 1] > torch.empty_like(weight[:, 1]).uniform_(generator=generator)
+    keep[:, 1] = 2 * weight[:, 1] > (draw[routing.token[::2]] if keyed else draw)
     used = keep.view(-1)
     return dataclasses.replace(
         routing, token=routing.token[used], expert=routing.expert[used], weight=routing.weight[used]

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe.dispatch import expert_capacity, limit_capacity
+from moe.noise import Noise, Source, drawn
 from moe.routers.linear import LinearRouter
 from moe.routing import Routing
 
@@ -36,7 +37,7 @@ class TopKRouter(LinearRouter):
         token_ids: Int[Tensor, "T"] | None = None,
         padding_mask: Bool[Tensor, "T"] | None = None,
         replay: Routing | None = None,
-        generator: torch.Generator | None = None,
+        generator: Source | None = None,
     ) -> Routing:
         """Route x. token_ids and generator are not used: the choice depends on x alone, and nothing is drawn."""
         logits = router_logits(x, self.weight, padding_mask)
@@ -72,7 +73,7 @@ class SwitchRouter(LinearRouter):
         token_ids: Int[Tensor, "T"] | None = None,
         padding_mask: Bool[Tensor, "T"] | None = None,
         replay: Routing | None = None,
-        generator: torch.Generator | None = None,
+        generator: Source | None = None,
     ) -> Routing:
         """Route x. token_ids is not used; generator seeds the jitter (default: torch's global CPU generator)."""
         seed = draw_seed(replay, generator, drawn=self.training and self.jitter > 0.0)
@@ -121,7 +122,7 @@ def choose_top_k(
     renormalize: bool,
     real: Bool[Tensor, "T"] | None = None,
     replay: Routing | None = None,
-    noise_seed: int | None = None,
+    noise_seed: int | Noise | None = None,
 ) -> Routing:
     """The k best experts of each real token, or those of ``replay``, weighted by softmax(logits).
 
@@ -146,7 +147,7 @@ def record_choice(
     scores: Float[Tensor, "T E"],
     *,
     real: Bool[Tensor, "T"] | None,
-    noise_seed: int | None = None,
+    noise_seed: int | Noise | None = None,
 ) -> Routing:
     """The record of K choices a token, best first, without those of padding."""
     token = (torch.arange(expert.numel(), device=expert.device) // expert.shape[1]).view_as(expert)
@@ -192,12 +193,15 @@ def require_replay_of(logits: Float[Tensor, "T E"], replay: Routing, real: Bool[
     _require_same_padding(real, replay)
 
 
-def draw_seed(replay: Routing | None, generator: torch.Generator | None, *, drawn: bool) -> int | None:
-    """The seed of a router's noise: the recorded one in a replay, else a new one if noise is ``drawn``, else None."""
+def draw_seed(replay: Routing | None, generator: Source | None, *, drawn: bool) -> int | Noise | None:
+    """The seed of a router's noise, or the :class:`moe.Noise` that is given: the recorded one in a replay, else a new
+    one if noise is ``drawn``, else None."""
     if replay is not None:
         return replay.noise_seed
     if not drawn:
         return None
+    if isinstance(generator, Noise):
+        return generator
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**62, (), generator=generator, device=device))
 
@@ -213,10 +217,9 @@ def _require_same_padding(real: Bool[Tensor, "T"] | None, replay: Routing) -> No
         )
 
 
-def uniform_noise(x: Float[Tensor, "T D"], width: float, seed: int) -> Float[Tensor, "T D"]:
+def uniform_noise(x: Float[Tensor, "T D"], width: float, seed: int | Noise) -> Float[Tensor, "T D"]:
     """U(1 − width, 1 + width) in the shape, dtype and device of x, the same for the same seed."""
-    generator = torch.Generator(device=x.device).manual_seed(seed)
-    return torch.empty_like(x, requires_grad=False).uniform_(1.0 - width, 1.0 + width, generator=generator)
+    return drawn(seed, x, lambda part, generator: part.uniform_(1.0 - width, 1.0 + width, generator=generator))
 
 
 def _require_finite(logits: Float[Tensor, "T E"], real: Bool[Tensor, "T"] | None) -> None:
