@@ -20,8 +20,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from moe.checks import at_least
 from moe.experts import Experts
@@ -102,6 +104,7 @@ class ShardedExperts(nn.Module):
         self.up = self._own(experts.up[here])
         self.down = self._own(experts.down[here])
         self.traffic = Traffic(0, 0, 0, 0)
+        self._mesh: DeviceMesh | None = None
 
     def _own(self, weight: Tensor) -> nn.Parameter:
         parameter = nn.Parameter(weight.detach().clone())
@@ -174,6 +177,15 @@ class ShardedExperts(nn.Module):
             raise IndexError(f"expert must be in [{self.first}, {last}), those of rank {self.rank}, got {expert}")
         here = expert - self.first
         return activate(rows @ self.up[here], self.activation) @ self.down[here].mT
+
+    def as_whole(self, part: Shaped[Tensor, "e *rest"]) -> DTensor:
+        """A tensor of this rank's experts, such as ``up``, its gradient or a mask, as one of all experts [E, *rest]: a
+        DTensor that shares its memory. Raises: ValueError unless every rank has as many experts."""
+        if self.num_experts % self.ranks:
+            raise ValueError(f"num_experts must be a multiple of the {self.ranks} ranks, got {self.num_experts}")
+        if self._mesh is None:
+            self._mesh = DeviceMesh.from_group(self.group or dist.group.WORLD, part.device.type)
+        return DTensor.from_local(part.detach(), self._mesh, [Shard(0)], run_check=False)
 
     @torch.no_grad()
     def whole(self) -> Experts:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pruning.sharding import gathered, own_part, sharded_as
+from pruning.sharding import as_wholes, gathered, own_part, sharded_as, spread_layouts
 from pruning.weights import prunable_weights
 
 
@@ -24,14 +24,15 @@ class Masks:
     @classmethod
     def of(cls, model: nn.Module) -> "Masks":
         """The zeros that the model's prunable weights have now: a pruned model tells its own masks."""
-        return cls({name: weight.detach() != 0 for name, weight in prunable_weights(model).items()})
+        weights = as_wholes(prunable_weights(model), spread_layouts(model))
+        return cls({name: weight.detach() != 0 for name, weight in weights.items()})
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
         """Set the pruned weights of `model` to 0, in place; also where they were NaN.
 
         Raises: ValueError if a parameter is missing or has another shape; then nothing has changed."""
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = as_wholes(dict(model.named_parameters(remove_duplicate=False)), spread_layouts(model))
         for name in self.kept:
             if name not in parameters:
                 raise ValueError(f"masks name parameter {name!r}, which the model does not have")

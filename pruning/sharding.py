@@ -1,18 +1,53 @@
-"""Weights that torch.distributed shards (DTensor, as FSDP2 leaves them): whole values in, the same shards out.
+"""Weights that ranks hold in part: DTensors, as FSDP2 and tensor parallel leave them, and runs of spread experts.
 
 Scores are compared whole on every rank, so a choice is the one process's own, ties included. It costs a gather of the
 scores, as large as the unsharded weights, whenever masks are chosen, and nothing in the steps between.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+# this rank's part of a stack → a DTensor of the whole that shares its memory
+Layout = Callable[[Tensor], Tensor]
+
+
+def spread_layouts(model: nn.Module) -> dict[str, Layout]:
+    """Parameter name → layout, of the plain parameters that are this rank's part of a stack: those of modules with a
+    method ``as_whole`` (:class:`moe.ShardedExperts`)."""
+    return {
+        f"{prefix}.{name}".lstrip("."): module.as_whole
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if callable(getattr(module, "as_whole", None))
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+def as_wholes(tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> dict[str, Tensor]:
+    """The same with every part that has a layout as a DTensor of the whole."""
+    return {name: layouts[name](tensor) if name in layouts else tensor for name, tensor in tensors.items()}
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same with every DTensor whole; a collective over the mesh of each, in order."""
     return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+
+
+@contextmanager
+def whole(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The tensors :func:`gathered`, to be changed in place: on leaving, the shards take what has become of them."""
+    held = gathered(tensors)
+    yield held
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            put(tensor, held[name])
+
+
+def put(tensor: Tensor, values: Tensor) -> None:
+    """Copy ``values``, which every rank holds whole, or in the layout of ``tensor``, into this rank's part of it."""
+    own_part(tensor).copy_(own_part(sharded_as(values, tensor)))
 
 
 def sharded_as(whole: Tensor, like: Tensor) -> Tensor:

@@ -27,9 +27,9 @@ from pruning.mask_selection import select_masks
 from pruning.masking import Masks
 from pruning.saliency.data_free import magnitude
 from pruning.schedules import Schedule
-from pruning.sharding import sharded_as
+from pruning.sharding import as_wholes, sharded_as, spread_layouts
 from pruning.structure import Structure, check_fraction, named_structure, unstructured
-from pruning.weights import check_values, prunable_weights
+from pruning.weights import check_unquantised, check_values, prunable_weights, stored_turned
 
 
 def sparsify(
@@ -52,37 +52,60 @@ def sparsify(
     `loss` (None: next-token loss): "gradient" abs(w·g), g the mean gradient; "taylor" mean of abs(w·g_b) over samples;
     "snip" abs(w·g) in rounds; "grasp" w·(Hg); "obd" w²·H_ii/2 with the Fisher diagonal (empirical with a loss);
     "woodfisher" w²/(2[H⁻¹]_ii), survivors updated. Over `calibration` alone: "correlation"; "wanda", "sparsegpt",
-    "obs" and "exact_obs" as in `prune_calibrated`, which has their options: layer by layer on what the pruned layers
-    before put out, the last three with new values for the survivors. Each has its formula in `pruning.saliency`.
+    "admm", "obs", "exact_obs" and "descent" as in `prune_calibrated`, which has their options: layer by layer on what
+    the pruned layers before put out, all but wanda with new values for the survivors. Formulas are in `pruning.saliency`.
     allocation: "uniform" takes ⌊sparsity·n⌋ of every matrix (each expert is one), "global" ⌊sparsity·N⌋ of all
-    together in one ranking, "erk", "lamp"; "owl" and "sensitivity" look at `calibration`; "loss", of wanda,
-    sparsegpt, obs and exact_obs alone, at the dense model's loss over it (`pruning.calibrated.fisher_factors`); or a
-    function of `pruning.allocation`. None: that of the method's paper, "global" for snip, grasp, synflow and lamp, else
-    "uniform".
+    together in one ranking, "erk", "lamp"; "owl" and "sensitivity" look at `calibration`; "loss", of methods that go
+    layer by layer, at the dense model's loss over it (`pruning.calibrated.fisher_factors`); or a function of
+    `pruning.allocation`. None: that of the method's paper, "global" for snip, grasp, synflow and lamp, else "uniform".
     structure: None; "n:m", n of every m consecutive inputs stay, and sparsity is 1 − n/m; "block HxW", "row" or
     "column": whole ones go, ⌊sparsity · their number⌋ of them, each with the sum of its scores.
     rounds: of "snip" (10) and "synflow" (100), exponential; 1 under "n:m".
     Counts are exact under ties, where the earlier position goes first; weights that are 0 already go before all others.
-    weights: parameter names; None is `prunable_weights`. Keep the masks through fine-tuning with `Masks.apply`.
+    weights: parameter names; None is `prunable_weights`, of GPT-2 its Conv1D. Keep the masks through fine-tuning with
+    `Masks.apply`.
     Raises: ValueError for unknown words, with the nearest; a sparsity outside [0, 1) or at odds with the structure; a
     method that needs calibration without it; two choices that do not go together; a model on the meta device; as the
     method itself."""
     check_name("method", method, METHODS)
     if sparsity is not None:
         check_fraction("sparsity", sparsity)
+    check_unquantised(model)
+    weights = stored_turned(model) if weights is None else weights
     check_values(prunable_weights(model, weights))
-    chosen_allocation = default_allocation(method, allocation, structure)
-    if method in CALIBRATED:
-        batches = _calibrated(method, chosen_allocation, structure, rounds, calibration, loss)
-        by_loss = "loss" if chosen_allocation == "loss" else "uniform"
-        report = prune_calibrated(model, batches, method=method, sparsity=sparsity, structure=structure,
-                                  allocation=by_loss, loss=loss, weights=weights, progress=progress)  # fmt: skip
-        return report.masks
+    chosen = default_allocation(method, allocation, structure)
+    if method not in CALIBRATED:
+        return _scored(model, sparsity, method, chosen, structure, rounds, calibration, loss, weights, generator,
+                       progress)  # fmt: skip
+    batches = _calibrated(method, chosen, structure, rounds, calibration, loss)
+    by_loss = "loss" if chosen == "loss" else "uniform"
+    return prune_calibrated(model, batches, method=method, sparsity=sparsity, structure=structure,
+                            allocation=by_loss, loss=loss, weights=weights, progress=progress).masks  # fmt: skip
+
+
+def _scored(
+    model: nn.Module,
+    sparsity: float | None,
+    method: str,
+    allocation: str | Allocation,
+    structure: str | None,
+    rounds: int | None,
+    calibration: Iterable[Batch] | None,
+    loss: Loss | None,
+    weights: Sequence[str] | None,
+    generator: torch.Generator | None,
+    progress: Progress,
+) -> Masks:
+    """The masks of a method that gives every weight a score, put on the model."""
     share, select = resolve_structure(structure, sparsity)
-    check_pair(method, chosen_allocation, structure, rounds, loss)
+    check_pair(method, allocation, structure, rounds, loss)
     chosen = prunable_weights(model, weights)
+    turned = [name for name in stored_turned(model) or () if name in chosen and structure is not None]
+    if turned:
+        raise ValueError(f"structure={structure!r} with method={method!r} needs matrices stored [out, in], got "
+                         f"{turned[0]} [in, out]: 'n:m' goes with {', '.join(CALIBRATED)}")  # fmt: skip
     held = None if calibration is None else needs("sparsify", calibration)
-    rule = make_allocation(chosen_allocation, model, chosen, held, loss)
+    rule = make_allocation(allocation, model, chosen, held, loss)
     found = score_weights(
         model, chosen, method=method, sparsity=share, allocation=rule, structure=select,
         rounds=1 if structure is not None and ":" in structure else rounds,
@@ -140,7 +163,8 @@ class Sparsifier:
     ...     optimizer.step()
     ...     sparsifier.after_step(optimizer)
 
-    Under FSDP2 build it after `fully_shard`: masks are chosen as one process would and sharded as the weights are.
+    Under FSDP2 build it after `fully_shard`, and after `moe.shard_experts`: masks are chosen as one process would and
+    sharded as the weights are. A saliency given by name needs all experts on every rank.
     A sparsity that the schedule asks at step 0 is applied at once. Raises: ValueError if the schedule leaves [0, 1),
     for unknown names, and for choices that do not go together."""
 
@@ -169,7 +193,11 @@ class Sparsifier:
             needs(f"saliency={method!r}", self.calibration)
         self.structure = named_structure(structure) if isinstance(structure, str) else structure
         self.step, self.sparsity = 0, 0.0
-        self._weights = prunable_weights(model, weights)
+        check_unquantised(model)
+        layouts = spread_layouts(model)
+        if layouts and isinstance(saliency, str):
+            raise ValueError(f"saliency must be a function where ranks hold a part of the experts, got {saliency!r}")
+        self._weights = as_wholes(prunable_weights(model, weights), layouts)
         check_values(self._weights)
         self._masks = Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in self._weights.items()})
         self._advance()

@@ -2,7 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from pruning.allocation import Allocation, erk
 from pruning.dynamic.sparse_adamw import SparseAdamW
 from pruning.masking import Masks
+from pruning.sharding import as_wholes, gathered, own_part, put, sharded_as, spread_layouts, whole
 from pruning.structure import check_fraction, unstructured
 from pruning.weights import check_values, matrices, prunable_weights
 
@@ -31,7 +33,8 @@ class DynamicSparsity(ABC):
 
     fraction: share of the active connections that an update drops at step 0; it falls as a half cosine to 0 at ``stop``
     (None: it stays). Stacked experts are taken expert by expert. generator: draws on the CPU; give every rank the same
-    seed. weights: parameter names, None is `prunable_weights`.
+    seed. weights: parameter names, None is `prunable_weights`. Weights that ranks hold in part (FSDP2, spread experts;
+    build it afterwards) are gathered for each update, so that every rank makes the choice of one process.
     Raises: ValueError for a sparsity outside [0, 1), a fraction outside (0, 1], every < 1 or stop < 1, every ≥ stop (no
     update would ever come), weights that are frozen or shared by two layers, and a sparsity that leaves a matrix empty.
     """
@@ -60,13 +63,17 @@ class DynamicSparsity(ABC):
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.step = 0
         self._weights = growable_weights(model, weights)
-        self._masks = Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in self._weights.items()})
+        self._layouts = spread_layouts(model)
+        self._held: tuple[dict[str, Tensor], ...] | None = None
+        views = self.wholes(self._weights)
+        kept = {name: torch.ones(w.shape, dtype=torch.bool, device=w.device) for name, w in views.items()}
         allocation = erk if allocation is None else allocation
-        noise = {name: self._uniform(part) for name, part in matrices(self._weights).items()}
+        noise = {name: self._uniform(part) for name, part in matrices(kept).items()}
         counts = allocation(noise, sparsity)
         check_counts(noise, counts, sparsity)
-        for name, mask in matrices(self._masks.kept).items():
+        for name, mask in matrices(kept).items():
             mask.copy_(self.initial(name, noise[name], counts[name]))
+        self._masks = Masks({name: sharded_as(mask, views[name]) for name, mask in kept.items()})
         self._masks.apply(model)
 
     def initial(self, name: str, noise: Float[Tensor, "out in"], removed: int) -> Bool[Tensor, "out in"]:
@@ -96,18 +103,19 @@ class DynamicSparsity(ABC):
         self.look()
         due = self.due()
         if due:
-            before = {name: mask.clone() for name, mask in self._masks.kept.items()}
-            self.update(optimizer)
+            before = {name: mask.clone() for name, mask in self.own_masks().items()}
+            with self.deciding():
+                self.update(optimizer)
             self._masks.apply(self.model)
-            for name, mask in self._masks.kept.items():
+            for name, mask in self.own_masks().items():
                 reset_state(optimizer, self._weights[name], mask != before[name])
         if isinstance(optimizer, SparseAdamW):
-            for name, mask in self._masks.kept.items():
+            for name, mask in self.own_masks().items():
                 optimizer.activate(self._weights[name], mask)
-        for name, mask in self._masks.kept.items():
+        for name, mask in self.own_masks().items():
             gradient = self._weights[name].grad
             if gradient is not None:
-                gradient.masked_fill_(~mask, 0)
+                own_part(gradient).masked_fill_(~mask, 0)
         return not (due and self.skips_step)
 
     @torch.no_grad()
@@ -150,7 +158,9 @@ class DynamicSparsity(ABC):
             odd = sorted(masks.kept.keys() ^ self._weights.keys())
             raise ValueError(f"masks must be those of the model's {len(self._weights)} weights, got {odd[0]!r} besides")
         masks.apply(self.model)
-        self._masks, self.step = masks, state["step"]
+        views = self.wholes(self._weights)
+        self._masks = Masks({name: sharded_as(mask, views[name]) for name, mask in masks.kept.items()})
+        self.step = state["step"]
         self.generator.set_state(state["generator"].cpu())
         self.load_extra_state(state["extra"])
 
@@ -164,11 +174,40 @@ class DynamicSparsity(ABC):
             raise ValueError(f"state of {type(self).__name__} must hold no extra tensors, got {sorted(state)}")
 
     def parts(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """Name → (weight, gradient, mask) of each matrix, as views; the gradient of one that has none is 0."""
-        gradients = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in self._weights.items()}
-        weights = matrices({name: weight.data for name, weight in self._weights.items()})
-        masks, slopes = matrices(self._masks.kept), matrices(gradients)
+        """Name → (weight, gradient, mask) of each matrix, as views; the gradient of one that has none is 0.
+
+        Of weights that ranks hold in part only inside :meth:`deciding`, which gathers them."""
+        weights, slopes, masks = map(matrices, self._held or (self._values(), self._gradients(), self._masks.kept))
         return {name: (weights[name], slopes[name], masks[name]) for name in weights}
+
+    @contextmanager
+    def deciding(self) -> Iterator[None]:
+        """Inside, :meth:`parts` gives every matrix whole; on leaving, the ranks' parts take the weights and masks."""
+        with whole(self.wholes(self._values())) as weights, whole(self._masks.kept) as masks:
+            self._held = weights, gathered(self.wholes(self._gradients())), masks
+            try:
+                yield
+            finally:
+                self._held = None
+
+    def wholes(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by weight, with the parts of spread experts as DTensors of all of them that share their memory."""
+        return as_wholes(tensors, self._layouts)
+
+    def own_masks(self) -> dict[str, Tensor]:
+        """The masks of what this process holds."""
+        return {name: own_part(mask) for name, mask in self._masks.kept.items()}
+
+    def take(self, mine: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Copy what a checkpoint has into tensors by weight."""
+        for name, view in self.wholes(mine).items():
+            put(view, state[name])
+
+    def _values(self) -> dict[str, Tensor]:
+        return {name: weight.data for name, weight in self._weights.items()}
+
+    def _gradients(self) -> dict[str, Tensor]:
+        return {n: torch.zeros_like(w.data) if w.grad is None else w.grad for n, w in self._weights.items()}
 
     def _uniform(self, like: Tensor) -> Float[Tensor, "..."]:
         """Uniform on [0, 1), drawn on the CPU so that a seed means the same on every device."""
@@ -216,13 +255,15 @@ def highest(scores: Tensor, among: Bool[Tensor, "..."], count: int) -> Bool[Tens
 
 
 def reset_state(optimizer: Optimizer, parameter: nn.Parameter, where: Bool[Tensor, "..."]) -> None:
-    """Set every slot of the optimiser that has the parameter's shape to 0 there: regrown weights start afresh."""
+    """Set every slot of the optimiser that has the parameter's shape to 0 there: regrown weights start afresh.
+
+    where: of what this process holds."""
     if isinstance(optimizer, SparseAdamW):
         optimizer.forget(parameter, where)
         return
     for slot in optimizer.state.get(parameter, {}).values():
         if isinstance(slot, Tensor) and slot.shape == parameter.shape:
-            slot.masked_fill_(where.to(slot.device), 0)
+            own_part(slot).masked_fill_(where.to(slot.device), 0)
 
 
 def apportion(total: int, shares: Sequence[float], limits: Sequence[int]) -> list[int]:

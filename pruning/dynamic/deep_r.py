@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from pruning.allocation import Allocation
 from pruning.dynamic.base import DynamicSparsity, highest, reset_state
+from pruning.sharding import whole
 from pruning.weights import matrices
 
 
@@ -43,7 +44,9 @@ class DeepR(DynamicSparsity):
             if not value >= 0:
                 raise ValueError(f"{name} must be >= 0, got {value}")
         self.alpha, self.temperature = alpha, temperature
-        self._signs = {name: torch.where(weight < 0, -1, 1).to(torch.int8) for name, weight in self._weights.items()}
+        self._signs = {
+            name: torch.where(weight.data < 0, -1, 1).to(torch.int8) for name, weight in self._weights.items()
+        }
 
     def update(self, optimizer: Optimizer) -> None:
         """Nothing before the step: the walk follows it."""
@@ -53,9 +56,15 @@ class DeepR(DynamicSparsity):
         if self.stop is not None and self.step >= self.stop:
             return
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-        before = {name: mask.clone() for name, mask in self._masks.kept.items()}
-        owners = {part: name for name, w in self._weights.items() for part in matrices({name: w})}
-        signs = matrices(self._signs)
+        before = {name: mask.clone() for name, mask in self.own_masks().items()}
+        with self.deciding(), whole(self.wholes(self._signs)) as signs:
+            self._walk(rates, signs)
+        for name, mask in self.own_masks().items():
+            reset_state(optimizer, self._weights[name], mask != before[name])
+
+    def _walk(self, rates: Mapping[int, float], held: Mapping[str, Tensor]) -> None:
+        owners = {part: name for name, sign in held.items() for part in matrices({name: sign})}
+        signs = matrices(held)
         for part, (weight, _, mask) in self.parts().items():
             rate = rates.get(id(self._weights[owners[part]]), 0.0)
             noise = torch.randn(weight.shape, generator=self.generator).to(weight.device, weight.dtype)
@@ -67,14 +76,11 @@ class DeepR(DynamicSparsity):
             coin = torch.where(self._uniform(weight) < 0.5, -1, 1).to(torch.int8)
             signs[part].copy_(torch.where(woken, coin, signs[part]))
             mask.copy_(kept | woken)
-        for name, mask in self._masks.kept.items():
-            reset_state(optimizer, self._weights[name], mask != before[name])
 
     def extra_state(self) -> dict[str, Tensor]:
         """The sign of every connection."""
-        return dict(self._signs)
+        return self.wholes(self._signs)
 
     def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
         """Take the signs back."""
-        for name, sign in self._signs.items():
-            sign.copy_(state[name])
+        self.take(self._signs, state)

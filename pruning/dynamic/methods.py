@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from pruning.allocation import Allocation
 from pruning.dynamic.base import DynamicSparsity, apportion, highest, lowest_active
 from pruning.dynamic.topology import Topology
+from pruning.sharding import gathered, own_part
 from pruning.weights import matrices
 
 
@@ -130,17 +131,18 @@ class SNFS(DynamicSparsity):
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         self.momentum = momentum
-        self._means = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
+        self._means = {name: torch.zeros_like(weight.data) for name, weight in self._weights.items()}
 
     def look(self) -> None:
         """Take this step's dense gradient into the momentum."""
         for name, weight in self._weights.items():
             if weight.grad is not None:
-                self._means[name].lerp_(weight.grad.to(self._means[name].dtype), 1 - self.momentum)
+                mean = own_part(self._means[name])
+                mean.lerp_(own_part(weight.grad).to(mean.dtype), 1 - self.momentum)
 
     def update(self, optimizer: Optimizer) -> None:
         """Drop in each matrix, grow wherever the momentum is."""
-        parts, means = self.parts(), matrices(self._means)
+        parts, means = self.parts(), matrices(gathered(self.wholes(self._means)))
         kept, total = {}, 0
         for name, (weight, _, mask) in parts.items():
             count = int(self.drop_share() * int(mask.sum()))
@@ -155,12 +157,11 @@ class SNFS(DynamicSparsity):
 
     def extra_state(self) -> dict[str, Tensor]:
         """The momentum of every weight."""
-        return dict(self._means)
+        return self.wholes(self._means)
 
     def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
         """Take the momentum back."""
-        for name, mean in self._means.items():
-            mean.copy_(state[name])
+        self.take(self._means, state)
 
 
 @final

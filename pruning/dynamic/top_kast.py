@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from pruning.allocation import Allocation, erk
 from pruning.dynamic.base import check_counts, growable_weights
 from pruning.masking import Masks, check_shapes
+from pruning.sharding import as_wholes, gathered, own_part, sharded_as, spread_layouts
 from pruning.sparsifier import select_masks
 from pruning.structure import check_fraction
 from pruning.weights import matrices
@@ -58,10 +59,10 @@ class TopKAST:
         self.model, self.sparsity, self.backward_sparsity = model, sparsity, backward
         self.every, self.penalty, self.step = every, penalty, 0
         self.allocation = erk if allocation is None else allocation
-        self._weights = growable_weights(model, weights)
+        self._weights, self._layouts = growable_weights(model, weights), spread_layouts(model)
         self._resting: dict[str, Tensor] = {}
         self._choose()
-        parts = matrices(self._forward.kept)
+        parts = matrices(gathered(self._forward.kept))
         check_counts(parts, {name: int((~mask).sum()) for name, mask in parts.items()}, sparsity)
 
     @contextmanager
@@ -81,17 +82,18 @@ class TopKAST:
         """Clear the gradients outside B, add the penalty's. True: the optimiser takes every step."""
         for name, weight in self._weights.items():
             if weight.grad is not None:
-                inside, allowed = self._forward.kept[name], self._backward.kept[name]
-                pull = torch.where(inside, weight, weight / (1 - self.sparsity))
-                weight.grad.add_(pull, alpha=self.penalty).masked_fill_(~allowed, 0)
-                self._resting[name] = weight.detach()[~allowed].clone()
+                inside, allowed = own_part(self._forward.kept[name]), own_part(self._backward.kept[name])
+                value = own_part(weight.data)
+                pull = torch.where(inside, value, value / (1 - self.sparsity))
+                own_part(weight.grad).add_(pull, alpha=self.penalty).masked_fill_(~allowed, 0)
+                self._resting[name] = value[~allowed].clone()
         return True
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
         """Weights outside B stay as they were, through decay and momentum too; A and B are chosen again if due."""
         for name, values in self._resting.items():
-            self._weights[name].data[~self._backward.kept[name]] = values
+            own_part(self._weights[name].data)[~own_part(self._backward.kept[name])] = values
         self._resting = {}
         self.step += 1
         if self.step % self.every == 0:
@@ -119,11 +121,16 @@ class TopKAST:
         if masks.keys() != self._weights.keys():
             odd = sorted(masks.keys() ^ self._weights.keys())
             raise ValueError(f"masks must be those of the model's {len(self._weights)} weights, got {odd[0]!r} besides")
-        check_shapes(masks, self._weights)
-        return Masks.from_state_dict({name: mask.to(self._weights[name].device) for name, mask in masks.items()})
+        views = self._views()
+        check_shapes(masks, views)
+        here = {name: sharded_as(mask.to(views[name].device), views[name]) for name, mask in masks.items()}
+        return Masks.from_state_dict(here)
+
+    def _views(self) -> dict[str, Tensor]:
+        return as_wholes({name: weight.data for name, weight in self._weights.items()}, self._layouts)
 
     def _choose(self) -> None:
-        scores = {name: weight.detach().abs() for name, weight in self._weights.items()}
+        scores = {name: weight.abs() for name, weight in self._views().items()}
         self._forward = select_masks(scores, sparsity=self.sparsity, allocation=self.allocation)
         wider = select_masks(scores, sparsity=self.backward_sparsity, allocation=self.allocation)
         # an allocation that saturates may order the two otherwise in one matrix
