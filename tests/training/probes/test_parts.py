@@ -1,0 +1,119 @@
+"""The parts of probes: held masks, the curriculum and the penalty, comparisons, figures."""
+
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from pruning import Masks, prunable_weights
+from pruning.diagnostics import LossPath
+from training.data import Batches
+from training.probes.chart import Dots, dots_svg, mean_points
+from training.probes.curriculum import Admitted, Penalised
+from training.probes.finetuning_page import barrier, closed
+from training.probes.lab import Held, fit, fresh, make_trainer
+from training.probes.summary import mean_spread, versus
+from training.study.panels import Point
+from training.study.summary import compare_values
+
+
+def test_held_masks_hold_weights_gradients_and_the_norm_that_clips(lab):
+    made = lab("finetuning")
+    config = made.config(lr=1e-2, seed=0)
+    model = fresh(config, made.data)
+    weights = prunable_weights(model)
+    draw = torch.Generator().manual_seed(0)
+    masks = Masks({name: torch.rand(w.shape, generator=draw) < 0.3 for name, w in weights.items()})
+    held = Held(model, masks)
+    for weight in weights.values():
+        weight.grad = torch.ones_like(weight)
+    assert held.before_step(torch.optim.SGD(model.parameters()))
+    for name, weight in weights.items():
+        assert weight.grad.equal(masks.kept[name].float())
+        weight.grad = None
+    fit(make_trainer(model, config, made.data, masks=masks))
+    for name, weight in weights.items():
+        assert not weight[~masks.kept[name]].any() and weight[masks.kept[name]].all()
+
+
+def test_a_curriculum_opens_low_samples_first_and_its_control_any(lab):
+    made = lab("finetuning")
+    config = made.config(lr=1e-2, seed=0)
+    model = fresh(config, made.data)
+    pool = torch.stack([torch.randint(200, (16,), generator=torch.Generator().manual_seed(n)) for n in range(10)])
+    names = list(prunable_weights(model))
+
+    def admitted(lowest):
+        stream = Batches(made.data.train, batch=64, length=16, seed=0)
+        return Admitted(stream, model, pool, begin=1, end=3, start=0.4, lowest=lowest, weights=names, seed=0)
+
+    plain = Batches(made.data.train, batch=64, length=16, seed=0)
+    one = admitted(True)
+    assert one.next().inputs.equal(plain.next().inputs)
+    rows = {tuple(row) for row in one.next().inputs.tolist()}
+    traces = one._order.traces
+    lowest = {tuple(pool[n, :-1].tolist()) for n in traces.argsort()[:4]}
+    assert rows == lowest, "64 draws of 4 samples"
+    assert len({tuple(row) for row in one.next().inputs.tolist()}) == 7
+    plain.next(), plain.next()
+    assert one.next().inputs.equal(plain.next().inputs), "the stream went on meanwhile"
+    control = admitted(False)
+    control.next()
+    assert {tuple(row) for row in control.next().inputs.tolist()} != lowest
+    with pytest.raises(ValueError, match=r"begin must be in \[0, end=1\), got 1"):
+        Admitted(plain, model, pool, begin=1, end=1, start=0.4, lowest=True, weights=names, seed=0)
+
+
+def test_the_penalty_adds_its_gradient_in_every_second_step_in_proportion_to_its_strength(lab):
+    made = lab("finetuning")
+    model = fresh(made.config(lr=1e-2, seed=0), made.data)
+    names, optimizer = list(prunable_weights(model)), torch.optim.SGD(model.parameters())
+    stream = Batches(made.data.train, batch=2, length=16, seed=0)
+    penalty = Penalised(model, stream, strength=0.1, every=2, weights=names, seed=0)
+    found = []
+    for _ in range(3):
+        model.zero_grad()
+        assert penalty.before_step(optimizer)
+        found.append([w.grad is not None and bool(w.grad.any()) for w in prunable_weights(model).values()])
+    assert all(found[0]) and not any(found[1]) and all(found[2])
+    double = Penalised(model, Batches(made.data.train, batch=2, length=16, seed=0), strength=0.2, every=2,
+                       weights=names, seed=0)  # fmt: skip
+    model.zero_grad()
+    double.before_step(optimizer)
+    twice = [w.grad.clone() for w in prunable_weights(model).values()]
+    model.zero_grad()
+    Penalised(model, Batches(made.data.train, batch=2, length=16, seed=0), strength=0.1, every=2, weights=names,
+              seed=0).before_step(optimizer)  # fmt: skip
+    for grad, weight in zip(twice, prunable_weights(model).values(), strict=True):
+        torch.testing.assert_close(grad, 2 * weight.grad, rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="strength must be > 0, got 0"):
+        Penalised(model, stream, strength=0.0, every=1, weights=names, seed=0)
+
+
+def test_comparisons_follow_the_stated_rule():
+    one, two = {0: 1.0, 1: 1.02}, {0: 1.1, 1: 1.12}
+    found = compare_values(one, two)
+    assert found.outcome == "better" and found.difference == pytest.approx(-0.1)
+    assert found.margin == pytest.approx((2 * 0.02**2 / 2) ** 0.5)
+    assert compare_values(two, one).outcome == "worse" and compare_values(one, {0: 1.1, 1: 0.9}).outcome == "undecided"
+    assert compare_values(one, {0: 1.0}) is None
+    assert versus("a", "b", found) == "a better than b by 0.1000 bits a byte (spread 0.0200)"
+    assert "no difference between a and b" in versus("a", "b", compare_values(one, {0: 1.1, 1: 0.9}))
+    assert mean_spread([1.0, 2.0], ".1f") == "1.5 ± 0.7" and mean_spread([]) == "no result"
+    assert closed({0: 1.5}, {0: 1.0}, {0: 2.0}) == pytest.approx(0.5)
+
+
+def test_the_barrier_of_a_record_is_that_of_its_path():
+    for losses in ((3.0, 4.0, 1.0), (3.0, 2.5, 1.0), (3.0, 1.5, 1.0)):
+        path = LossPath((0.0, 0.5, 1.0), losses)
+        assert barrier({"alphas": list(path.alphas), "losses": list(losses)}) == pytest.approx(path.barrier)
+
+
+def test_figures_have_a_dot_for_each_value_and_points_are_means_over_seeds():
+    root = ElementTree.fromstring(dots_svg("t", [Dots("g", {"a <b>": [1.0, 2.0], "none": []})]))
+    kinds = [element.get("class") for element in root.iter()]
+    assert kinds.count("seed") == 2 and kinds.count("mean") == 1
+    with pytest.raises(ValueError, match="group 'g' must have at least one value, got none"):
+        dots_svg("t", [Dots("g", {"none": []})])
+    points = mean_points([[(2, 1.0), (1, 5.0)], [(2, 3.0)]])
+    assert points == [Point(1, 5.0), Point(2, 2.0, 2**0.5)]

@@ -1,0 +1,159 @@
+"""Sparse from the start against sparse fine-tuning with the same mask: losses, Fisher traces, paths."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from pruning import Masks, global_ranking, magnitude, prunable_weights, select_masks
+from pruning.diagnostics import LossPath, fisher_trace, loss_path
+from training.config import RunConfig, from_dict
+from training.data import Batches
+from training.moments import Sparsifier
+from training.probes.curriculum import Admitted, Penalised
+from training.probes.lab import State, Watch, fit, fresh, make_trainer, put, sequences, state_of
+from training.probes.runner import Lab
+from training.probes.spec import Task
+from training.records import Line
+from transformer import Transformer
+
+DENSE = Task("dense", "Dense", "dense")
+
+
+@dataclass(frozen=True)
+class Options:
+    """sparsities: of the masks. finetune_steps: after pruning; sparse from the start trains as long as dense and
+    fine-tuning together. trace_every, trace_samples: Fisher trace of so many held-out sequences. points, path_samples:
+    of the straight paths. pool, begin, end, start: the curriculum (:class:`Admitted`). penalties: strengths λ, an arm
+    each; penalty_every: steps."""
+
+    sparsities: tuple[float, ...]
+    finetune_steps: int
+    trace_every: int
+    trace_samples: int
+    points: int
+    path_samples: int
+    pool: int
+    begin: int
+    end: int
+    start: float
+    penalties: tuple[float, ...]
+    penalty_every: int = 10
+
+
+class Finetuning:
+    """The experiment (see :class:`training.probes.runner.Experiment`).
+
+    Dense training gives the mask: the largest magnitudes over all matrices. Fine-tuning goes on from the pruned dense
+    weights, everything else from the dense run's own initial weights under the same mask, with equal steps in all."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.options: Options = from_dict(Options, lab.probe.options, where=f"options of {lab.probe.name!r}")
+
+    def stages(self) -> tuple[tuple[Task, ...], ...]:
+        """Dense first, which gives the masks; then all sparse arms."""
+        return (DENSE,), tuple(
+            task for sparsity in self.options.sparsities for task in sparse_tasks(self.options, sparsity)
+        )
+
+    def train(self, task: Task, lr: float, seed: int) -> tuple[Line, State]:
+        """One run, its Fisher traces, and the loss along the straight line from where it began."""
+        config = self.lab.config(lr=lr, seed=seed, changes={"train": {"steps": self._steps(task)}})
+        masks = None if task.arm == "dense" else self.masks(task.sparsity, seed)
+        model = fresh(config, self.lab.data)
+        begun = self._sparse_start(model, masks)
+        if task.arm == "finetune":
+            put(model, self.lab.state(DENSE, seed))
+        trainer = make_trainer(model, config, self.lab.data, masks=masks, extra=self._extra(task, model, config))
+        if task.arm in ("curriculum", "shuffled"):
+            # Trainer asks its stream of batches for nothing but the next one
+            trainer.batches = cast(Batches, self._admitted(task, trainer.batches, model, seed))
+        traces: list[tuple[int, float]] = []
+        result = fit(trainer, watch=self._watch(model, masks, traces, seed))
+        end = state_of(model)
+        result |= {"traces": traces, "steps": trainer.step}
+        if masks is not None:
+            result |= {"mask_sparsity": masks.sparsity, "path": _line(self.path(begun, end))}
+        return result, end
+
+    def extras(self) -> Iterator[tuple[str, Callable[[], Line]]]:
+        """The straight path between the two solutions of each sparsity and seed."""
+        for sparsity in self.options.sparsities:
+            tasks = {task.arm: task for task in sparse_tasks(self.options, sparsity)}
+            for seed in self.lab.probe.seeds:
+                yield f"between-{sparsity:g}-{seed}", self._between(tasks["scratch"], tasks["finetune"], seed)
+
+    def masks(self, sparsity: float, seed: int) -> Masks:
+        """The mask of one sparsity: the largest magnitudes of the trained dense model, one ranking over all."""
+        model = self._carrier()
+        put(model, self.lab.state(DENSE, seed))
+        scores = {name: magnitude(weight) for name, weight in prunable_weights(model).items()}
+        return select_masks(scores, sparsity=sparsity, allocation=global_ranking)
+
+    def path(self, start: State, end: State) -> LossPath:
+        """Held-out loss on the straight line between two sets of parameters."""
+        return loss_path(self._carrier(), start, end, self._held_out(self.options.path_samples),
+                         points=self.options.points)  # fmt: skip
+
+    def _between(self, one: Task, two: Task, seed: int) -> Callable[[], Line]:
+        def measure() -> Line:
+            path = self.path(self.lab.state(one, seed), self.lab.state(two, seed))
+            return {"name": "between", "sparsity": one.sparsity, "seed": seed, "path": _line(path)}
+
+        return measure
+
+    def _steps(self, task: Task) -> int:
+        whole, tuned = self.lab.probe.steps, self.options.finetune_steps
+        return whole if task.arm == "dense" else tuned if task.arm == "finetune" else whole + tuned
+
+    def _sparse_start(self, model: Transformer, masks: Masks | None) -> State:
+        if masks is not None:
+            masks.apply(model)
+        return state_of(model)
+
+    def _carrier(self) -> Transformer:
+        return fresh(self.lab.config(lr=self.lab.probe.lrs[0], seed=0), self.lab.data)
+
+    def _held_out(self, count: int) -> list[torch.Tensor]:
+        length = self.lab.config(lr=self.lab.probe.lrs[0], seed=0).data.length
+        return list(sequences(self.lab.data.held_out, length=length, count=count, seed=0).split(8))
+
+    def _watch(self, model: Transformer, masks: Masks | None, traces: list[tuple[int, float]], seed: int) -> Watch:
+        batches, names = self._held_out(self.options.trace_samples), list(prunable_weights(model))
+
+        def watch(step: int) -> None:
+            if step % self.options.trace_every == 0:
+                draw = torch.Generator().manual_seed(seed)
+                found = fisher_trace(model, batches, weights=names, masks=masks, generator=draw)
+                traces.append((step, found.total))
+
+        return watch
+
+    def _extra(self, task: Task, model: Transformer, config: RunConfig) -> list[Sparsifier]:
+        if not task.arm.startswith("penalty"):
+            return []
+        strength = float(task.arm.split()[1])
+        stream = Batches(self.lab.data.train, batch=config.train.batch, length=config.data.length,
+                         seed=config.seed + 1000)  # fmt: skip
+        return [Penalised(model, stream, strength=strength, every=self.options.penalty_every,
+                          weights=list(prunable_weights(model)), seed=config.seed)]  # fmt: skip
+
+    def _admitted(self, task: Task, stream: Batches, model: Transformer, seed: int) -> Admitted:
+        options = self.options
+        pool = sequences(self.lab.data.train, length=stream.length, count=options.pool, seed=seed + 2000)
+        return Admitted(stream, model, pool, begin=options.begin, end=options.end, start=options.start,
+                        lowest=task.arm == "curriculum", weights=list(prunable_weights(model)), seed=seed)  # fmt: skip
+
+
+def sparse_tasks(options: Options, sparsity: float) -> list[Task]:
+    """The arms of one sparsity."""
+    labels = {"finetune": "Fine-tuned", "scratch": "From the start", "curriculum": "… low Fisher first",
+              "shuffled": "… same pool, random order"}  # fmt: skip
+    labels |= {f"penalty {strength:g}": f"… Fisher penalty {strength:g}" for strength in options.penalties}
+    return [Task(arm, label, f"{sparsity:.0%}", sparsity) for arm, label in labels.items()]
+
+
+def _line(path: LossPath) -> Line:
+    return {"alphas": list(path.alphas), "losses": list(path.losses)}

@@ -1,0 +1,209 @@
+"""What the records of sparse training and sparse fine-tuning say."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from training.config import from_dict
+from training.probes.chart import Dots, dots_svg, mean_points
+from training.probes.finetuning import DENSE, Options, sparse_tasks
+from training.probes.page import Findings
+from training.probes.spec import Probe
+from training.probes.summary import Result, arm_row, mean_spread, result_of, table, versus
+from training.records import Line
+from training.study.panels import Panel, Point, panels_svg
+from training.study.summary import compare_values
+
+Arms = dict[str, Result]
+
+
+def findings(probe: Probe, lines: list[Line]) -> Findings:
+    """Verdict, tables and figures from the records alone."""
+    options: Options = from_dict(Options, probe.options, where=f"options of {probe.name!r}")
+    dense = result_of(probe, lines, DENSE)
+    groups = {
+        f"{sparsity:.0%}": {task.arm: result_of(probe, lines, task) for task in sparse_tasks(options, sparsity)}
+        for sparsity in options.sparsities
+    }
+    between = {
+        f"{sparsity:.0%}": {
+            line["seed"]: line for line in lines if line.get("name") == "between" and line["sparsity"] == sparsity
+        }
+        for sparsity in options.sparsities
+    }
+    said = [sentence for name, arms in groups.items() for sentence in _verdict(name, arms, between[name])]
+    return Findings(
+        verdict=tuple(said),
+        tables={
+            "Held-out bits a byte": _losses(dense, groups),
+            "Trace of the Fisher over training": _traces(dense, groups),
+            "Straight paths": _paths(groups, between),
+        },
+        figures={
+            "losses": ("Held-out bits a byte of each arm, a dot a seed", _loss_figure(dense, groups)),
+            "fisher": ("Trace of the Fisher over training", _trace_figure(probe, dense, groups)),
+            "paths": ("Held-out loss on straight paths", _path_figure(groups, between)),
+        },
+        results=(dense, *(result for arms in groups.values() for result in arms.values())),
+        method=_method(probe, options),
+    )
+
+
+def _verdict(name: str, arms: Arms, between: Mapping[int, Line]) -> list[str]:
+    tuned, scratch = arms["finetune"], arms["scratch"]
+    loss = versus("fine-tuned", "sparse from the start", compare_values(tuned.bits, scratch.bits))
+    peaks = {arm: peak(arms[arm]) for arm in ("finetune", "scratch")}
+    found = compare_values(peaks["scratch"], peaks["finetune"])
+    higher = {"worse": "higher than", "better": "lower than", "undecided": "not different, beyond the spread, from"}
+    fisher = (
+        f"the Fisher trace at its peak, {mean_spread(list(peaks['scratch'].values()), '.3g')} from the start, is "
+        f"{higher[found.outcome]} {mean_spread(list(peaks['finetune'].values()), '.3g')} in fine-tuning"
+        if found
+        else "too few seeds for the Fisher trace"
+    )
+    return [
+        f"**{name} sparse.** Final loss: {loss}.",
+        f"{name}: {fisher}; at the end {mean_spread(list(last(scratch).values()), '.3g')} and "
+        f"{mean_spread(list(last(tuned).values()), '.3g')}.",
+        f"{name}: {_path_sentence(tuned, scratch, between)}",
+        f"{name}: {_closing(arms)}",
+    ]
+
+
+def _path_sentence(tuned: Result, scratch: Result, between: Mapping[int, Line]) -> str:
+    parts = []
+    for words, paths in (
+        ("from the sparse initialisation straight to the fine-tuned solution", path_of(tuned)),
+        ("to the solution trained from it", path_of(scratch)),
+    ):
+        falls = sum(all(b <= a for a, b in zip(p["losses"], p["losses"][1:], strict=False)) for p in paths.values())
+        barriers = [barrier(path) for path in paths.values()]
+        parts.append(f"{words} the loss never rises in {falls} of {len(paths)} seeds (barrier "
+                     f"{mean_spread(barriers, '.3f')} nats)")  # fmt: skip
+    met = [barrier(line["path"]) for line in between.values()]
+    return f"{'; '.join(parts)}; between the two solutions the barrier is {mean_spread(met, '.3f')} nats."
+
+
+def _closing(arms: Arms) -> str:
+    tuned, scratch = arms["finetune"].bits, arms["scratch"].bits
+    others = {name: result for name, result in arms.items() if name not in ("finetune", "scratch")}
+    steps = [versus(result.task.label.removeprefix("… "), "plain training from the start",
+                    compare_values(result.bits, scratch)) for result in others.values()]  # fmt: skip
+    order = versus("low Fisher first", "the same pool in random order",
+                   compare_values(arms["curriculum"].bits, arms["shuffled"].bits))  # fmt: skip
+    gap = compare_values(tuned, scratch)
+    if gap is None or gap.outcome != "better":
+        return f"there is no gap to fine-tuning to close; {'; '.join(steps)}; {order}."
+    shares = [f"{result.task.label.removeprefix('… ')} {closed(result.bits, tuned, scratch):+.0%}"
+              for result in others.values()]  # fmt: skip
+    return f"of the gap to fine-tuning are closed: {', '.join(shares)} (mean over seeds); {'; '.join(steps)}; {order}."
+
+
+def closed(arm: Mapping[int, float], tuned: Mapping[int, float], scratch: Mapping[int, float]) -> float:
+    """Share of the mean gap, sparse from the start minus fine-tuned, that an arm closes."""
+    means = [statistics.fmean(values.values()) for values in (arm, tuned, scratch)]
+    return (means[2] - means[0]) / (means[2] - means[1])
+
+
+def peak(result: Result) -> dict[int, float]:
+    """Seed → the highest Fisher trace of its run."""
+    return {seed: max(trace for _, trace in line["traces"]) for seed, line in result.lines.items()}
+
+
+def last(result: Result) -> dict[int, float]:
+    """Seed → the last Fisher trace of its run."""
+    return {seed: line["traces"][-1][1] for seed, line in result.lines.items()}
+
+
+def path_of(result: Result) -> dict[int, Line]:
+    """Seed → the straight path of its run."""
+    return {seed: line["path"] for seed, line in result.lines.items()}
+
+
+def barrier(path: Line) -> float:
+    """Highest loss above the chord, 0 if none is (:class:`pruning.diagnostics.LossPath`)."""
+    alphas, losses = path["alphas"], path["losses"]
+    chord = [(1 - a) * losses[0] + a * losses[-1] for a in alphas]
+    return max(0.0, *(value - line for value, line in zip(losses, chord, strict=True)))
+
+
+def _losses(dense: Result, groups: Mapping[str, Arms]) -> str:
+    rows = [["", *arm_row(dense, None)]]
+    for name, arms in groups.items():
+        rows += [[name, *arm_row(result, arms["scratch"])] for result in arms.values()]
+    return table(["Sparsity", "Arm", "Learning rate", "Bits a byte", "Against from the start", "Training loss"], rows)
+
+
+def _traces(dense: Result, groups: Mapping[str, Arms]) -> str:
+    rows = []
+    for name, arms in {"": {"dense": dense}, **groups}.items():
+        for result in arms.values():
+            first = [line["traces"][0][1] for line in result.lines.values()]
+            rows.append([name, result.task.label, mean_spread(first, ".3g"),
+                         mean_spread(list(peak(result).values()), ".3g"),
+                         mean_spread(list(last(result).values()), ".3g")])  # fmt: skip
+    return table(["Sparsity", "Arm", "At its start", "Peak", "At its end"], rows)
+
+
+def _paths(groups: Mapping[str, Arms], between: Mapping[str, Mapping[int, Line]]) -> str:
+    rows = []
+    for name, arms in groups.items():
+        paths = {"initialisation → fine-tuned": list(path_of(arms["finetune"]).values()),
+                 "initialisation → from the start": list(path_of(arms["scratch"]).values()),
+                 "from the start → fine-tuned": [line["path"] for line in between[name].values()]}  # fmt: skip
+        for words, several in paths.items():
+            ends = [mean_spread([path["losses"][at] for path in several], ".3f") for at in (0, -1)]
+            rows.append([name, words, *ends, mean_spread([barrier(path) for path in several], ".3f")])
+    return table(["Sparsity", "Path", "Loss at the start", "Loss at the end", "Barrier (nats)"], rows)
+
+
+def _loss_figure(dense: Result, groups: Mapping[str, Arms]) -> str:
+    return dots_svg("Held-out bits a byte by arm", [
+        Dots(f"{name} sparse: held-out bits a byte, each seed (left is better)",
+             {r.task.label: list(r.bits.values()) for r in (dense, *arms.values())})
+        for name, arms in groups.items()
+    ])  # fmt: skip
+
+
+def _trace_figure(probe: Probe, dense: Result, groups: Mapping[str, Arms]) -> str:
+    def curve(result: Result, *, after: int = 0) -> list[Point]:
+        return mean_points([(step + after, trace) for step, trace in line["traces"]] for line in result.lines.values())
+
+    panels = []
+    for name, arms in groups.items():
+        curves = {dense.task.label: curve(dense)} | {
+            result.task.label: curve(result, after=probe.steps if arm == "finetune" else 0)
+            for arm, result in arms.items()
+        }
+        panels.append(Panel(f"{name} sparse: trace of the Fisher", "step, fine-tuning after the dense run", curves))
+    return panels_svg(panels, title="Trace of the Fisher over training")
+
+
+def _path_figure(groups: Mapping[str, Arms], between: Mapping[str, Mapping[int, Line]]) -> str:
+    def curve(paths: Sequence[Line]) -> list[Point]:
+        return mean_points(zip(path["alphas"], path["losses"], strict=True) for path in paths)
+
+    panels = [
+        Panel(f"{name} sparse: held-out loss (nats)", "α, from the first to the second", {
+            "initialisation → fine-tuned": curve(list(path_of(arms["finetune"]).values())),
+            "initialisation → from the start": curve(list(path_of(arms["scratch"]).values())),
+            "from the start → fine-tuned": curve([line["path"] for line in between[name].values()]),
+        })
+        for name, arms in groups.items()
+    ]  # fmt: skip
+    return panels_svg(panels, title="Held-out loss on straight paths")
+
+
+def _method(probe: Probe, options: Options) -> tuple[str, ...]:
+    whole = probe.steps + options.finetune_steps
+    return (
+        f"A dense run of {probe.steps} steps gives the mask: its largest magnitudes in one ranking over all matrices. "
+        f"Fine-tuned: the pruned dense weights, {options.finetune_steps} steps more. From the start: the dense run's "
+        f"own initial weights under the same mask, {whole} steps, as many as dense and fine-tuned together.",
+        f"The trace of the Fisher (labels drawn from the model) is of the prunable weights that are there, on "
+        f"{options.trace_samples} held-out sequences, every {options.trace_every} steps.",
+        f"Low Fisher first: from step {options.begin} to {options.end} batches come from {options.pool} training "
+        f"sequences, ranked by their trace at step {options.begin}; {options.start:.0%} of them are open at first, all "
+        "at the end. Its control opens the same sequences in random order.",
+        f"Fisher penalty λ: λ times the trace's estimate is added to the loss in every {options.penalty_every}th step.",
+        f"Paths: {options.points} places, {options.path_samples} held-out sequences.",
+    )

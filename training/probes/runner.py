@@ -1,0 +1,190 @@
+"""Runs a probe cell by cell in this process; what has a record is not run again."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+
+from training.allocator import keep_freed_memory
+from training.conditions import commit, device_name
+from training.config import RunConfig
+from training.data import Data
+from training.finite import NonFiniteError
+from training.folders import only_user
+from training.probes.lab import State, load_state, save_state
+from training.probes.spec import Cell, Probe, Task, cell_key, run_config
+from training.records import Line
+from training.run import load_data
+from training.study.records import DIVERGED, DONE, append_record, open_records
+from training.trainer import choose_device
+
+
+class Experiment(Protocol):
+    """What a kind of probe has to say: its tasks, how one is trained, and what is measured when all are."""
+
+    def stages(self) -> tuple[tuple[Task, ...], ...]:
+        """Tasks in the order of what they need: a stage may use the trained models of those before it."""
+        ...
+
+    def train(self, task: Task, lr: float, seed: int) -> tuple[Line, State]:
+        """Train one cell: its result, and the parameters. Raises: NonFiniteError."""
+        ...
+
+    def extras(self) -> Iterator[tuple[str, Callable[[], Line]]]:
+        """Key and measurement of what needs several trained models."""
+        ...
+
+
+class Lab:
+    """A probe's text, records and trained models."""
+
+    def __init__(self, probe: Probe, *, out: Path, records: Path) -> None:
+        self.probe, self.out, self.records = probe, out, records
+        self.lines = open_records(records)
+        self.experiment: Experiment | None = None
+
+    @cached_property
+    def data(self) -> Data:
+        """The tokenised text."""
+        return load_data(self.config(lr=self.probe.lrs[0], seed=self.probe.seeds[0]).data)
+
+    def config(self, *, lr: float, seed: int, changes: Mapping[str, dict[str, Any]] | None = None) -> RunConfig:
+        """A run of the base, with tables changed."""
+        return run_config(self.probe, lr=lr, seed=seed, out=self.out, changes=dict(changes or {}))
+
+    def rate(self, task: Task) -> float | None:
+        """The best rate of a task, by held-out bits a byte of the first seed; None if no loss was finite.
+
+        Raises: ValueError if its sweep has not ended."""
+        if task.rate_of is not None:
+            return self.rate(task.rate_of)
+        known = self.known()
+        found = [known.get(cell_key(self.probe, Cell(task, lr, self.probe.seeds[0]))) for lr in self.probe.lrs]
+        lines = [line for line in found if line is not None]
+        if len(lines) < len(found):
+            raise ValueError(f"the sweep of {task.arm!r} must have ended, got {len(lines)} of {len(found)} rates")
+        done = [(line["bits_per_byte"], line["lr"]) for line in lines if line["status"] == DONE]
+        return min(done)[1] if done else None
+
+    def state(self, task: Task, seed: int) -> State:
+        """The parameters of a task's cell at its best rate; trained again if they were not kept.
+
+        Raises: ValueError if no rate gave a finite loss."""
+        lr = self.rate(task)
+        if lr is None or self.experiment is None:
+            raise ValueError(f"arm {task.arm!r} must have a finite loss at some rate, got none")
+        key = cell_key(self.probe, Cell(task, lr, seed))
+        kept = load_state(self.out / "states", key)
+        if kept is None:
+            _, kept = self.experiment.train(task, lr, seed)
+            save_state(self.out / "states", key, kept)
+        return kept
+
+    def known(self) -> dict[str, Line]:
+        """Records by key."""
+        return {line["key"]: line for line in self.lines}
+
+    def add(self, line: Line) -> None:
+        """Append a record; what is kept is what the file gives back."""
+        append_record(self.records, line)
+        self.lines.append(json.loads(json.dumps(line)))
+
+    @property
+    def minutes(self) -> float:
+        """Processor minutes of all records."""
+        return float(sum(line["processor_seconds"] for line in self.lines)) / 60
+
+
+def run_probe(
+    probe: Probe,
+    experiment: Callable[[Lab], Experiment],
+    *,
+    out: Path,
+    records: Path,
+    budget: float | None = None,
+    console: Console | None = None,
+) -> list[Line]:
+    """Run every cell that has no record, stage by stage, then what needs several of them; returns the records.
+
+    out: folder of the trained models. budget: processor minutes of all records together, the probe's own if left out.
+    Raises: ValueError if the budget is spent before all is done: the records stay, a larger budget goes on.
+    """
+    console = console or Console(quiet=True)
+    with only_user(out):
+        keep_freed_memory()
+        lab = Lab(probe, out=out, records=records)
+        if (threads := probe.base["train"].get("threads")) is not None:
+            torch.set_num_threads(threads)
+        made = lab.experiment = experiment(lab)
+        limit = probe.budget_minutes if budget is None else budget
+        for stage in made.stages():
+            for cell in sweep_cells(probe, stage):
+                _do(lab, cell, limit, console)
+            for cell in seed_cells(lab, stage):
+                _do(lab, cell, limit, console)
+        for key, measure in made.extras():
+            if key not in lab.known():
+                _require_budget(lab, limit)
+                started = time.process_time()
+                line = {"kind": "extra", "key": key} | measure() | _conditions(lab)
+                lab.add(line | {"processor_seconds": time.process_time() - started})
+                console.print(f"{line['name']}, seed {line['seed']}", highlight=False)
+        return lab.lines
+
+
+def sweep_cells(probe: Probe, stage: tuple[Task, ...]) -> list[Cell]:
+    """Every task of a stage that has a sweep, at every rate with the first seed."""
+    return [Cell(task, lr, probe.seeds[0]) for task in stage if task.rate_of is None for lr in probe.lrs]
+
+
+def seed_cells(lab: Lab, stage: tuple[Task, ...]) -> list[Cell]:
+    """Every task of a stage with every seed at its best rate; none for a task without a finite loss."""
+    rates = [(task, lab.rate(task)) for task in stage]
+    return [Cell(task, lr, seed) for seed in lab.probe.seeds for task, lr in rates if lr is not None]
+
+
+def _do(lab: Lab, cell: Cell, limit: float, console: Console) -> None:
+    key = cell_key(lab.probe, cell)
+    if key in lab.known():
+        return
+    _require_budget(lab, limit)
+    assert lab.experiment is not None
+    started, task = time.process_time(), cell.task
+    try:
+        result, state = lab.experiment.train(task, cell.lr, cell.seed)
+    except NonFiniteError as error:
+        result = {"status": DIVERGED, "error": str(error), "bits_per_byte": None, "loss": None}
+    else:
+        result = {"status": DONE} | result
+        save_state(lab.out / "states", key, state)
+    facts = {"kind": "cell", "key": key, "arm": task.arm, "group": task.group, "sparsity": task.sparsity,
+             "lr": cell.lr, "seed": cell.seed}  # fmt: skip
+    lab.add(facts | result | _conditions(lab) | {"processor_seconds": time.process_time() - started})
+    bits = result["bits_per_byte"]
+    console.print(
+        f"{task.group} {task.label}, rate {cell.lr:g}, seed {cell.seed}: "
+        f"{'not finite' if bits is None else f'{bits:.4f} bits per byte'}; {lab.minutes:.1f} of {limit:g} minutes",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _require_budget(lab: Lab, limit: float) -> None:
+    if lab.minutes > limit:
+        raise ValueError(
+            f"budget is {limit:g} processor minutes, {lab.minutes:.1f} are spent and cells are left: give a larger "
+            "--budget to go on, or declare less"
+        )
+
+
+def _conditions(lab: Lab) -> Line:
+    return {
+        "commit": commit(),
+        "device": device_name(choose_device(lab.probe.base["train"].get("device", "cpu"))),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
