@@ -25,7 +25,7 @@ from training.commands import (
     upcycle_command,
 )
 from training.config import RunConfig, load_config
-from training.distributed import torchrun_environment
+from training.distributed import launcher, torchrun_environment
 from training.distributed.faults import LostRankError
 from training.finite import NonFiniteError
 from training.run import train
@@ -125,7 +125,8 @@ def _train(argv: list[str]) -> int:
         console.print(describe_evaluation(outcome.evaluation), highlight=False, soft_wrap=True)
     if outcome.stopped is None:
         return 0
-    command = shlex.join([PROGRAM, "train", *([] if file is None else [str(file)]), *_without_start(flags), "--resume"])
+    given = [] if file is None else [str(file)]
+    command = shlex.join([*launcher(environment), "train", *given, *_without_start(flags), "--resume"])
     console.print(f"stopped by {outcome.stopped}; go on with:\n  {command}", highlight=False, soft_wrap=True)
     return 0 if outcome.stopped == "stop_at" else INTERRUPTED + signal.Signals[outcome.stopped]
 
@@ -155,10 +156,12 @@ def _upcycle(argv: list[str]) -> int:
 
 
 def _study(argv: list[str]) -> int:
-    from training.study import StudyArguments, study_command
+    from training.probes import is_probe, probe_command
+    from training.study import StudyArguments, find_study, study_command
 
     arguments = tyro.cli(StudyArguments, args=argv, prog=f"{PROGRAM} study")
-    print(study_command(arguments, Console(soft_wrap=True)))
+    command = probe_command if is_probe(find_study(arguments.study)) else study_command
+    print(command(arguments, Console(soft_wrap=True)))
     return 0
 
 
