@@ -76,35 +76,26 @@ def prune_to_budget(
     Raises: ValueError unless exactly one budget is given, in (0, 1); for latency without run; if all that may go does
     not meet it, saying how near it comes; and as `select_units`. The model has not changed then."""
     name, asked = _only({"params": params, "flops": flops, "latency": latency})
-    if name == "latency" and run is None:
-        raise ValueError("latency is measured: run must be a function of the model, got None")
     if rounds < 1 or not 0 < resolution < 1:
         raise ValueError(f"rounds must be >= 1 and resolution in (0, 1), got {rounds} and {resolution}")
+    search = _Search(_checked_axes(model, scores_by_kind), scores_by_kind, min_units)
+    cost = _costs(name, model, search, length, run, rounds, clock)
+    tries = search.shares(resolution) if name == "latency" else search.steps()
+    found, achieved, looked = _least(search, tries, cost, asked, name)
+    before = count_parameters(model)[0]
+    shrink(model, search.flat, found)
+    gone = {kind: sum(axis.size - len(found[axis.name]) for axis in axes) for kind, axes in search.axes.items()}
+    kept = {axis: tuple(units) for axis, units in found.items()}
+    return BudgetReport(name, asked, achieved, gone, search.sizes(), kept, before, count_parameters(model)[0], looked)
+
+
+def _checked_axes(model: nn.Module, scores_by_kind: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[Axis]]:
     axes = {kind: axes_of(model, kind) for kind in scores_by_kind}
     if not axes:
         raise ValueError("scores_by_kind must name at least one kind, got none")
     for kind, scores in scores_by_kind.items():
         check_scores(scores, axes[kind])
-    search = _Search(axes, scores_by_kind, min_units)
-    if run is not None and name == "latency":
-        tries = search.shares(resolution)
-        cost = _latency(model, run, rounds, clock)
-    else:
-        tries, cost = search.steps(), _params(model, search.flat) if name == "params" else _flops(model, length)
-    found, achieved, looked = _least(search, tries, cost, asked, name)
-    before = count_parameters(model)[0]
-    shrink(model, search.flat, found)
-    return BudgetReport(
-        budget=name,
-        asked=asked,
-        achieved=achieved,
-        removed={kind: sum(a.size - len(found[a.name]) for a in axes[kind]) for kind in axes},
-        total={kind: sum(axis.size for axis in axes[kind]) for kind in axes},
-        kept={axis: tuple(units) for axis, units in found.items()},
-        parameters_before=before,
-        parameters_after=count_parameters(model)[0],
-        steps=looked,
-    )
+    return axes
 
 
 def _only(budgets: Mapping[str, float | None]) -> tuple[str, float]:
@@ -178,6 +169,23 @@ def _least(
         else:
             low = middle + 1
     return *seen[high], len(seen)
+
+
+def _costs(
+    name: str,
+    model: nn.Module,
+    search: _Search,
+    length: int,
+    run: Callable[[nn.Module], object] | None,
+    rounds: int,
+    clock: Callable[[], float],
+) -> Callable[[Kept], float]:
+    """What is left of the budget's quantity, as a share of the dense model's, once only some units are kept."""
+    if name == "latency":
+        if run is None:
+            raise ValueError("latency is measured: run must be a function of the model, got None")
+        return _latency(model, run, rounds, clock)
+    return _params(model, search.flat) if name == "params" else _flops(model, length)
 
 
 def _params(model: nn.Module, axes: Sequence[Axis]) -> Callable[[Kept], float]:

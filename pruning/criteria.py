@@ -122,7 +122,7 @@ CRITERIA = {
     "woodfisher": Criterion(_woodfisher, data=True, loss=True),
 }
 # these choose masks while they change weights, block by block: pruning.calibrated
-CALIBRATED = ("exact_obs", "obs", "sparsegpt", "wanda")
+CALIBRATED = ("admm", "descent", "exact_obs", "obs", "sparsegpt", "wanda")
 METHODS = tuple(sorted((*CRITERIA, *CALIBRATED)))
 BY_FORMULA: dict[str, Allocation] = {
     "erk": erk, "global": global_ranking, "lamp": lamp_ranking, "uniform": uniform

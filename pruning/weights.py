@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from jaxtyping import Shaped
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 HEADS = ("head", "lm_head")
 INPUTS_LAST = ("down", "down_proj", "gate_up_proj")
@@ -27,11 +28,35 @@ def prunable_weights(model: nn.Module, names: Sequence[str] | None = None) -> di
     return found
 
 
+def stored_turned(model: nn.Module) -> list[str] | None:
+    """Names of the weights stored [in, out] (transformers' Conv1D, as in GPT-2), which are then the prunable ones; None
+    if the model has none."""
+    names = [f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Conv1D"]
+    return names or None
+
+
 def check_values(weights: Mapping[str, Tensor]) -> None:
     """Raises: ValueError naming a weight on the meta device, which has a shape and no values."""
     for name, weight in weights.items():
         if weight.is_meta:
             raise ValueError(f"weights must hold values, got {name!r} on the meta device: load the model first")
+
+
+def check_unquantised(model: nn.Module) -> None:
+    """Raises: ValueError naming the first module whose weight is quantised: integers, 8-bit floats, a packed tensor."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        packed = ".quantized" in type(module).__module__
+        if packed or (isinstance(weight, Tensor) and _quantised(weight)):
+            got = f"{type(module).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else type(module).__name__
+            raise ValueError(f"{name}.weight must be in float16, bfloat16, float32 or float64, got {got}: prune the "
+                             "model before it is quantised")  # fmt: skip
+
+
+def _quantised(weight: Tensor) -> bool:
+    # torchao's tensors say the dtype of what they stand for
+    known = type(weight) in (Tensor, nn.Parameter) or isinstance(weight, DTensor)
+    return not known or not weight.is_floating_point() or weight.element_size() < 2
 
 
 def _named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:

@@ -45,7 +45,7 @@ class PruneArguments:
     """Share of the weights of matrices to set to zero; embeddings, routers and the output head stay dense."""
     method: str = "magnitude"
     """Which weights go: magnitude, lamp, random, synflow; by text: correlation, gradient, grasp, obd, snip, taylor,
-    woodfisher; layer by layer on text: wanda, sparsegpt, obs, exact_obs."""
+    woodfisher; layer by layer on text: wanda, sparsegpt, admm, obs, exact_obs, descent (n:m)."""
     structure: str | None = None
     """'2:4' (or another n:m, which implies the sparsity), 'block 16x16', 'row', 'column'; single weights if absent."""
     allocation: str | None = None
@@ -189,6 +189,8 @@ def _check_calibrated(method: str, allocation: object, structure: str | None) ->
     if allocation not in ("uniform", "loss"):
         raise ValueError(f"--method {method} compares weights inside a layer: --allocation must be uniform or loss, "
                          f"got {allocation!r}")  # fmt: skip
+    if method == "descent" and structure is None:
+        raise ValueError("--method descent solves groups of m inputs: give --structure 2:4")
     if structure is None:
         return
     if allocation == "loss":
@@ -198,8 +200,8 @@ def _check_calibrated(method: str, allocation: object, structure: str | None) ->
         raise ValueError(f"--method {method} chooses weights or n:m groups: --structure must be n:m, got {structure!r}")
     if method == "exact_obs":
         raise ValueError(f"--method exact_obs removes one weight at a time: leave out --structure, got {structure!r}")
-    if method == "sparsegpt" and COLUMNS_OF_SPARSEGPT % parse_structure(structure)[1]:
-        raise ValueError(f"--structure of --method sparsegpt must be n:m with m a divisor of {COLUMNS_OF_SPARSEGPT}, "
+    if method in ("descent", "sparsegpt") and COLUMNS_OF_SPARSEGPT % parse_structure(structure)[1]:
+        raise ValueError(f"--structure of --method {method} must be n:m with m a divisor of {COLUMNS_OF_SPARSEGPT}, "
                          f"got {structure!r}")  # fmt: skip
 
 

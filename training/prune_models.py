@@ -160,13 +160,6 @@ def longest(model: Any) -> int | None:
     return model.config.max_length if own else getattr(model.config, "max_position_embeddings", None)
 
 
-def stored_turned(model: nn.Module) -> list[str] | None:
-    """Names of the weights stored [in, out] (transformers' Conv1D, as in GPT-2), which are then the prunable ones; None
-    if the model has none."""
-    names = [f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Conv1D"]
-    return names or None
-
-
 def _transformers() -> Any:
     try:
         import transformers

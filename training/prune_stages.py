@@ -30,9 +30,9 @@ from pruning.batches import Progress
 from pruning.calibrated import Journal, MatrixReport, prune_calibrated
 from pruning.criteria import CALIBRATED
 from pruning.structure import Tiles, named_structure, parse_structure, removal_count, tile_sizes
-from pruning.weights import matrices
+from pruning.weights import matrices, stored_turned
 from training.prune_arguments import PruneArguments
-from training.prune_models import UNIT, stored_turned
+from training.prune_models import UNIT
 
 LEVELS = (0.25, 0.5, 0.75, 0.9)  # sparsities of the sensitivity analysis
 

@@ -1,5 +1,13 @@
-"""Pruning that looks at calibration data: Wanda, SparseGPT, optimal brain surgeon, and least-squares refits."""
+"""Pruning that looks at calibration data: Wanda, SparseGPT, ADMM, optimal brain surgeon, and least-squares refits.
 
+The blocks of a model are the nn.ModuleList with most of its weights. They are run one at a time, on the outputs of
+those already pruned. Other weights, and those shared between blocks, come last, in a pass of the whole model; if the
+blocks do not feed one another, all do, and a warning says so. Each expert is calibrated on the rows that the router
+gave it; one that got none is pruned by magnitude, which a warning and the report say. Padding does not count.
+"""
+
+from pruning.calibrated.admm import admm
+from pruning.calibrated.descent import group_descent
 from pruning.calibrated.fisher import FisherFactors, fisher_factors, loss_counts
 from pruning.calibrated.hessian import layer_hessian
 from pruning.calibrated.journal import Finished, Journal
@@ -24,8 +32,10 @@ __all__ = [
     "FisherFactors",
     "Journal",
     "MatrixReport",
+    "admm",
     "exact_obs",
     "fisher_factors",
+    "group_descent",
     "layer_hessian",
     "layerwise_obs",
     "loss_counts",

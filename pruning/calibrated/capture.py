@@ -28,7 +28,8 @@ class Moments:
         """Count the rows of x for this matrix. Matrices that get the very same tensor in turn share one product."""
         if self._last is None or self._last[0] is not x:
             rows = self._rows(x)
-            product = rows.square().sum(0) if self.diagonal else rows.mT @ rows
+            # under autocast a product comes in half precision, in which sums over batches would lose their small terms
+            product = (rows.square().sum(0) if self.diagonal else rows.mT @ rows).to(self.dtype)
             self._last = (x, product, len(rows))
         _, product, count = self._last
         self.sums[label] = self.sums[label] + product if label in self.sums else product

@@ -2,9 +2,9 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,49 +12,22 @@ from torch import Tensor, nn
 
 from pruning.batches import Batch, Loss, Progress, evaluating, model_batches
 from pruning.calibrated import reconstruct
+from pruning.calibrated.admm import admm
 from pruning.calibrated.blocks import Recorded, find_blocks, record_calls, run_model, without_cache
 from pruning.calibrated.capture import Moments, recording
-from pruning.calibrated.fisher import fisher_factors, loss_counts
+from pruning.calibrated.descent import group_descent
 from pruning.calibrated.hessian import dead_inputs, layer_hessian
 from pruning.calibrated.journal import Finished, Journal
+from pruning.calibrated.plan import CALIBRATED, Plan, by_loss, check_shapes, first_batches, make_plan
 from pruning.calibrated.reconstruct import Pruned, magnitude_mask, output_error, wanda_mask
 from pruning.calibrated.report import CalibratedReport, MatrixReport
-from pruning.calibrated.selection import Groups
 from pruning.calibrated.targets import Inputs, Matrix, find_inputs
 from pruning.masking import Masks
-from pruning.structure import parse_structure, removal_count
-from pruning.weights import prunable_weights
+from pruning.weights import check_unquantised, prunable_weights, stored_turned
+
+__all__ = ["CALIBRATED", "prune_calibrated"]
 
 _Done = tuple[MatrixReport, Matrix, Tensor]
-ALLOCATIONS = ("uniform", "loss")
-CALIBRATED = ("exact_obs", "magnitude", "obs", "sparsegpt", "wanda")
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The choices that hold for every matrix."""
-
-    method: str
-    sparsity: float
-    groups: Groups
-    refit: bool
-    damping: float
-    block: int
-    dtype: torch.dtype
-    counts: Mapping[str, int] | None = None
-    rows: Mapping[str, Tensor] | None = None
-
-    def count(self, label: str, size: int) -> int:
-        """How many of its ``size`` weights a matrix loses."""
-        return removal_count(self.sparsity, size) if self.counts is None else self.counts[label]
-
-    def row_weights(self, label: str) -> Tensor | None:
-        """What an error in each of its outputs costs; None where all cost the same, or none is known."""
-        return None if self.rows is None else self.rows.get(label)
-
-    @property
-    def norms_only(self) -> bool:
-        return self.method in ("magnitude", "wanda") and not self.refit
 
 
 @torch.no_grad()
@@ -78,127 +51,61 @@ def prune_calibrated(
 ) -> CalibratedReport:
     """Zero ⌊sparsity · n⌋ weights of every matrix, in place, choosing by what the layers see on `calibration`.
 
-    method: "wanda", "sparsegpt", "obs" (`layerwise_obs`), "exact_obs" (small layers only), or "magnitude" (for refit).
-    structure: None, or "n:m", which implies the sparsity. allocation: "uniform", or "loss": one backward pass of the
-    dense model over the first batches of `calibration`, at least `loss_tokens` tokens of it if it has so many (with
-    `loss`, None: next-token loss), says what an error in each output of each matrix
-    costs (`fisher_factors`); ⌊sparsity · N⌋ of all N weights go, shared out by `loss_counts`, and the rows of a matrix
-    compete by their cost in "sparsegpt", "obs" and "exact_obs". refit: solve the survivors by least squares afterwards
-    ("obs" always does). damping: share of the Hessian's mean diagonal that is added to it. block: columns of one
-    SparseGPT block. dtype: of the sums and the solvers, float32 or float64.
-    weights: parameter names; None is `prunable_weights`. journal: keeps each finished block, and gives back those that
-    an earlier run of the same arguments on the same dense model finished.
+    method: "wanda", "sparsegpt", "admm", "obs" (`layerwise_obs`), "exact_obs" (small layers only), "magnitude" (for
+    refit), or, of n:m groups alone, "descent" (SparseGPT's answer, then `group_descent`). structure: None, or "n:m",
+    which implies the sparsity. allocation: "uniform", or "loss": one backward pass of the dense model over the first
+    `loss_tokens` tokens (with `loss`, None: next-token loss) says what an error in each output of each matrix costs
+    (`fisher_factors`); ⌊sparsity · N⌋ of all N weights go, shared out by `loss_counts`, and the rows of a matrix
+    compete by their cost in all methods but "wanda" and "magnitude". refit: solve the survivors by least squares
+    afterwards ("obs" always does). damping: share of the Hessian's mean diagonal that is added to it. block: columns of
+    one SparseGPT block. dtype: of the sums and the solvers, float32 or float64.
+    weights: parameter names; None is `prunable_weights`, of GPT-2 its Conv1D. journal: keeps each finished block, and
+    gives back those that an earlier run of the same arguments on the same dense model finished.
 
-    The blocks (the nn.ModuleList with most of the weights) are run one at a time, on the outputs of those already
-    pruned. Other weights, and those shared between blocks, come last, in a pass of the whole model; if the blocks do
-    not feed one another, all do, and a warning says so. Each expert is calibrated on the rows that the router gave it;
-    one that got none is pruned by magnitude, which a warning and the report say. Padding does not count.
+    Blocks are run one at a time, each on what those already pruned put out; what else holds weights comes last. Each
+    expert is calibrated on the rows that the router gave it. `pruning.calibrated` says more.
     Raises: ValueError for bad options and empty calibration, before anything changes; for a layer whose inputs are
     not finite or whose Hessian cannot be factorised (it is named; those before it are pruned already), for a weight
     that its module never multiplied with, and for a journal of another model."""
-    plan = _plan(method, sparsity, structure, allocation, loss, refit, damping, block, dtype)
-    chosen = prunable_weights(model, weights)
+    plan = make_plan(method, sparsity, structure, allocation, loss, refit, damping, block, dtype)
+    check_unquantised(model)
+    chosen = prunable_weights(model, stored_turned(model) if weights is None else weights)
     inputs = find_inputs(model, chosen)
-    _check_shapes(inputs, plan)
+    check_shapes(inputs, plan)
     batches = list(model_batches(model, calibration))
     _check_tokens(batches)
     if allocation == "loss":
-        plan = _by_loss(plan, model, inputs, _first(batches, loss_tokens), loss)
+        plan = by_loss(plan, model, inputs, first_batches(batches, loss_tokens), loss)
     with evaluating(model), without_cache(model):
-        name, blocks = find_blocks(model, chosen)
-        recorded = record_calls(model, blocks, batches)
-        if blocks and not recorded.chained:
-            warnings.warn(f"the modules of {name!r} do not feed one another once each: every layer is calibrated on "
-                          f"the inputs that it has in the dense model", stacklevel=3)  # fmt: skip
-            blocks = []
-        *owned, rest = _by_block(inputs, blocks)
-        reports = _prune_blocks(blocks, owned, recorded, batches, plan, progress, journal)
-        if rest:
-            runs = [partial(run_model, model, batch) for batch in batches]
-            reports += _journaled(len(blocks), rest, runs, batches, plan, journal)
-    report = CalibratedReport(_masks(chosen, reports), tuple(one for one, _, _ in reports), bool(blocks))
+        reports, sequential = _prune_model(model, chosen, inputs, batches, plan, progress, journal)
+    report = CalibratedReport(_masks(chosen, reports), tuple(one for one, _, _ in reports), sequential)
     if report.unseen:
         warnings.warn(f"no calibration row reached {', '.join(report.unseen)}: pruned by magnitude", stacklevel=3)
     return report
 
 
-def _by_loss(
-    plan: _Plan, model: nn.Module, inputs: Sequence[Inputs], batches: Sequence[Batch], loss: Loss | None
-) -> _Plan:
-    """Counts and costs of rows by the loss of the dense model."""
-    with without_cache(model):
-        factors = fisher_factors(model, inputs, batches, loss=loss)
-    distinct = {one.label: one for use in inputs for part in use.weights.values() for one in part}
-    rows = {label: _positive(costs) for label, costs in factors.outputs.items()}
-    return replace(plan, counts=loss_counts(factors, distinct.values(), plan.sparsity), rows=rows)
-
-
-def _first(batches: Sequence[Batch], tokens: int) -> list[Batch]:
-    """The first batches that together hold so many tokens (elements of their first tensor), all if they do not."""
-    found: list[Batch] = []
-    for batch in batches:
-        if tokens <= 0 and found:
-            break
-        found.append(batch)
-        values = [batch] if isinstance(batch, Tensor) else [v for v in batch.values() if isinstance(v, Tensor)]
-        tokens -= values[0].numel() if values else 0
-    return found
-
-
-def _positive(costs: Float[Tensor, "out"]) -> Float[Tensor, "out"]:
-    """With a hundredth of their mean added: an output that the calibration never needed is not free."""
-    return costs + 0.01 * costs.mean() + torch.finfo(costs.dtype).tiny
-
-
-def _plan(
-    method: str,
-    sparsity: float | None,
-    structure: str | None,
-    allocation: str,
-    loss: Loss | None,
-    refit: bool,
-    damping: float,
-    block: int,
-    dtype: torch.dtype,
-) -> _Plan:
-    groups = None if structure is None else parse_structure(structure)
-    if method not in CALIBRATED:
-        raise ValueError(f"method must be one of {', '.join(CALIBRATED)}, got {method!r}")
-    if groups is not None and not 0 < groups[0] < groups[1]:
-        raise ValueError(f"structure n:m must satisfy 0 < n < m, got {structure}")
-    if groups is not None and method == "exact_obs":
-        raise ValueError(f"method='exact_obs' removes one weight at a time: structure must be None, got {structure!r}")
-    if groups is not None and method == "sparsegpt" and block % groups[1]:
-        raise ValueError(f"block must be a multiple of m={groups[1]} in {structure}, got {block}")
-    if allocation not in ALLOCATIONS:
-        raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}")
-    if groups is not None and allocation != "uniform":
-        raise ValueError(f"structure={structure!r} fixes every matrix's sparsity: allocation must be 'uniform', "
-                         f"got {allocation!r}")  # fmt: skip
-    if loss is not None and allocation != "loss":
-        raise ValueError(f"method={method!r} keeps each layer's outputs: loss must be None unless allocation='loss'")
-    implied = None if groups is None else (groups[1] - groups[0]) / groups[1]
-    if sparsity is None and implied is None:
-        raise ValueError("sparsity must be in [0, 1), got None; only structure='n:m' implies one")
-    if implied is not None and sparsity is not None and abs(sparsity - implied) > 1e-9:
-        raise ValueError(f"structure={structure!r} means sparsity={implied:g}, got {sparsity}")
-    share = cast(float, implied if sparsity is None else sparsity)
-    removal_count(share, 1)
-    if not 0 <= damping < float("inf"):
-        raise ValueError(f"damping must be in [0, inf), got {damping}")
-    if block < 1:
-        raise ValueError(f"block must be >= 1, got {block}")
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    return _Plan(method, share, groups, refit, damping, block, dtype)
-
-
-def _check_shapes(inputs: Sequence[Inputs], plan: _Plan) -> None:
-    for matrix in (one for use in inputs for part in use.weights.values() for one in part):
-        width = matrix.view(matrix.parameter).shape[1]
-        if plan.groups is not None and width % plan.groups[1]:
-            n, m = plan.groups
-            raise ValueError(f"{matrix.label}: {n}:{m} needs its inputs divisible by {m}, got {width}")
+def _prune_model(
+    model: nn.Module,
+    chosen: Mapping[str, nn.Parameter],
+    inputs: Sequence[Inputs],
+    batches: Sequence[Batch],
+    plan: Plan,
+    progress: Progress,
+    journal: Journal | None,
+) -> tuple[list[_Done], bool]:
+    """Every matrix, and whether each block saw what the pruned blocks before it put out."""
+    name, blocks = find_blocks(model, chosen)
+    recorded = record_calls(model, blocks, batches)
+    if blocks and not recorded.chained:
+        warnings.warn(f"the modules of {name!r} do not feed one another once each: every layer is calibrated on "
+                      f"the inputs that it has in the dense model", stacklevel=4)  # fmt: skip
+        blocks = []
+    *owned, rest = _by_block(inputs, blocks)
+    reports = _prune_blocks(blocks, owned, recorded, batches, plan, progress, journal)
+    if rest:
+        runs = [partial(run_model, model, batch) for batch in batches]
+        reports += _journaled(len(blocks), rest, runs, batches, plan, journal)
+    return reports, bool(blocks)
 
 
 def _check_tokens(batches: Sequence[Batch]) -> None:
@@ -235,7 +142,7 @@ def _prune_blocks(
     owned: Sequence[Sequence[Inputs]],
     recorded: Recorded,
     batches: Sequence[Batch],
-    plan: _Plan,
+    plan: Plan,
     progress: Progress,
     journal: Journal | None,
 ) -> list[_Done]:
@@ -259,7 +166,7 @@ def _journaled(
     inputs: Sequence[Inputs],
     runs: Sequence[Callable[[], Any]],
     batches: Sequence[Batch],
-    plan: _Plan,
+    plan: Plan,
     journal: Journal | None,
 ) -> list[_Done]:
     """What `_prune_stage` does; what the journal has is put in place instead."""
@@ -285,7 +192,7 @@ def _restored(index: int, inputs: Sequence[Inputs], found: Sequence[Finished]) -
 
 
 def _prune_stage(
-    inputs: Sequence[Inputs], runs: Sequence[Callable[[], Any]], batches: Sequence[Batch], plan: _Plan
+    inputs: Sequence[Inputs], runs: Sequence[Callable[[], Any]], batches: Sequence[Batch], plan: Plan
 ) -> list[_Done]:
     """Run, one batch after the other, what calls these modules; then prune their weights."""
     moments = Moments(diagonal=plan.norms_only, dtype=plan.dtype)
@@ -298,7 +205,12 @@ def _prune_stage(
     for matrix in matrices.values():
         if matrix.name not in seen:
             raise ValueError(f"calibration must reach {matrix.name}, got no row of input: leave it out by weights=")
-    return [_prune_matrix(matrix, moments, plan) for matrix in matrices.values()]
+    devices = {matrix.parameter.device.type for matrix in matrices.values()}
+    with ExitStack() as stack:
+        # autocast is for the forward passes: solvers in half precision would undo what the sums are kept in
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        return [_prune_matrix(matrix, moments, plan) for matrix in matrices.values()]
 
 
 def _real_tokens(batch: Batch) -> Bool[Tensor, "B L"] | None:
@@ -306,7 +218,7 @@ def _real_tokens(batch: Batch) -> Bool[Tensor, "B L"] | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def _prune_matrix(matrix: Matrix, moments: Moments, plan: _Plan) -> _Done:
+def _prune_matrix(matrix: Matrix, moments: Moments, plan: Plan) -> _Done:
     stored = matrix.view(matrix.parameter.detach())
     rows, weight = moments.rows.get(matrix.label, 0), stored.to(plan.dtype)
     count, sums = plan.count(matrix.label, weight.numel()), moments.sums.pop(matrix.label, None)
@@ -321,7 +233,7 @@ def _prune_matrix(matrix: Matrix, moments: Moments, plan: _Plan) -> _Done:
 
 
 def _pruned(
-    weight: Float[Tensor, "out in"], sums: Tensor | None, rows: int, count: int, plan: _Plan, costs: Tensor | None
+    weight: Float[Tensor, "out in"], sums: Tensor | None, rows: int, count: int, plan: Plan, costs: Tensor | None
 ) -> tuple[Tensor, Tensor, int, float | None]:
     """New weight, what is kept, the number of dead inputs and the output error."""
     if sums is None:
@@ -334,22 +246,26 @@ def _pruned(
     return new, kept, int(dead_inputs(hessian).sum()), output_error(weight, new, hessian)
 
 
-def _mask(weight: Tensor, squares: Tensor, count: int, plan: _Plan) -> Tensor:
+def _mask(weight: Tensor, squares: Tensor, count: int, plan: Plan) -> Tensor:
     if plan.method == "wanda":
         return wanda_mask(weight, squares, count, groups=plan.groups)
     return magnitude_mask(weight, count, groups=plan.groups)
 
 
-def _reconstructed(weight: Tensor, hessian: Tensor, count: int, plan: _Plan, costs: Tensor | None) -> Pruned:
+def _reconstructed(weight: Tensor, hessian: Tensor, count: int, plan: Plan, costs: Tensor | None) -> Pruned:
     costs = None if costs is None else costs.to(weight.dtype)
     if plan.method == "obs":
         return reconstruct.layerwise_obs(weight, hessian, count, groups=plan.groups, damping=plan.damping, costs=costs)
-    if plan.method == "exact_obs":
+    if plan.method == "admm":
+        new, kept = admm(weight, hessian, count, groups=plan.groups, damping=plan.damping, costs=costs)
+    elif plan.method == "exact_obs":
         new, kept = reconstruct.exact_obs(weight, hessian, count, damping=plan.damping, costs=costs)
-    elif plan.method == "sparsegpt":
+    elif plan.method in ("descent", "sparsegpt"):
         new, kept = reconstruct.sparsegpt(
             weight, hessian, count, groups=plan.groups, block=plan.block, damping=plan.damping, costs=costs
         )
+        if plan.method == "descent" and plan.groups is not None:
+            new, kept = group_descent(weight, new, hessian, plan.groups, damping=plan.damping)
     else:
         new, kept = weight, _mask(weight, hessian.diagonal(), count, plan)
     return (reconstruct.refit(weight, kept, hessian, damping=plan.damping) if plan.refit else new), kept

@@ -124,7 +124,8 @@ def sparsegpt(
     first = zero | dead_inputs(hessian)
     ranks = torch.where(zero, -torch.inf, torch.where(first, 0.0, torch.inf)).to(weight.dtype)
     # inputs by rows: what the sweep touches of one input lies together
-    new, gone = weight.mT.contiguous(), torch.empty_like(zero.mT, memory_format=torch.contiguous_format)
+    new = weight.mT.clone(memory_format=torch.contiguous_format)
+    gone = torch.empty_like(zero.mT, memory_format=torch.contiguous_format)
     for index, taken in enumerate(block_counts(first, count, block)):
         part = slice(index * block, min((index + 1) * block, len(new)))
         rest = slice(part.stop, None)

@@ -115,7 +115,8 @@ def _attention(
 
 
 def _feedforward(gate: nn.Module | None, up: nn.Module, down: nn.Module, stream: _Stream) -> Callable[..., Tensor]:
-    return lambda x: stream.instead(down(up(x) if gate is None else _root(gate(x) * up(x), 2)))
+    # options of a call (the generator of dropout) do not change what flows
+    return lambda x, **_: stream.instead(down(up(x) if gate is None else _root(gate(x) * up(x), 2)))
 
 
 def _mixture(layer: Any, stream: _Stream) -> Callable[..., Any]:

@@ -1,6 +1,7 @@
 """SynFlow: scores without data that no layer's collapse survives."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -34,34 +35,36 @@ def synflow_scores(
     rounds (None: one ranking over all matrices); progress wraps them.
     Raises: ValueError for rounds < 1, a sparsity outside [0, 1), a model whose flow is not of degree 1, and a
     weight that no flow reaches."""
-    names = {id(parameter): name for name, parameter in weights.items()}
-    own = {name: names[id(p)] for name, p in model.named_parameters() if id(p) in names}
     flow, given = flow_model(model), flow_input(model, example)
-    copies = {own[name]: p for name, p in flow.named_parameters() if name in own}
-    foreign = [name for name in weights if name not in copies]
-    if foreign:
-        raise ValueError(f"weights must be parameters of the model, got {foreign[0]!r}")
-    copies = {name: copies[name] for name in weights}
+    copies = _copied(model, flow, weights)
     check_degree(flow, given)
     for parameter in flow.parameters():
         parameter.requires_grad_(False)
     for copied in copies.values():
         copied.requires_grad_(True)
-
-    def score() -> dict[str, Tensor]:
-        with torch.enable_grad():
-            total = total_flow(flow, given)
-            found = torch.autograd.grad(total, list(copies.values()), allow_unused=True, materialize_grads=True)
-        return {
-            name: (copied.detach() * g).clamp_min(0) for (name, copied), g in zip(copies.items(), found, strict=True)
-        }
-
+    score = partial(_flow_scores, flow, given, copies)
     dry = [name for name, found in score().items() if not found.any() and copies[name].any()]
     if dry:
         raise ValueError(f"flow must reach every weight, got none in {dry[0]!r}: {KNOWN}; weights= leaves it out")
-
     if sparsity is None:
         return score()
-    return scored_in_rounds(
-        copies, score, sparsity=sparsity, rounds=rounds, select=select or ranked_globally, progress=progress
-    )
+    select = select or ranked_globally
+    return scored_in_rounds(copies, score, sparsity=sparsity, rounds=rounds, select=select, progress=progress)
+
+
+def _copied(model: nn.Module, flow: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The flow model's parameter of each weight, in the order of the weights."""
+    names = {id(parameter): name for name, parameter in weights.items()}
+    own = {name: names[id(p)] for name, p in model.named_parameters() if id(p) in names}
+    copies = {own[name]: p for name, p in flow.named_parameters() if name in own}
+    foreign = [name for name in weights if name not in copies]
+    if foreign:
+        raise ValueError(f"weights must be parameters of the model, got {foreign[0]!r}")
+    return {name: copies[name] for name in weights}
+
+
+def _flow_scores(flow: nn.Module, given: Tensor, copies: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    with torch.enable_grad():
+        total = total_flow(flow, given)
+        found = torch.autograd.grad(total, list(copies.values()), allow_unused=True, materialize_grads=True)
+    return {name: (copied.detach() * g).clamp_min(0) for (name, copied), g in zip(copies.items(), found, strict=True)}

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruning.calibrated import (
+    admm,
     exact_obs,
     layer_hessian,
     layerwise_obs,
@@ -91,6 +92,17 @@ def test_sparsegpt_chooses_each_group_when_its_columns_come(groups):
     expected, survivors = loop_sparsegpt(weight, hessian, count, block=12, damping=0.01, groups=groups)
     assert kept.equal(survivors) and (kept.unflatten(1, (-1, groups[1])).sum(-1) == groups[0]).all()
     close(new, expected)
+
+
+def test_arguments_stay_as_they_are_however_they_are_stored():
+    weight, _, hessian = fixture(6, 24)
+    for solve in (sparsegpt, layerwise_obs, admm):
+        turned, gram = weight.mT.contiguous().mT, hessian.clone()
+        new, kept = solve(turned, gram, 60)
+        assert turned.equal(weight) and gram.equal(hessian)
+        expected, survivors = solve(weight, hessian, 60)
+        close(new, expected)
+        assert kept.equal(survivors)
 
 
 def test_wanda_by_hand():

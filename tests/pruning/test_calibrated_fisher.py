@@ -168,7 +168,7 @@ def test_bad_input(change, message):
 
 
 def test_a_score_alone_has_no_loss_allocation():
-    with pytest.raises(ValueError, match="allocation='loss' goes with the methods exact_obs, obs, sparsegpt, wanda"):
+    with pytest.raises(ValueError, match="'loss' goes with the methods admm, descent, exact_obs, obs, sparsegpt"):
         sparsify(lm(DenseConfig(24)), sparsity=0.5, method="magnitude", allocation="loss")
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from pruning import prunable_weights
+from pruning import prunable_weights, sparsify
 from pruning.calibrated import layer_hessian, prune_calibrated, sparsegpt
 from tests.tolerances import close
 
@@ -71,13 +71,14 @@ def test_gpt2_weights_are_stored_transposed():
                  bos_token_id=None, eos_token_id=None)  # fmt: skip
     dense = copy.deepcopy(model)
     names = [name for name, p in model.named_parameters() if name.startswith("transformer.h") and p.ndim == 2]
-    report = prune_calibrated(model, IDS, method="sparsegpt", structure="2:4", weights=names, dtype=torch.float64)
-    assert report.sequential and len(names) == 8
+    report = prune_calibrated(model, IDS, method="sparsegpt", structure="2:4", dtype=torch.float64)
+    assert report.sequential and len(names) == 8 and report.masks.kept.keys() == set(names)
     kept = report.masks.kept["transformer.h.1.mlp.c_fc.weight"]
     assert kept.shape == (24, 96) and (kept.unflatten(0, (-1, 4)).sum(1) == 2).all()
     name = "transformer.h.0.mlp.c_proj"
     x, weight = rows_of(dense, name), dense.get_submodule(name).weight.detach().double().mT
     expected = sparsegpt(weight, layer_hessian(x.mT @ x, len(x)), weight.numel() // 2, groups=(2, 4))[0]
     close(model.get_submodule(name).weight.mT, expected, torch.float32)
-    with pytest.raises(ValueError, match="got none; pass weights="):
-        prune_calibrated(model, IDS, sparsity=0.5)
+    assert sparsify(dense, sparsity=0.25).zeros == sum(dense.get_parameter(name).numel() // 4 for name in names)
+    with pytest.raises(ValueError, match=r"structure='2:4' with method='magnitude' needs .*c_attn.weight \[in, out\]"):
+        sparsify(dense, structure="2:4")

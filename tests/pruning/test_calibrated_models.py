@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pruning import prunable_weights, sparsify
-from pruning.calibrated import CALIBRATED, layer_hessian, prune_calibrated, sparsegpt, wanda_mask
+from pruning.calibrated import CALIBRATED, layer_hessian, prune, prune_calibrated, sparsegpt, wanda_mask
 from pruning.calibrated.blocks import record_calls
 from tests.pruning.toy import tokens, toy
 from tests.tolerances import close
@@ -56,7 +56,10 @@ def test_each_block_sees_what_the_pruned_blocks_before_it_put_out(method):
             close(model.get_submodule(name).weight, expected)
 
 
-@pytest.mark.parametrize("method", CALIBRATED)
+ANY_SHARE = [method for method in CALIBRATED if method != "descent"]
+
+
+@pytest.mark.parametrize("method", ANY_SHARE)
 @pytest.mark.parametrize("experts", [0, 4])
 def test_counts_are_exact_matrix_by_matrix_and_the_model_holds_its_masks(method, experts):
     model = language_model(experts=experts, dtype=torch.float32)
@@ -71,7 +74,7 @@ def test_counts_are_exact_matrix_by_matrix_and_the_model_holds_its_masks(method,
     assert "weights are zero (29." in str(report)
 
 
-@pytest.mark.parametrize("method", CALIBRATED)
+@pytest.mark.parametrize("method", ANY_SHARE)
 def test_nothing_asked_changes_no_bit_of_a_bf16_model(method):
     model = language_model(experts=3, dtype=torch.bfloat16)
     before = copy.deepcopy(model.state_dict())
@@ -90,7 +93,26 @@ def test_bf16_weights_are_pruned_in_float32_arithmetic():
     close(half.get_parameter(name)[both], wide.get_parameter(name)[both], torch.bfloat16)
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "obs", "magnitude"])
+@pytest.mark.parametrize("method", ["sparsegpt", "admm", "descent"])
+def test_under_autocast_sums_and_solvers_stay_in_float32(method, monkeypatch):
+    model, seen = language_model(dtype=torch.float32), []
+
+    def watched(gram, rows):
+        seen.append((gram.dtype, torch.is_autocast_enabled("cpu"), gram))
+        return layer_hessian(gram, rows)
+
+    monkeypatch.setattr(prune, "layer_hessian", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        prune_calibrated(copy.deepcopy(model), BATCHES, method=method, structure="2:4")
+    assert {part[:2] for part in seen} == {(torch.float32, False)}
+    # small terms outlive the sum over many batches: 256 equal batches count 256 times as one does
+    once, grams = seen[0][2], len(seen)
+    with torch.autocast("cpu", torch.bfloat16):
+        prune_calibrated(copy.deepcopy(model), BATCHES * 100, method=method, structure="2:4")
+    close(seen[grams][2] / 100, once, torch.float32)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "obs", "magnitude", "admm", "descent"])
 def test_n_of_m_runs_over_inputs_of_linears_and_experts(method):
     model = language_model(experts=3, dtype=torch.float32)
     report = prune_calibrated(model, BATCHES, method=method, structure="2:4")
@@ -264,6 +286,7 @@ def test_conv1d_is_transposed_and_other_modules_are_refused_by_name():
     ({"structure": "4:4"}, "0 < n < m, got 4:4"),
     ({"structure": "1:3", "method": "sparsegpt"}, "block must be a multiple of m=3 in 1:3, got 128"),
     ({"structure": "2:4", "method": "exact_obs"}, "structure must be None, got '2:4'"),
+    ({"sparsity": 0.5, "method": "descent"}, "structure must be 'n:m', got None"),
 ])  # fmt: skip
 def test_bad_options_change_nothing(options, message):
     model = language_model()
@@ -275,7 +298,7 @@ def test_bad_options_change_nothing(options, message):
 
 def test_more_bad_options():
     model = language_model()
-    for options, message in [({"method": "nothing"}, "method must be one of admm, exact_obs.* got 'nothing'"),
+    for options, message in [({"method": "nothing"}, "method must be one of admm, descent, exact_obs.* got 'nothing'"),
                              ({"damping": -0.1}, "damping must be in"), ({"block": 0}, "block must be >= 1, got 0"),
                              ({"dtype": torch.float16}, "float32 or torch.float64, got torch.float16")]:  # fmt: skip
         with pytest.raises(ValueError, match=message):

@@ -59,6 +59,8 @@ def refusal(method: str, allocation: str, structure: str | None) -> str | None:
             return "allocation"
         if tiled or (grouped and (method == "exact_obs" or allocation == "loss")):
             return "structure"
+        if method == "descent" and not grouped:
+            return "structure"
         return None
     if allocation == "loss":
         return "allocation|structure|lamp"

@@ -26,6 +26,7 @@ from pruning import (
     uniform,
     unstructured,
 )
+from pruning.recovery import Int8Linear
 from tests.pruning.toy import tokens, toy
 from tests.tolerances import close
 
@@ -183,6 +184,24 @@ def test_bad_options_change_nothing(options, message):
     with pytest.raises(ValueError, match=message):
         sparsify(model, **options)
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_quantised_weights_are_refused_by_name(method):
+    batches = [torch.randint(0, 9, (2, 5))]
+    packed = torch.ao.quantization.quantize_dynamic(Mixed(), {nn.Linear}, dtype=torch.qint8)
+    eight, small = Mixed(), Mixed()
+    name = next(name for name, module in eight.named_modules() if isinstance(module, nn.Linear))
+    for model, dtype in ((eight, torch.int8), (small, torch.float8_e4m3fn)):
+        layer = model.get_submodule(name)
+        layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    own = Mixed()
+    own.set_submodule(name, Int8Linear(own.get_submodule(name).weight.detach(), None))
+    for model in (packed, eight, small, own):
+        with pytest.raises(ValueError, match=rf"{name}.weight must be in float16, .* got .*Linear.*: prune the model"):
+            sparsify(model, sparsity=0.5, method=method, calibration=batches)
+        with pytest.raises(ValueError, match=f"{name}.weight must be in float16"):
+            Sparsifier(model, schedule=one_shot(0.5))
 
 
 @settings(max_examples=10)
