@@ -125,14 +125,12 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open = ExitStack()
         self.where: dict[str, safe_open] = {}
-        try:
+        with ExitStack() as self._open:
             for file, promised in _files(folder).items():
                 self._add(folder / file, promised)
-        except BaseException:
-            self._open.close()
-            raise
+            # all could be opened: they stay open past this block
+            self._open = self._open.pop_all()
 
     def __enter__(self) -> "Checkpoint":
         return self
