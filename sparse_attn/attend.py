@@ -58,7 +58,8 @@ def attend(
     dropout: float = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
-) -> Tensor: ...
+) -> Tensor:
+    """The output alone."""
 
 
 @overload
@@ -78,7 +79,8 @@ def attend(
     dropout: float = ...,
     backend: str = ...,
     return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+) -> tuple[Tensor, Tensor]:
+    """The output, and the log-sum-exp of each query."""
 
 
 def attend(

@@ -37,7 +37,8 @@ def attend_selected(
     scale: float | None = ...,
     key_mask: Tensor | None = ...,
     return_lse: Literal[False] = ...,
-) -> Tensor: ...
+) -> Tensor:
+    """The output alone."""
 
 
 @overload
@@ -50,7 +51,8 @@ def attend_selected(
     scale: float | None = ...,
     key_mask: Tensor | None = ...,
     return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+) -> tuple[Tensor, Tensor]:
+    """The output, and the log-sum-exp of each query."""
 
 
 def attend_selected(

@@ -51,7 +51,8 @@ def attend_tokens(
     *,
     scale: float | None = ...,
     return_lse: Literal[False] = ...,
-) -> Float[Tensor, "B H L d_v"]: ...
+) -> Float[Tensor, "B H L d_v"]:
+    """The output alone."""
 
 
 @overload
@@ -63,7 +64,8 @@ def attend_tokens(
     *,
     scale: float | None = ...,
     return_lse: Literal[True],
-) -> tuple[Float[Tensor, "B H L d_v"], Float[Tensor, "B H L"]]: ...
+) -> tuple[Float[Tensor, "B H L d_v"], Float[Tensor, "B H L"]]:
+    """The output, and the log-sum-exp of each query."""
 
 
 def attend_tokens(
