@@ -19,10 +19,11 @@ from training.study.cell import run_cell
 from training.study.cost import run_densities
 from training.study.fitting import Fit, HeldZeros
 from training.study.panels import Panel, Point, panels_svg
+from training.study.progress import cells_left
 from training.study.records import open_records
 from training.study.retraining import retraining_part
-from training.study.spec import Cell, cell_key, measures_of
-from training.study.summary import results
+from training.study.spec import Cell, cell_key, measures_of, sweep_cells
+from training.study.summary import best_rates, results
 from training.trainer import Outcome
 
 STEPS = 8
@@ -37,6 +38,7 @@ speeds = false
 sections = ["cost", "measured", "retraining"]
 measures = ["gap", "less_data", "random_labels", "transfer", "robustness"]
 grid = {{ "sparsify.sparsity" = [0.5, 0.75] }}
+{top}
 [base.data]
 corpus = "{corpus}"
 tokenizer = "bytes"
@@ -81,15 +83,15 @@ metric = "measures.gap.gap"
 
 @pytest.fixture
 def toy(tmp_path):
-    """toy(extra="") → the study above on thirty short texts."""
+    """toy(extra="", top="") → the study above on thirty short texts."""
     texts = tmp_path / "texts"
     texts.mkdir()
     for number in range(30):
         (texts / f"{number}.txt").write_text(f"line {number} of text\n" * 20)
 
-    def make(extra=""):
+    def make(extra="", top=""):
         path = tmp_path / "toy.toml"
-        path.write_text(TOML.format(corpus=texts, extra=extra))
+        path.write_text(TOML.format(corpus=texts, extra=extra, top=top))
         return load_study(path)
 
     return make
@@ -229,6 +231,34 @@ def test_questions_are_answered_by_the_records_alone(toy):
     assert "sparsity 0.5: the order is not decided." in answers(study, results(study, _records(study, close_by)))[0]
 
 
+def test_a_sweep_at_one_value_gives_its_rate_to_the_others(toy):
+    study = toy(top='sweep_at = { "sparsify.sparsity" = 0.75 }')
+    assert [arm.rate_of for arm in study.arm] == [
+        None, "gradual sparsity 0.75", None, "static sparsity 0.75", None
+    ]  # fmt: skip
+    assert [cell.arm.name for cell in sweep_cells(study)] == ["dense", "gradual sparsity 0.75", "static sparsity 0.75"]
+    lines = [_record(study, "gradual sparsity 0.75", 0, 2.0, 0.1)]
+    assert best_rates(study, lines) == {"gradual sparsity 0.75": 1e-2, "gradual sparsity 0.5": 1e-2}
+    # dense and static still to sweep; then two seeds of five arms, three of which have had their first
+    assert cells_left(study, lines) == 2 + 5 * 2 - 3
+    values = {arm.name: ((2.0, 2.1), (0.1, 0.1)) for arm in study.arm}
+    assert cells_left(study, _records(study, values)) == 0
+    assert "The sweep was made at sparsity 0.75" in page_text(study, _records(study, values))
+
+
+@pytest.mark.parametrize(
+    "top, extra, message",
+    [
+        ('sweep_at = { "sparsify.sparsity" = 0.8 }', "", "sweep_at must be of the grid's values, got .* = 0.8"),
+        ("", '[[arm]]\nname = "a"\nlabel = "A"\ngrid = false\nrate_of = "a"', "must be an arm with a sweep of its own"),
+        ("", '[[arm]]\nname = "a"\nlabel = "A"\ngrid = false\nrate_of = "b"', "arm must be one of .*, got 'b'"),
+    ],
+)
+def test_a_rate_of_no_sweep_is_refused(toy, top, extra, message):
+    with pytest.raises(ValueError, match=message):
+        toy(extra, top)
+
+
 @pytest.mark.parametrize(
     "extra, message",
     [
@@ -269,15 +299,15 @@ def test_the_retraining_part_says_what_its_numbers_say():
                 ("sparsegpt", 0, 0),
             )
         }
-        return {"measures": {"retraining": {f"sparsity_{n}": rows for n in (50, 80, 90)}}}
+        return {"measures": {"retraining": {f"sparsity_{n}": rows for n in (50, 90)}}}
 
     text = retraining_part({0: line(0.0), 1: line(0.01)})
     assert (
-        "- 80% at once: OBD no difference from magnitude (+0.000, spread 0.010); "
+        "- 90% at once: OBD no difference from magnitude (+0.000, spread 0.010); "
         "WoodFisher below magnitude (-0.500, spread 0.010); SparseGPT below magnitude (-0.500, spread 0.010)."
     ) in text
-    assert "- 80% after 80 steps: OBD above magnitude (+0.500, spread 0.010); WoodFisher no difference" in text
-    assert "| 80% | Magnitude | 4.505 ± 0.007 | 2.005 ± 0.007 | 2.005 ± 0.007 |" in text
+    assert "- 90% after 80 steps: OBD above magnitude (+0.500, spread 0.010); WoodFisher no difference" in text
+    assert "| 90% | Magnitude | 4.505 ± 0.007 | 2.005 ± 0.007 | 2.005 ± 0.007 |" in text
 
 
 def test_panels_draw_every_point_in_one_colour_a_curve():

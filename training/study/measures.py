@@ -25,7 +25,7 @@ from transformer import Transformer
 
 SAMPLE = 32  # batches that losses are measured on
 FEW = 8  # batches in memorisation, and in the attacks
-COUNTS = (8, 48)  # batches of the runs with less data
+COUNTS = (8,)  # batches of the runs with less data
 RETRAINING = 80  # batches that retraining goes through
 RADII = (0.03, 0.1)
 TRANSFER_STEPS = 60

@@ -14,14 +14,14 @@ from training.study.summary import Comparison, compare_values
 from transformer import Transformer
 
 CRITERIA = {"magnitude": "Magnitude", "obd": "OBD", "woodfisher": "WoodFisher", "sparsegpt": "SparseGPT"}
-SPARSITIES = (0.5, 0.8, 0.9)
+SPARSITIES = (0.5, 0.9)
 BUDGETS = (8, 80)
-FACTORS = (0.1, 0.3, 1.0)
+FACTORS = (0.3, 1.0)
 CALIBRATION = 8  # batches
 
 
 def retraining(model: Transformer, batches: Sequence[Batch], held_out: Sequence[Batch], *, config: RunConfig) -> Line:
-    """Held-out loss, nats a token: ``sparsity_80 → sparsegpt → after_8 → 0.3``, the last a factor on the cell's rate.
+    """Held-out loss, nats a token: ``sparsity_90 → sparsegpt → after_8 → 0.3``, the last a factor on the cell's rate.
 
     Every criterion prunes the same share of each matrix (``after_0`` is the loss then) and retrains with its zeros held
     for each of BUDGETS steps at each of FACTORS times the rate, under the cell's schedule."""

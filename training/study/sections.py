@@ -90,14 +90,17 @@ def measured(study: Study, found: Sequence[ArmResult]) -> Section:
     if not shown:
         return Section("")
     panels = [Panel(label, "sparsity", _curves(found, metric, "cost.sparsity")) for metric, label in shown.items()]
-    figure = panels_svg(panels, title=f"{len(shown)} measurements against sparsity")
     header = f"| Arm | {' | '.join(shown.values())} |\n|---|{'---|' * len(shown)}"
     rows = [
         f"| {result.arm.label} | {' | '.join(mean_and_spread(values_of(result, m)) for m in shown)} |"
         for result in found
     ]
-    text = f"## Measured\n\n![The measurements against sparsity]({study.name}-measured.svg)\n\n"
-    return Section(text + "\n".join([header, *rows]), {"measured": figure})
+    table = "\n".join([header, *rows])
+    if not any(panel.curves for panel in panels):
+        return Section(f"## Measured\n\n{table}")
+    figure = panels_svg(panels, title=f"{len(shown)} measurements against sparsity")
+    image = f"![The measurements against sparsity]({study.name}-measured.svg)"
+    return Section(f"## Measured\n\n{image}\n\n{table}", {"measured": figure})
 
 
 def retrained(study: Study, found: Sequence[ArmResult]) -> Section:
