@@ -139,6 +139,8 @@ class DistributedConfig:
 
     expert_parallel: Annotated[int, arg(aliases=["--expert-parallel"])] = 1
     """Ranks that share out one copy of the experts; a divisor of the number of processes."""
+    tensor_parallel: Annotated[int, arg(aliases=["--tensor-parallel"])] = 1
+    """Ranks that split the heads of one attention and have the same rows; a divisor of the number of processes."""
     shard: Annotated[Literal["none", "fsdp"], arg(aliases=["--shard"])] = "none"
     """Of parameters, gradients and moments outside expert parallel, each rank holds all ('none') or a part ('fsdp')."""
     compression: Literal["none", "topk", "randomk", "threshold", "dropping", "adacomp", "dgc"] = "none"
@@ -214,7 +216,8 @@ def _check(config: RunConfig) -> None:
     positive |= {"optim.lr": optim.lr, "optim.clip": optim.clip, "optim.eps": optim.eps}
     positive |= {"optim.memory_lr": optim.memory_lr}
     positive |= {"sparsify.every": config.sparsify.every}
-    positive |= {f"distributed.{name}": getattr(config.distributed, name) for name in ("expert_parallel", "timeout_s")}
+    counts = ("expert_parallel", "tensor_parallel", "timeout_s")
+    positive |= {f"distributed.{name}": getattr(config.distributed, name) for name in counts}
     if not 0 < config.distributed.density <= 1:
         raise ValueError(f"distributed.density must be in (0, 1], got {config.distributed.density}")
     for name, value in positive.items():

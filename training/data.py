@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from moe import Noise
 from training.corpora import Corpus
 from training.durable import replace_durably
 from training.tokenizer import FILE_NAME, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
@@ -22,12 +23,14 @@ IGNORED = -100
 class Batch:
     """Token ids and the ids that follow them.
 
-    targets: -100 where there is nothing to predict. mask: True at real tokens; None where all are.
+    targets: -100 where there is nothing to predict. mask: True at real tokens; None where all are. noise: what the
+    step draws for these sequences; None: torch's global generators.
     """
 
     inputs: Int[Tensor, "B L"]
     targets: Int[Tensor, "B L"]
     mask: Bool[Tensor, "B L"] | None = None
+    noise: Noise | None = None
 
     @property
     def num_targets(self) -> int:
@@ -37,12 +40,17 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
         mask = None if self.mask is None else self.mask.to(device)
-        return Batch(self.inputs.to(device), self.targets.to(device), mask)
+        return Batch(self.inputs.to(device), self.targets.to(device), mask, self.noise)
+
+    def keyed(self, *, seed: int, step: int) -> "Batch":
+        """The same as the whole batch of a step, whose noise depends on nothing but seed and step."""
+        return Batch(self.inputs, self.targets, self.mask, Noise(f"{seed}/{step}", len(self.inputs)))
 
     def rows(self, start: int, stop: int) -> "Batch":
         """Sequences start..stop of the batch: a micro-batch."""
         mask = None if self.mask is None else self.mask[start:stop]
-        return Batch(self.inputs[start:stop], self.targets[start:stop], mask)
+        noise = None if self.noise is None else self.noise.rows(start, stop)
+        return Batch(self.inputs[start:stop], self.targets[start:stop], mask, noise)
 
 
 @dataclass(frozen=True)

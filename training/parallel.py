@@ -35,6 +35,11 @@ class Parallel(Protocol):
         """How many processes there are."""
         ...
 
+    @property
+    def parts(self) -> int:
+        """Into how many parts the rows of a batch are split: ``ranks``, unless some of them have the same rows."""
+        ...
+
     def place(self, model: Transformer) -> None:
         """Give the model, which is on its device, the layout in which it is trained, in place. All, once."""
         ...
@@ -105,7 +110,7 @@ class Parallel(Protocol):
 class Alone:
     """A run of one process."""
 
-    rank, ranks = 0, 1
+    rank, ranks, parts = 0, 1, 1
 
     def place(self, model: Transformer) -> None:
         """Nothing to do."""

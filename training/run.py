@@ -24,11 +24,12 @@ from training.distributed import Ranks, joined, torchrun_environment
 from training.distributed.agreement import (
     on_device,
     require_alike,
+    require_alone,
     require_methods,
     require_rows,
     require_same_config,
 )
-from training.distributed.faults import one_clear_error
+from training.distributed.faults import how_to_go_on, one_clear_error
 from training.durable import replace_durably
 from training.folders import mark, only_user
 from training.model_config import model_config
@@ -60,23 +61,19 @@ def train(
     console = console or Console(quiet=True)
     environment = torchrun_environment()
     if environment is None:
-        if config.distributed.expert_parallel > 1:
-            wanted = config.distributed.expert_parallel
-            raise ValueError(
-                f"distributed.expert_parallel must be 1 in a run of one process, got {wanted}:"
-                f" torchrun --nproc-per-node {wanted} -m training train …"
-            )
+        require_alone(config.distributed)
         start = Start(resume=resume, checkpoint=checkpoint, overwrite=overwrite)
         return _train(config, start, parallel=Alone(), console=console)
     start = Start(resume=resume, checkpoint=checkpoint, overwrite=overwrite)
     if environment.restarts and latest_checkpoint(config.out / CHECKPOINTS) is not None:
         start = Start(resume=True)  # torchrun gives the processes that it restarts the first ones' arguments
     settings = config.distributed
-    advice = f"checkpoints in {config.out / CHECKPOINTS} are whole: start again with --resume"
+    advice = how_to_go_on(config.out / CHECKPOINTS, ranks=environment.ranks)
     with (
         joined(
             environment, device=config.train.device, expert_parallel=settings.expert_parallel,
-            timeout_s=settings.timeout_s, agree=partial(require_same_config, flat(to_dict(config))),
+            tensor_parallel=settings.tensor_parallel, timeout_s=settings.timeout_s,
+            agree=partial(require_same_config, flat(to_dict(config))),
         ) as world,
         one_clear_error(timeout_s=settings.timeout_s, advice=advice),
     ):  # fmt: skip

@@ -82,7 +82,9 @@ def forward(model: Transformer, batch: Batch, *, side: SideLosses = NO_SIDE_LOSS
 
     Raises: ValueError for a load loss where a router estimates no load.
     """
-    hidden, routings, depths, selections = model.hidden_states(batch.inputs, attention_mask=batch.mask)
+    hidden, routings, depths, selections = model.hidden_states(
+        batch.inputs, attention_mask=batch.mask, noise=batch.noise
+    )
     routed = tuple(routing for routing in routings if routing is not None)
     passing = tuple(depth for depth in depths if depth is not None)
     ce = chunked_cross_entropy(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten())

@@ -195,7 +195,8 @@ class Trainer:
         lr = self.optim.lr * self._lr_multiplier()
         set_lr(self.optimizers.main, lr)
         generators = random_state()
-        batch = self.parallel.rows(self.batches.next()).to(self.device)
+        batch = self.batches.next().keyed(seed=self.seed, step=self.step)
+        batch = self.parallel.rows(batch).to(self.device)
         try:
             output = self._forward_backward(batch)
         except FloatingPointError as error:  # a router refuses logits that are not finite
@@ -216,7 +217,7 @@ class Trainer:
         if self.step + 1 == self.train.steps:
             finish_all(self.sparsifiers)
         seconds = time.perf_counter() - started
-        tokens = self.tokens + batch.inputs.numel() * self.parallel.ranks
+        tokens = self.tokens + batch.inputs.numel() * self.parallel.parts
         self.step, self.tokens, self.seconds = self.step + 1, tokens, self.seconds + seconds
         line = self._line(output, loss=loss, lr=lr, norm=norm.item(), rate=batch.inputs.numel() / seconds)
         return self.parallel.reduced(line)

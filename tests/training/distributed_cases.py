@@ -1,33 +1,60 @@
 """Runs of a small model that one process and many must train alike, by name."""
 
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from pruning import Sparsifier, global_ranking
-from pruning.dynamic import RigL
+from pruning.dynamic import DSR, SET, SNFS, DeepR, RigL, StaticSparsity, TopKAST
+from pruning.sharding import as_wholes, gathered, spread_layouts
 from tests.training.models import small_data
 from training.config import OptimConfig, TrainConfig
-from training.data import Batch
 from training.optim import local
 from training.parallel import Alone, Parallel
-from training.step import SideLosses, StepOutput
 from training.trainer import Trainer
-from transformer import DenseConfig, MoEConfig, Transformer, TransformerConfig
+from transformer import AttentionConfig, DenseConfig, LayerConfig, MoEConfig, Transformer, TransformerConfig
 from transformer.layer_config import ROUTERS
 
 STEPS = 5
-# name: (feed-forward, settings of [train])
-RUNS: dict[str, tuple[DenseConfig | MoEConfig, dict[str, Any]]] = {
-    "dense": (DenseConfig(hidden=24), {}),
-    "moe": (MoEConfig(hidden=8, num_experts=12, k=2, shared_hidden=8), {"aux_scope": "global", "aux": 0.1}),
-    "sigmoid": (MoEConfig(hidden=8, num_experts=4, k=2, router="sigmoid"), {"aux": 0.0, "accumulation": 2}),
-}
+PLAIN = LayerConfig(AttentionConfig(2, 2, 8), None)
+# every kind of dropout that all processes must draw alike
+DROPPING = LayerConfig(AttentionConfig(2, 2, 8, head_dropout=0.2, drop_connect=0.1), None, path_dropout=0.2)
+# groups of two query heads that 2 and 3 ranks can share out, with what is whole on each of them and split beside them
+HEADS = LayerConfig(AttentionConfig(12, 6, 4, qk_norm="head", bias=True), None, path_dropout=0.2)
+GLOBAL = {"aux_scope": "global", "aux": 0.1}
+
+
+class Run(NamedTuple):
+    """feedforward, layer: of the model; dropout: of its branches; train: settings of [train]."""
+
+    feedforward: DenseConfig | MoEConfig
+    train: dict[str, Any] = {}
+    layer: LayerConfig = PLAIN
+    dropout: float = 0.0
+
+
+RUNS: dict[str, Run] = {
+    "dense": Run(DenseConfig(hidden=24)),
+    "moe": Run(MoEConfig(hidden=8, num_experts=12, k=2, shared_hidden=8), GLOBAL),
+    "sigmoid": Run(MoEConfig(hidden=8, num_experts=4, k=2, router="sigmoid"), {"aux": 0.0, "accumulation": 2}),
+    # noise: in routers, and of every dropout; recomputed; in micro-batches
+    "noisy": Run(MoEConfig(hidden=8, num_experts=12, k=2, router="noisy_top_k"), GLOBAL, DROPPING, 0.1),
+    "jitter": Run(
+        MoEConfig(hidden=8, num_experts=4, k=1, router="switch", jitter=0.3), GLOBAL | {"checkpointing": True}
+    ),
+    "second": Run(
+        MoEConfig(hidden=8, num_experts=4, k=2, router="top_2"),
+        {"aux": 0.0, "accumulation": 2, "checkpointing": True}, DROPPING, 0.1,
+    ),
+    "heads": Run(MoEConfig(hidden=8, num_experts=4, k=2), GLOBAL, HEADS, 0.1),
+}  # fmt: skip
 # one run for each router; ranks route their own tokens, as one process does its micro-batches
 ROUTED = {f"router-{name}": name for name in ROUTERS}
 RUNS |= {
-    run: (
+    run: Run(
         MoEConfig(
             hidden=8, num_experts=4, k=1 if name in ("switch", "base") else 2, router=name, shared_hidden=4,
             capacity_factor=1.0 if name in ("switch", "top_2") else None, allow_future=name == "expert_choice",
@@ -36,34 +63,71 @@ RUNS |= {
     )
     for run, name in ROUTED.items()
 }  # fmt: skip
-# runs in a world of so many ranks: (name, expert_parallel, shard)
+
+
+class Layout(NamedTuple):
+    """A run, by how many ranks its experts and heads are shared out, and what becomes of the rest."""
+
+    run: str
+    experts: int = 1
+    shard: str = "none"
+    heads: int = 1
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self))
+
+
+# runs in a world of so many ranks
 LAYOUTS = {
-    1: [("moe", 1, "none")],
+    1: [Layout("moe"), Layout("noisy")],
     2: [
-        ("dense", 1, "none"),
-        ("dense", 1, "fsdp"),
-        ("moe", 1, "fsdp"),
-        ("moe", 2, "none"),
-        ("moe", 2, "fsdp"),
-        ("sigmoid", 2, "none"),
-        *((run, 2, "none") for run in ROUTED),
+        Layout("dense"),
+        Layout("dense", shard="fsdp"),
+        Layout("moe", shard="fsdp"),
+        Layout("moe", 2),
+        Layout("moe", 2, "fsdp"),
+        Layout("sigmoid", 2),
+        Layout("noisy", 2),
+        Layout("noisy", shard="fsdp"),
+        Layout("jitter", 2),
+        Layout("second"),
+        Layout("heads", heads=2),
+        Layout("heads", shard="fsdp", heads=2),
+        *(Layout(run, 2) for run in ROUTED),
     ],
-    3: [("dense", 1, "fsdp"), ("moe", 3, "none")],
-    4: [("moe", 2, "fsdp"), ("moe", 4, "none"), ("sigmoid", 2, "none")],
+    3: [Layout("dense", shard="fsdp"), Layout("moe", 3), Layout("noisy", 3), Layout("heads", heads=3)],
+    4: [
+        Layout("moe", 2, "fsdp"),
+        Layout("moe", 4),
+        Layout("sigmoid", 2),
+        Layout("noisy", 2, "fsdp"),
+        Layout("second", 2),
+        Layout("heads", 2, heads=2),
+        Layout("heads", shard="fsdp", heads=2),
+    ],
 }
 
-# what is saved by how many ranks in which layout, at which step, and where it goes on
-SAVED, SAVED_STEP = [("moe", 2, "none"), ("moe", 2, "fsdp")], 3
-RESUMED = {2: [(1, "fsdp"), (2, "none")], 3: [(3, "fsdp"), (1, "none")]}
+# what is saved by 4 ranks, at which step, and where it goes on
+SAVED, SAVED_STEP = [Layout("moe", 2), Layout("moe", 2, "fsdp"), Layout("heads", 2, heads=2)], 3
+RESUMED = {
+    2: [Layout("", 1, "fsdp"), Layout("", 2), Layout("", heads=2)],
+    3: [Layout("", 3, "fsdp"), Layout(""), Layout("", heads=3)],
+}
+
+
+def resumed(layout: Layout, world: int) -> list[Layout]:
+    """The layouts of RESUMED in which the run can go on."""
+    fitting = [other for other in RESUMED[world] if layout.run == "heads" or other.heads == 1]
+    return [layout._replace(experts=o.experts, shard=o.shard, heads=o.heads)
+            for o in fitting if RUNS[layout.run].feedforward.num_experts % o.experts == 0]  # fmt: skip
 
 
 def make_model(name: str) -> Transformer:
-    """The seeded model of a run; no dropout, as its masks would differ between numbers of processes."""
+    """The seeded model of a run."""
     torch.manual_seed(0)
-    config = TransformerConfig.uniform(
-        vocab_size=257, dim=16, num_layers=2, num_heads=2, feedforward=RUNS[name][0], max_length=16
-    )
-    return Transformer(config)
+    run = RUNS[name]
+    layer = dataclasses.replace(run.layer, feedforward=run.feedforward)
+    return Transformer(TransformerConfig(257, 16, (layer, layer), max_length=16, dropout=run.dropout))
 
 
 def make_trainer(
@@ -73,7 +137,7 @@ def make_trainer(
     model = make_model(name)
     parallel = parallel or Alone()
     parallel.place(model)
-    noise_of_rows(parallel)
+    torch.manual_seed(parallel.rank)  # no process may draw what all need alike from its own generator
     defaults: dict[str, Any] = {
         "steps": STEPS,
         "batch": 24,
@@ -82,22 +146,28 @@ def make_trainer(
         "save_every": 100,
         "device": "cpu",
     }
+    # eps: AdamW would make whole steps of the rounding in gradients of 1e-8
     return Trainer(
-        model, small_data(), out=out, length=16, optim=OptimConfig(lr=0.01, warmup=2),
-        train=TrainConfig(**(defaults | RUNS[name][1] | settings)), parallel=parallel,
+        model, small_data(), out=out, length=16, optim=OptimConfig(lr=0.01, warmup=2, eps=1e-5),
+        train=TrainConfig(**(defaults | RUNS[name].train | settings)), parallel=parallel,
         sparsifiers=[] if sparsifiers is None else sparsifiers(model),
     )  # fmt: skip
 
 
-def noise_of_rows(parallel: Parallel) -> None:
-    """What a router draws depends on the rows, whichever process has them."""
-    run = parallel.forward
+def keep_gradients(trainer: Trainer) -> dict[str, Tensor]:
+    """Will hold every gradient of the next step, whole, before it is clipped. All processes call it."""
+    found: dict[str, Tensor] = {}
+    clip, model = trainer.parallel.clip, trainer.model
 
-    def forward(model: Transformer, batch: Batch, side: SideLosses) -> StepOutput:
-        torch.manual_seed(int(batch.inputs.sum()))
-        return run(model, batch, side)
+    def keeping(parameters: Any, norm: Tensor, *, limit: float) -> None:
+        if not found:
+            own = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+            whole = gathered(as_wholes(own, spread_layouts(model)))
+            found.update({name: gradient.detach().clone() for name, gradient in whole.items()})
+        clip(parameters, norm, limit=limit)
 
-    parallel.forward = forward  # type: ignore[method-assign]
+    trainer.parallel.clip = keeping  # type: ignore[method-assign]
+    return found
 
 
 def magnitude_pruner(model: Transformer) -> list[Sparsifier]:
@@ -108,14 +178,29 @@ def magnitude_pruner(model: Transformer) -> list[Sparsifier]:
     return [Sparsifier(model, schedule=lambda step: 0.5 if step < 4 else 0.7, allocation=global_ranking)]
 
 
-def rigl(model: Transformer) -> list[RigL]:
-    """Connections that move every second step."""
-    return [RigL(model, sparsity=0.5, every=2, stop=5)]
-
-
-PRUNERS = {"magnitude": magnitude_pruner, "rigl": rigl}
-# method and layout
-PRUNED = [("magnitude", "none"), ("magnitude", "fsdp"), ("rigl", "none")]
+# connections that move every second step
+MOVING = {"sparsity": 0.5, "every": 2, "stop": 5}
+PRUNERS: dict[str, Any] = {
+    "magnitude": magnitude_pruner,
+    "static": lambda model: [StaticSparsity(model, sparsity=0.5)],
+    "set": lambda model: [SET(model, **MOVING)],
+    "rigl": lambda model: [RigL(model, **MOVING)],
+    "snfs": lambda model: [SNFS(model, **MOVING)],
+    "dsr": lambda model: [DSR(model, threshold=0.005, **MOVING)],
+    "deep_r": lambda model: [DeepR(model, sparsity=0.5, temperature=1e-3)],
+    "top_kast": lambda model: [TopKAST(model, sparsity=0.5, every=2)],
+}
+# methods and layouts of two ranks
+PRUNED = [
+    ("magnitude", Layout("dense")),
+    ("magnitude", Layout("dense", shard="fsdp")),
+    *((method, Layout("moe", 2)) for method in PRUNERS),
+    ("magnitude", Layout("moe", 2, "fsdp")),
+    ("rigl", Layout("moe", 2, "fsdp")),
+    ("deep_r", Layout("dense", shard="fsdp")),
+    ("snfs", Layout("heads", shard="fsdp", heads=2)),
+    ("top_kast", Layout("heads", heads=2)),
+]
 
 
 def without_clock(line: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,11 +14,13 @@ from tests.training.distributed_cases import (
     LAYOUTS,
     PRUNED,
     PRUNERS,
-    RESUMED,
     SAVED,
     SAVED_STEP,
     STEPS,
+    Layout,
+    keep_gradients,
     make_trainer,
+    resumed,
     without_clock,
 )
 from training.distributed import Ranks, make_world
@@ -25,48 +28,49 @@ from training.distributed.export import whole_weights
 from training.trainer import CHECKPOINTS
 
 
+def placed(layout: Layout, **options: Any) -> Ranks:
+    """This process in a layout of all of them."""
+    world = make_world(torch.device("cpu"), expert_parallel=layout.experts, tensor_parallel=layout.heads)
+    return Ranks(world, shard=layout.shard, **options)
+
+
 def runs(rank: int, world: int, folder: Path) -> None:
-    """The runs of this world: its metrics, evaluation and last weights."""
-    for name, expert_parallel, shard in LAYOUTS[world]:
-        parallel = Ranks(make_world(torch.device("cpu"), expert_parallel=expert_parallel), shard=shard)
-        key = f"{name}-{world}-{expert_parallel}-{shard}"
-        trainer = make_trainer(name, folder / key, parallel=parallel)
+    """The runs of this world: its metrics, first gradients, evaluation, a sample and last weights."""
+    for layout in LAYOUTS[world]:
+        trainer = make_trainer(layout.run, folder / f"{layout}-out", parallel=placed(layout))
+        gradients = keep_gradients(trainer)
         lines = [without_clock(trainer.train_step()) for _ in range(STEPS - 1)]
-        held_out = trainer.evaluate().loss
+        held_out, sample = trainer.evaluate().loss, trainer.sample()
         lines.append(without_clock(trainer.train_step()))
-        weights = whole_weights(trainer.model)
+        tensors = whole_weights(trainer.model) | {f"gradient of {name}": g for name, g in gradients.items()}
         if rank == 0:
-            (folder / f"{key}.json").write_text(json.dumps({"lines": lines, "held_out": held_out}))
-            save_file({n: t.contiguous() for n, t in weights.items()}, folder / f"{key}.safetensors")
+            record = {"lines": lines, "held_out": held_out, "sample": sample}
+            (folder / f"{layout}.json").write_text(json.dumps(record))
+            save_file({n: t.contiguous() for n, t in tensors.items()}, folder / f"{layout}.safetensors")
 
 
 def saves(rank: int, world: int, folder: Path) -> None:
     """The first steps of every run in SAVED, a checkpoint, and the rest; the last checkpoint in the background."""
-    for name, expert_parallel, shard in SAVED:
-        grid = make_world(torch.device("cpu"), expert_parallel=expert_parallel)
-        parallel = Ranks(grid, shard=shard, background=shard == "fsdp")
-        trainer = make_trainer(name, folder / f"{name}-{shard}", parallel=parallel, save_every=SAVED_STEP)
-        trainer.run()
+    for layout in SAVED:
+        parallel = placed(layout, background=layout.shard == "fsdp")
+        make_trainer(layout.run, folder / str(layout), parallel=parallel, save_every=SAVED_STEP).run()
         parallel.close()
 
 
 def resumes(rank: int, world: int, folder: Path) -> None:
     """Every run in SAVED goes on in the layouts of RESUMED; it ends with the metrics that it had."""
-    for name, _, shard in SAVED:
-        for expert_parallel, other in RESUMED[world]:
-            parallel = Ranks(make_world(torch.device("cpu"), expert_parallel=expert_parallel), shard=other)
-            copy = folder / f"{name}-{shard}-{world}-{expert_parallel}-{other}"
-            trainer = make_trainer(name, copy, parallel=parallel)
-            trainer.resume(folder / f"{name}-{shard}" / CHECKPOINTS / f"step-{SAVED_STEP:08d}")
+    for layout in SAVED:
+        for other in resumed(layout, world):
+            trainer = make_trainer(layout.run, folder / f"{layout}-to-{world}-{other}", parallel=placed(other))
+            trainer.resume(folder / str(layout) / CHECKPOINTS / f"step-{SAVED_STEP:08d}")
             trainer.run()
 
 
 def prunes(rank: int, world: int, folder: Path) -> None:
-    """Every method of PRUNED on the dense model; masks at the start and the end, and a checkpoint on the way."""
-    for method, shard in PRUNED:
-        parallel = Ranks(make_world(torch.device("cpu")), shard=shard)
-        out = folder / f"{method}-{shard}"
-        trainer = make_trainer("dense", out, parallel=parallel, sparsifiers=PRUNERS[method], save_every=SAVED_STEP)
+    """Every method of PRUNED; masks at the start and the end, and a checkpoint on the way."""
+    for method, layout in PRUNED:
+        out, pruner = folder / f"{method}-{layout}", PRUNERS[method]
+        trainer = make_trainer(layout.run, out, parallel=placed(layout), sparsifiers=pruner, save_every=SAVED_STEP)
         first = {n: mask.clone() for n, mask in gathered(trainer.sparsifiers[0].masks().kept).items()}
         trainer.run()
         last = gathered(trainer.sparsifiers[0].masks().kept)
@@ -76,6 +80,11 @@ def prunes(rank: int, world: int, folder: Path) -> None:
             dist.broadcast(theirs, 0)
             assert theirs.equal(mask), "every rank has the same masks"
             assert not weights[name][~mask].any(), "zeros are held"
+        again = make_trainer(layout.run, folder / f"{out.name}-again", parallel=placed(layout), sparsifiers=pruner)
+        again.resume(out / CHECKPOINTS / f"step-{SAVED_STEP:08d}")
+        again.run()
+        for name, mask in gathered(again.sparsifiers[0].masks().kept).items():
+            assert mask.equal(last[name]), "masks, and what the method keeps besides, went through the checkpoint"
         if rank == 0:
             save_file({n: mask.contiguous() for n, mask in first.items()}, out / "first.safetensors")
             save_file({n: mask.contiguous() for n, mask in last.items()}, out / "last.safetensors")

@@ -10,44 +10,47 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.tolerances import close
-from tests.training.distributed_cases import LAYOUTS, ROUTED, RUNS, STEPS, make_trainer, without_clock
+from tests.training.distributed_cases import LAYOUTS, ROUTED, RUNS, STEPS, keep_gradients, make_trainer, without_clock
 from tests.training.spawning import spawn
 
 EXACT = ("step", "tokens", "lr", "loads", "dropped")
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[dict[str, Any]], float, dict[str, Tensor]]]:
-    """Metrics, held-out loss before the last step, and last weights of every run in one process."""
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Metrics, held-out loss and a sample before the last step, first gradients and last weights in one process."""
     found = {}
     for name in RUNS:
         apart = {"accumulation": 2} if name in ROUTED else {}
         trainer = make_trainer(name, tmp_path_factory.mktemp(name), **apart)
+        gradients = keep_gradients(trainer)
         lines = [without_clock(trainer.train_step()) for _ in range(STEPS - 1)]
-        held_out = trainer.evaluate().loss
+        record = {"lines": lines, "held_out": trainer.evaluate().loss, "sample": trainer.sample()}
         lines.append(without_clock(trainer.train_step()))
-        found[name] = lines, held_out, trainer.model.state_dict()
+        found[name] = record, trainer.model.state_dict() | {f"gradient of {key}": g for key, g in gradients.items()}
     return found
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_ranks_train_as_one_process(world: int, tmp_path: Path, alone: Any) -> None:
     spawn("tests.training.distributed_ranks", world, tmp_path, "runs")
-    for name, expert_parallel, shard in LAYOUTS[world]:
-        compare(tmp_path / f"{name}-{world}-{expert_parallel}-{shard}.json", *alone[name])
+    for layout in LAYOUTS[world]:
+        # load balance in two micro-batches is over other halves of the batch
+        averaged = ("loss", "grad_norm", "z", "entropy", *(["aux"] * ("accumulation" not in RUNS[layout.run].train)))
+        compare(tmp_path / f"{layout}.json", *alone[layout.run], averaged=averaged)
 
 
-def compare(file: Path, lines: list[dict[str, Any]], held_out: float, weights: dict[str, Tensor]) -> None:
+def compare(file: Path, record: dict[str, Any], tensors: dict[str, Tensor], *, averaged: tuple[str, ...]) -> None:
     found = json.loads(file.read_text())
-    close(torch.tensor(found["held_out"]), torch.tensor(held_out))
-    assert len(found["lines"]) == len(lines)
-    for mine, wanted in zip(found["lines"], lines, strict=True):
+    close(torch.tensor(found["held_out"]), torch.tensor(record["held_out"]))
+    assert found["sample"] == record["sample"]
+    assert len(found["lines"]) == len(record["lines"])
+    for mine, wanted in zip(found["lines"], record["lines"], strict=True):
         assert mine.keys() == wanted.keys()
         assert {key: mine[key] for key in EXACT} == {key: wanted[key] for key in EXACT}, file.name
-        # load balance in two micro-batches is over other halves of the batch
-        for key in ("loss", "grad_norm", "z", "entropy", *(() if "sigmoid" in file.name else ("aux",))):
+        for key in averaged:
             close(torch.tensor(mine[key]), torch.tensor(wanted[key]))
     saved = load_file(file.with_suffix(".safetensors"))
-    assert saved.keys() == weights.keys()
-    for key, tensor in weights.items():
+    assert saved.keys() == tensors.keys()
+    for key, tensor in tensors.items():
         close(saved[key], tensor)

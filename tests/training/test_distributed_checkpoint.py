@@ -7,9 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.tolerances import close
-from tests.training.distributed_cases import RESUMED, SAVED, SAVED_STEP, STEPS, make_trainer, without_clock
+from tests.training.distributed_cases import (
+    RESUMED,
+    SAVED,
+    SAVED_STEP,
+    STEPS,
+    make_trainer,
+    resumed,
+    without_clock,
+)
 from tests.training.spawning import spawn
 from training.checkpoint import checkpoints, latest_checkpoint, verify
 from training.trainer import CHECKPOINTS
@@ -28,10 +37,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    out = tmp_path_factory.mktemp("alone")
-    make_trainer("moe", out).run()
-    return lines(out)
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[dict[str, Any]], dict[str, Tensor]]]:
+    """Metrics and last weights of the runs in SAVED, in one process."""
+    found = {}
+    for name in {layout.run for layout in SAVED}:
+        trainer = make_trainer(name, tmp_path_factory.mktemp(name))
+        trainer.run()
+        found[name] = lines(trainer.out), trainer.model.state_dict()
+    return found
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
@@ -47,34 +60,32 @@ def same(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
             close(torch.tensor(mine[key]), torch.tensor(other[key]))
 
 
-def test_saved_by_four_goes_on_in_one_two_and_three(saved: Path, alone: list[dict[str, Any]], tmp_path: Path) -> None:
-    for name, _, shard in SAVED:
-        same(lines(saved / f"{name}-{shard}"), alone)
-        for world, layouts in RESUMED.items():
-            for expert_parallel, other in layouts:
-                same(lines(saved / f"{name}-{shard}-{world}-{expert_parallel}-{other}"), alone[SAVED_STEP:])
-        trainer = make_trainer(name, tmp_path / shard)
-        trainer.resume(saved / f"{name}-{shard}" / CHECKPOINTS / f"step-{SAVED_STEP:08d}")
+def test_saved_by_four_goes_on_in_one_two_and_three(saved: Path, alone: dict[str, Any], tmp_path: Path) -> None:
+    for layout in SAVED:
+        wanted, _ = alone[layout.run]
+        same(lines(saved / str(layout)), wanted)
+        for world in RESUMED:
+            for other in resumed(layout, world):
+                same(lines(saved / f"{layout}-to-{world}-{other}"), wanted[SAVED_STEP:])
+        trainer = make_trainer(layout.run, tmp_path / str(layout))
+        trainer.resume(saved / str(layout) / CHECKPOINTS / f"step-{SAVED_STEP:08d}")
         trainer.run()
-        same(lines(tmp_path / shard), alone[SAVED_STEP:])
+        same(lines(trainer.out), wanted[SAVED_STEP:])
 
 
-def test_the_last_checkpoint_is_a_whole_model(saved: Path, tmp_path: Path) -> None:
-    trainer = make_trainer("moe", tmp_path)
-    trainer.run()
-    for name, _, shard in SAVED:
-        last = latest_checkpoint(saved / f"{name}-{shard}" / CHECKPOINTS)
+def test_the_last_checkpoint_is_a_whole_model(saved: Path, alone: dict[str, Any]) -> None:
+    for layout in SAVED:
+        last = latest_checkpoint(saved / str(layout) / CHECKPOINTS)
         assert last is not None and last.name == f"step-{STEPS:08d}"
         verify(last)
         model = Transformer.from_pretrained(last)
-        for key, tensor in trainer.model.state_dict().items():
+        for key, tensor in alone[layout.run][1].items():
             close(model.state_dict()[key], tensor)
 
 
 def test_damage_and_another_model_are_refused(saved: Path, tmp_path: Path) -> None:
-    name, _, shard = SAVED[0]
     folder = tmp_path / "step-00000003"
-    shutil.copytree(saved / f"{name}-{shard}" / CHECKPOINTS / folder.name, folder)
+    shutil.copytree(saved / str(SAVED[0]) / CHECKPOINTS / folder.name, folder)
     with pytest.raises(ValueError, match="is of another shape: layers.0.feedforward.gate.weight is absent"):
         make_trainer("dense", tmp_path / "out").resume(folder)
     part = next(folder.glob("__1_*.distcp"))
@@ -84,7 +95,6 @@ def test_damage_and_another_model_are_refused(saved: Path, tmp_path: Path) -> No
 
 
 def test_an_unfinished_checkpoint_is_none(saved: Path) -> None:
-    name, _, shard = SAVED[0]
-    root = saved / f"{name}-{shard}" / CHECKPOINTS
+    root = saved / str(SAVED[0]) / CHECKPOINTS
     assert [path.name for path in checkpoints(root)] == [f"step-{SAVED_STEP:08d}", f"step-{STEPS:08d}"]
     assert not list(root.glob(".writing-*"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from training.config import RunConfig
+from training.config import DistributedConfig, RunConfig
 from training.distributed.world import Tell, World
 from training.precision import choose_precision
 
@@ -14,11 +14,24 @@ from training.precision import choose_precision
 REPLICATED = ("magnitude", "static", "set", "rigl", "snfs", "dsr", "deep_r", "top_kast")
 
 
+def require_alone(wanted: DistributedConfig) -> None:
+    """Raises: ValueError for what takes several processes."""
+    for name in ("expert_parallel", "tensor_parallel"):
+        value = getattr(wanted, name)
+        if value > 1:
+            raise ValueError(
+                f"distributed.{name} must be 1 in a run of one process, got {value}:"
+                f" torchrun --nproc-per-node {value} -m training train …"
+            )
+
+
 def require_rows(config: RunConfig, *, ranks: int) -> None:
     """Raises: ValueError unless every micro-batch of every rank has as many sequences."""
-    parts = ranks * config.train.accumulation
-    if config.train.batch % parts:
-        what = f"{ranks} processes times train.accumulation={config.train.accumulation}"
+    wanted = config.distributed
+    rows = ranks // wanted.tensor_parallel
+    if config.train.batch % (rows * config.train.accumulation):
+        split = f" divided by tensor_parallel={wanted.tensor_parallel}" if wanted.tensor_parallel > 1 else ""
+        what = f"{ranks} processes{split} times train.accumulation={config.train.accumulation}"
         raise ValueError(f"train.batch must be a multiple of {what}, got {config.train.batch}")
 
 
@@ -31,13 +44,10 @@ def require_methods(config: RunConfig) -> None:
             f"sparsify.method must be one of {', '.join(REPLICATED)} with several processes, got {method!r}: what it"
             " learns besides the weights is not averaged"
         )
-    if sparse and wanted.expert_parallel > 1:
-        raise ValueError(
-            f"distributed.expert_parallel must be 1 with [sparsify], got {wanted.expert_parallel}: masks are chosen"
-            " over all experts"
-        )
-    if sparse and wanted.shard == "fsdp" and method != "magnitude":
-        raise ValueError(f"sparsify.method must be 'magnitude' with distributed.shard='fsdp', got {method!r}")
+    if config.optim.sparse_state:
+        raise ValueError("optim.sparse_state must be false with several processes: checkpoints could not be resharded")
+    if config.train.compile and wanted.tensor_parallel > 1:
+        raise ValueError(f"train.compile must be false with distributed.tensor_parallel={wanted.tensor_parallel}")
     if wanted.compression != "none" and wanted.shard == "fsdp":
         raise ValueError(
             f"distributed.compression must be 'none' with distributed.shard='fsdp', got {wanted.compression!r}:"

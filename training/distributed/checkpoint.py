@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from pruning.sharding import Layout
 from training.checkpoint import (
     STATE,
     Write,
@@ -44,8 +45,6 @@ from transformer import Transformer
 METADATA = ".metadata"
 MODEL, OPTIMIZER, SHARED, RANK = "model/", "optimizer/", "shared/", "rank/"
 OWN = ("random", "compressor")  # parts of the state that every rank has for itself
-# the stacks of experts of which this rank holds a part: parameter name → that part as a DTensor of the whole
-Layout = Callable[[Tensor], Tensor]
 # all ranks tell each other a text and hear all of them; one process hears itself
 Tell = Callable[[str], list[str]]
 

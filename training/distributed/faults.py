@@ -1,8 +1,10 @@
 """One clear error on every rank, whichever failed."""
 
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch.distributed as dist
 from torch.distributed import Store
@@ -16,6 +18,14 @@ LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|time
 
 class LostRankError(ConnectionError):
     """Another rank died, stopped or hung; this one cannot go on without it."""
+
+
+def how_to_go_on(checkpoints: Path, *, ranks: int, variables: Mapping[str, str] = os.environ) -> str:
+    """What to do once a rank is lost: torchrun, which says so in ``variables``, starts all again if it may."""
+    kept = f"checkpoints in {checkpoints} are whole"
+    if "TORCHELASTIC_RUN_ID" in variables:
+        return f"{kept}: torchrun --max-restarts N goes on from them; else start it again with --resume"
+    return f"{kept}: start all {ranks} processes again with --resume"
 
 
 @contextmanager

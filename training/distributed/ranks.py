@@ -1,4 +1,4 @@
-"""Data parallel (replicated, or sharded by FSDP2) times expert parallel, for one model."""
+"""Data parallel (replicated, or sharded by FSDP2) times expert parallel times tensor parallel, for one model."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -6,23 +6,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor import Shard as Sharded
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from moe import LayerDrop, MemoryValues, MixtureOfDepths, MoE, shard_experts
+from moe import shard_experts
+from pruning.sharding import Layout, spread_layouts
 from training.checkpoint import Write
 from training.compression import GradientCompressor, Method, compress_gradients
 from training.data import Batch
 from training.distributed.checkpoint import (
-    Layout,
     gathered_tensors,
     is_sharded,
     load_sharded,
@@ -31,14 +29,15 @@ from training.distributed.checkpoint import (
 )
 from training.distributed.export import export
 from training.distributed.faults import tell_others
-from training.distributed.world import EXPERT, REPLICATE, World
+from training.distributed.fitting import Shard, check_model, skipping
+from training.distributed.tensor_parallel import split_attention
+from training.distributed.world import DATA, EXPERT, REPLICATE, TENSOR, World
 from training.finite import NonFiniteError
 from training.optim import Optimizers, local
 from training.step import SideLosses, StepOutput, forward
 from training.tokenizer import Tokenizer
 from transformer import Transformer
 
-Shard = Literal["none", "fsdp"]
 MEANS = ("loss", "entropy", "dropped", "aux", "z", "side", "passed", "predicted")
 SUMS = ("loads", "tokens_per_s")
 
@@ -53,7 +52,8 @@ class Ranks:
 
     shard: "none" keeps all but the experts whole on every rank; "fsdp" shards each block, and what is outside blocks,
     over all ranks, parameters, gradients and moments alike. With expert_parallel > 1 in ``world`` the experts are
-    spread over their own dimension of the grid and replicated over the other, in either case. background: checkpoints
+    spread over their own dimension of the grid and replicated over the others, and with tensor_parallel > 1 so are the
+    heads, in either case. The ranks that split the heads of one model have the same rows. background: checkpoints
     are written while training goes on, from a copy. compression, density, seed: of replicated gradients, as
     :func:`training.compress_gradients` says.
     """
@@ -71,8 +71,11 @@ class Ranks:
         self.compression, self.density, self.seed = compression, density, seed
         self.world, self.shard = world, shard
         self.expert_ranks = world.grid.get_group(EXPERT).size()
-        self.copies = world.ranks // self.expert_ranks
-        self.experts: dict[str, nn.Parameter] = {}
+        self.tensor_ranks = 1 if world.split is None else world.split.get_group(TENSOR).size()
+        # what neither DistributedDataParallel nor FSDP2 sees: name → parameter, and the sums that its gradients need
+        self.own: dict[str, nn.Parameter] = {}
+        self.sums: list[tuple[list[nn.Parameter], dist.ProcessGroup, int]] = []
+        self.experts: set[int] = set()
         self.layouts: dict[str, Layout] = {}
         # its own group: a checkpoint in the background talks while training does
         self.writers = dist.new_group(backend="gloo")
@@ -92,37 +95,54 @@ class Ranks:
         """How many processes there are."""
         return self.world.ranks
 
+    @property
+    def parts(self) -> int:
+        """Into how many parts the rows of a batch are split."""
+        return self.ranks // self.tensor_ranks
+
     def place(self, model: Transformer) -> None:
-        """Shard the experts, then replicate or shard the rest, in place.
+        """Shard the experts, split the heads, then replicate or shard the rest, in place.
 
         Every rank must have built the same model from the same seed.
         Raises: ValueError for a model that cannot be trained so: see :func:`check_model`.
         """
-        check_model(model, expert_parallel=self.expert_ranks, shard=self.shard)
+        check_model(model, expert_parallel=self.expert_ranks, tensor_parallel=self.tensor_ranks, shard=self.shard)
         if self.expert_ranks > 1:
             names = shard_experts(model, self.world.grid.get_group(EXPERT))
-            self.experts = {name: model.get_parameter(name) for name in names}
-            self.layouts = dict.fromkeys(names, partial(whole_stack, grid=self.world.grid))
+            self._keep(model, names, self.world.grid.get_group(REPLICATE), self.parts // self.expert_ranks)
+            self.experts = {id(parameter) for parameter in self.own.values()}
+            self.layouts = spread_layouts(model)
+        if self.world.split is not None:
+            split, partial_sums = split_attention(model, self.world.split[TENSOR])
+            self._keep(model, split, self.world.split.get_group(DATA), self.parts)
+            self._keep(model, partial_sums, self.world.line.get_group(), self.parts)
         if self.shard == "fsdp":
-            self.root = _shard(model, self.world, set(self.experts.values()))
+            self.root = _shard(model, self.world, set(self.own.values()))
             return
         step = _Step(model)
-        ignored = [f"model.{name}" for name in self.experts]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, ignored)
         # buffers are counts that the layers reduce themselves; what a skipped layer holds gets no gradient
+        ignored = [f"model.{name}" for name in (*self.own, *(name for name, _ in model.named_buffers()))]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, ignored)
         skips = any(skipping(module) for module in model.modules())
-        self.data_parallel = DistributedDataParallel(step, broadcast_buffers=False, find_unused_parameters=skips)
+        self.data_parallel = DistributedDataParallel(step, find_unused_parameters=skips)
         if self.compression is not None:
             self.compressor = compress_gradients(
                 self.data_parallel, self.compression, density=self.density, seed=self.seed
             )
 
+    def _keep(self, model: Transformer, names: list[str], group: dist.ProcessGroup, parts: int) -> None:
+        """The gradients of these parameters are summed over ``group`` and divided by ``parts``, here alone."""
+        kept = {name: model.get_parameter(name) for name in names}
+        self.own |= kept
+        self.sums.append((list(kept.values()), group, parts))
+
     def rows(self, batch: Batch) -> Batch:
-        """Rows rank·B/ranks … (rank + 1)·B/ranks. Raises: ValueError unless the ranks divide the batch."""
-        share, rest = divmod(len(batch.inputs), self.ranks)
+        """One of ``parts`` equal runs of rows, in the order of the ranks. Raises: ValueError if there are none."""
+        share, rest = divmod(len(batch.inputs), self.parts)
         if rest:
-            raise ValueError(f"train.batch must be a multiple of the {self.ranks} processes, got {len(batch.inputs)}")
-        return batch.rows(self.rank * share, (self.rank + 1) * share)
+            raise ValueError(f"train.batch must be a multiple of the {self.parts} processes, got {len(batch.inputs)}")
+        part = self.rank // self.tensor_ranks
+        return batch.rows(part * share, (part + 1) * share)
 
     def forward(self, model: Transformer, batch: Batch, side: SideLosses) -> StepOutput:
         """:func:`training.step.forward`, through DistributedDataParallel where the parameters are replicated."""
@@ -142,25 +162,19 @@ class Ranks:
                 yield
         else:
             yield
-        if last and not diagnose and self.copies > 1:
-            self._average_experts()
-
-    def _average_experts(self) -> None:
-        for parameter in self.experts.values():
-            if parameter.grad is None:  # no token came
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad, group=self.world.grid.get_group(REPLICATE))
-            parameter.grad /= self.copies
+        if last and not diagnose:
+            for parameters, group, parts in self.sums:
+                if group.size() > 1:
+                    _average(parameters, group, parts)
 
     def gradient_norm(self, parameters: Iterable[Tensor]) -> Tensor:
         """√ Σ over ranks and parameters of ‖g‖² / (ranks that hold the same g): one exchange of one number."""
-        experts = {id(parameter) for parameter in self.experts.values()}
         held: dict[int, list[Tensor]] = {}
         for parameter in parameters:
             if parameter.grad is not None:
-                whole = self.copies if id(parameter) in experts else self.ranks
-                copies = 1 if isinstance(parameter.grad, DTensor) else whole
-                held.setdefault(copies, []).append(local(parameter.grad))
+                shares = parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
+                shares = self.expert_ranks if id(parameter) in self.experts else shares
+                held.setdefault(self.ranks // shares, []).append(local(parameter.grad))
         squares = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for copies, gradients in held.items():
             squares += torch.nn.utils.get_total_norm(gradients).double().square() / copies
@@ -180,7 +194,8 @@ class Ranks:
         values = torch.tensor(list(_numbers(chosen)), dtype=torch.float64, device=self.world.device)
         dist.all_reduce(values)
         totals = iter(values.tolist())
-        found = {name: _filled(line[name], totals, 1.0 if name in SUMS else self.ranks) for name in chosen}
+        repeats = float(self.tensor_ranks)  # ranks that split heads have the same rows
+        found = {name: _filled(line[name], totals, repeats if name in SUMS else self.ranks) for name in chosen}
         return {**line, **found}
 
     def highest(self, value: int) -> int:
@@ -259,8 +274,10 @@ class Ranks:
     def describe(self) -> str:
         """How the ranks share the model."""
         rest = "sharded over all" if self.shard == "fsdp" else "on every rank"
-        experts = f"experts over {self.expert_ranks} in {self.copies} copies, the rest {rest}"
-        return f"{self.ranks} processes: {experts if self.experts else f'parameters {rest}'}\n"
+        experts = [f"experts over {self.expert_ranks} in {self.ranks // self.expert_ranks} copies"] * bool(self.experts)
+        heads = [f"heads over {self.tensor_ranks} in {self.parts} copies"] * (self.tensor_ranks > 1)
+        what = ", ".join([*experts, *heads, f"the rest {rest}" if self.own else f"parameters {rest}"])
+        return f"{self.ranks} processes: {what}\n"
 
 
 class _Step(nn.Module):
@@ -274,34 +291,15 @@ class _Step(nn.Module):
         return forward(self.model, batch, side=side)
 
 
-def check_model(model: Transformer, *, expert_parallel: int, shard: Shard) -> None:
-    """Raises: ValueError where ranks would run different layers, for experts that the ranks cannot share out
-    evenly, and for tables of memories, whose sparse gradients are not reduced."""
-    if any(isinstance(module, MemoryValues) for module in model.modules()):
-        raise ValueError(
-            "tables of memories (product_key, peer) are trained by one process: their gradients are sparse"
-        )
-    layers = [module for module in model.modules() if isinstance(module, MoE)]
-    if expert_parallel > 1 and not layers:
-        raise ValueError(f"distributed.expert_parallel must be 1 for a model without experts, got {expert_parallel}")
-    for layer in layers:
-        if layer.num_experts % expert_parallel:
-            raise ValueError(
-                f"{layer.name}: num_experts must be a multiple of distributed.expert_parallel={expert_parallel},"
-                f" got {layer.num_experts}"
-            )
-    if expert_parallel > 1 or shard == "fsdp":
-        for name, module in model.named_modules():
-            if skipping(module):
-                raise ValueError(
-                    f"{name}: every rank must run the same layers under expert parallel or FSDP2, and a"
-                    f" {type(module).__name__} may skip one: distributed.expert_parallel=1 and shard='none'"
-                )
-
-
-def skipping(module: nn.Module) -> bool:
-    """Whether a module may leave a layer out of a step."""
-    return isinstance(module, MixtureOfDepths) or (isinstance(module, LayerDrop) and module.p > 0)
+def _average(parameters: list[nn.Parameter], group: dist.ProcessGroup, parts: int) -> None:
+    """Σ over the group of each gradient, divided by ``parts``."""
+    for parameter in parameters:
+        if parameter.grad is None:  # no token came
+            parameter.grad = torch.zeros_like(parameter)
+        own = local(parameter.grad)
+        total = own.contiguous()
+        dist.all_reduce(total, group=group)
+        own.copy_(total / parts)
 
 
 def _shard(model: Transformer, world: World, ignored: set[nn.Parameter]) -> FSDPModule:
@@ -311,11 +309,6 @@ def _shard(model: Transformer, world: World, ignored: set[nn.Parameter]) -> FSDP
     # the trainer asks for hidden states and applies the head in chunks
     register_fsdp_forward_method(model, "hidden_states")
     return root
-
-
-def whole_stack(part: Tensor, *, grid: DeviceMesh) -> Tensor:
-    """This rank's experts [E / E_ranks, …] as a DTensor of all [E, …] that shares their memory."""
-    return DTensor.from_local(part.detach(), grid, [Replicate(), Sharded(0)], run_check=False)
 
 
 def gather_texts(text: str, *, group: dist.ProcessGroup) -> list[str]:

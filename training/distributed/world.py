@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-REPLICATE, EXPERT, RANKS = "replicate", "expert", "ranks"
+from training.distributed.faults import LostRankError
+
+REPLICATE, EXPERT, TENSOR, DATA, RANKS = "replicate", "expert", "tensor", "data", "ranks"
 SECONDS_TO_START = 300.0
 Tell = Callable[[str], list[str]]
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -32,8 +34,10 @@ class Environment:
 class World:
     """All processes of a run.
 
-    grid: the mesh (replicate, expert) = (ranks / expert_parallel, expert_parallel); row-major, so that the ranks that
-    share out one copy of the experts follow each other. line: the same ranks in one dimension.
+    grid: the mesh (replicate, expert), or (replicate, expert, tensor), of sizes (the rest, expert_parallel,
+    tensor_parallel); row-major, so that the ranks that split the heads follow each other. split: the same ranks as
+    (data, tensor), None if no heads are split: the ranks of a row have the same rows of a batch. line: the same ranks
+    in one dimension.
     """
 
     rank: int
@@ -41,6 +45,7 @@ class World:
     device: torch.device
     grid: DeviceMesh
     line: DeviceMesh
+    split: DeviceMesh | None = None
 
 
 def torchrun_environment(variables: Mapping[str, str] = os.environ) -> Environment | None:
@@ -59,12 +64,22 @@ def torchrun_environment(variables: Mapping[str, str] = os.environ) -> Environme
     return Environment(rank, ranks, local_rank, int(variables.get("TORCHELASTIC_RESTART_COUNT", "0")))
 
 
+def launcher(environment: Environment | None, variables: Mapping[str, str] = os.environ) -> list[str]:
+    """The beginning of a command that starts as many processes as this run has, to which ``train …`` is added."""
+    if environment is None:
+        return ["sparse-transformers"]
+    here = int(variables.get("LOCAL_WORLD_SIZE", environment.ranks))
+    nodes = ["--nnodes", str(environment.ranks // here)] * (environment.ranks > here)
+    return ["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "training"]
+
+
 @contextmanager
 def joined(
     environment: Environment,
     *,
     device: str = "auto",
     expert_parallel: int = 1,
+    tensor_parallel: int = 1,
     timeout_s: float = 600.0,
     agree: Callable[[Tell], None] | None = None,
 ) -> Iterator[World]:
@@ -79,7 +94,7 @@ def joined(
     if agree is not None:
         agree(partial(_told, store, environment))
     where = rank_device(device, local_rank=environment.local_rank)
-    check_grid(environment.ranks, expert_parallel)
+    check_grid(environment.ranks, expert_parallel, tensor_parallel)
     if not timeout_s > 0:
         raise ValueError(f"distributed.timeout_s must be positive, got {timeout_s}")
     if where.type == "cuda":
@@ -88,18 +103,29 @@ def joined(
     limit = timedelta(seconds=timeout_s)
     dist.init_process_group(backend, store=store, rank=environment.rank, world_size=environment.ranks, timeout=limit)
     try:
-        yield make_world(where, expert_parallel=expert_parallel)
+        yield make_world(where, expert_parallel=expert_parallel, tensor_parallel=tensor_parallel)
     finally:
         dist.destroy_process_group()
 
 
 def _all_started(environment: Environment, *, limit: timedelta) -> dist.Store:
-    """The launcher's store, once every rank has come to it: processes start seconds apart, exchanges take less."""
+    """The launcher's store, once every rank has come to it: processes start seconds apart, exchanges take less.
+
+    Raises: LostRankError, naming those that have not come within ``limit``.
+    """
     kept, _, _ = next(dist.rendezvous("env://", environment.rank, environment.ranks, timeout=limit))
     # torchrun's store outlives its processes: those of an earlier life left their addresses in it
     store = dist.PrefixStore(f"life-{environment.restarts}", kept)
-    store.set(f"started-{environment.rank}", "")
-    store.wait([f"started-{rank}" for rank in range(environment.ranks)], limit)
+    keys = [f"started-{rank}" for rank in range(environment.ranks)]
+    store.set(keys[environment.rank], "")
+    try:
+        store.wait(keys, limit)
+    except dist.DistStoreError as error:
+        late = ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
+        raise LostRankError(
+            f"rank {environment.rank} stops: rank {late} did not start within {limit.total_seconds():g} s: look at what"
+            f" it said, then start all {environment.ranks} processes again"
+        ) from error
     return store
 
 
@@ -117,20 +143,28 @@ def _told(store: dist.Store, environment: Environment, text: str) -> list[str]:
     return heard
 
 
-def make_world(device: torch.device, *, expert_parallel: int = 1) -> World:
+def make_world(device: torch.device, *, expert_parallel: int = 1, tensor_parallel: int = 1) -> World:
     """The grid of the processes of the default group. Every rank calls it."""
     ranks = dist.get_world_size()
-    check_grid(ranks, expert_parallel)
-    shape = (ranks // expert_parallel, expert_parallel)
-    grid = init_device_mesh(device.type, shape, mesh_dim_names=(REPLICATE, EXPERT))
+    check_grid(ranks, expert_parallel, tensor_parallel)
+    data = ranks // tensor_parallel
+    sizes = {REPLICATE: data // expert_parallel, EXPERT: expert_parallel}
+    split = None
+    if tensor_parallel > 1:
+        sizes[TENSOR] = tensor_parallel
+        split = init_device_mesh(device.type, (data, tensor_parallel), mesh_dim_names=(DATA, TENSOR))
+    grid = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     line = init_device_mesh(device.type, (ranks,), mesh_dim_names=(RANKS,))
-    return World(dist.get_rank(), ranks, device, grid, line)
+    return World(dist.get_rank(), ranks, device, grid, line, split)
 
 
-def check_grid(ranks: int, expert_parallel: int) -> None:
-    """Raises: ValueError unless expert_parallel is a divisor of the ranks."""
-    if expert_parallel < 1 or ranks % expert_parallel:
-        raise ValueError(f"distributed.expert_parallel must divide the {ranks} processes, got {expert_parallel}")
+def check_grid(ranks: int, expert_parallel: int, tensor_parallel: int = 1) -> None:
+    """Raises: ValueError unless tensor_parallel is a divisor of the ranks, and expert_parallel one of the quotient."""
+    if tensor_parallel < 1 or ranks % tensor_parallel:
+        raise ValueError(f"distributed.tensor_parallel must divide the {ranks} processes, got {tensor_parallel}")
+    if expert_parallel < 1 or ranks // tensor_parallel % expert_parallel:
+        split = "" if tensor_parallel == 1 else f" divided by tensor_parallel={tensor_parallel}"
+        raise ValueError(f"distributed.expert_parallel must divide the {ranks} processes{split}, got {expert_parallel}")
 
 
 def rank_device(name: str, *, local_rank: int) -> torch.device:

@@ -1,0 +1,94 @@
+"""What can be split over ranks, and what a run says about its processes: no process is started here."""
+
+import dataclasses
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from training.distributed import Environment, joined, launcher, world
+from training.distributed.faults import LostRankError, how_to_go_on
+from training.distributed.fitting import check_model
+from training.distributed.world import check_grid
+from transformer import AttentionConfig, DenseConfig, LayerConfig, Transformer, TransformerConfig
+from transformer.selection_config import TopKKeysConfig
+
+WHOLE = AttentionConfig(6, 3, 4)
+
+
+def model(attention: AttentionConfig | None, **layer: float) -> Transformer:
+    first = LayerConfig(AttentionConfig(12, 6, 4), DenseConfig(8))
+    layers = (
+        (first, LayerConfig(attention, DenseConfig(8), **layer)) if attention else (LayerConfig(None, DenseConfig(8)),)
+    )
+    return Transformer(TransformerConfig(50, 16, layers))
+
+
+@pytest.mark.parametrize(
+    "change, tensor_parallel, message",
+    [
+        ({}, 2, "layers.1.attention: num_kv_heads must be a multiple of distributed.tensor_parallel=2, got 3"),
+        (
+            {"num_heads": 3},
+            2,
+            "layers.1.attention: num_heads must be a multiple of distributed.tensor_parallel=2, got 3",
+        ),
+        ({"qk_norm": "full"}, 3, "layers.1.attention: qk_norm must be 'none' or 'head' with .*, got full"),
+        ({"head_dropout": 0.1}, 3, "layers.1.attention: head_dropout must be 0 with .*, got 0.1"),
+        ({"drop_connect": 0.1}, 3, "layers.1.attention: drop_connect must be 0 with .*, got 0.1"),
+        ({"selection": TopKKeysConfig(4)}, 3, "layers.1.attention: selection must be none with .*, got TopKKeys"),
+    ],
+)
+def test_heads_that_ranks_cannot_share_out_are_named(change: dict, tensor_parallel: int, message: str) -> None:
+    split = model(dataclasses.replace(WHOLE, **change))
+    check_model(split, expert_parallel=1, tensor_parallel=1, shard="none")
+    with pytest.raises(ValueError, match=message):
+        check_model(split, expert_parallel=1, tensor_parallel=tensor_parallel, shard="none")
+
+
+def test_a_model_needs_attention_and_the_same_layers_on_every_rank() -> None:
+    check_model(model(WHOLE), expert_parallel=1, tensor_parallel=3, shard="none")
+    with pytest.raises(ValueError, match="distributed.tensor_parallel must be 1 for a model without attention, got 2"):
+        check_model(model(None), expert_parallel=1, tensor_parallel=2, shard="none")
+    with pytest.raises(
+        ValueError, match="layers.1.layer_drop: every rank must run the same layers .*LayerDrop may skip"
+    ):
+        check_model(model(WHOLE, layer_drop=0.1), expert_parallel=1, tensor_parallel=3, shard="none")
+
+
+def test_grids_that_do_not_fit() -> None:
+    check_grid(12, 3, 2)
+    with pytest.raises(ValueError, match="distributed.tensor_parallel must divide the 4 processes, got 3"):
+        check_grid(4, 1, 3)
+    with pytest.raises(
+        ValueError, match="expert_parallel must divide the 4 processes divided by tensor_parallel=2, got 4"
+    ):
+        check_grid(4, 4, 2)
+
+
+def test_a_rank_that_does_not_start_is_named_by_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in (address | {"RANK": "0", "WORLD_SIZE": "3"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(world, "SECONDS_TO_START", 0.5)
+    here = Environment(0, 3, 0, restarts=0)
+    with (
+        pytest.raises(
+            LostRankError, match="rank 0 stops: rank 1, 2 did not start within 0.5 s: .*start all 3 processes"
+        ),
+        joined(here, timeout_s=0.1),
+    ):
+        pass
+
+
+def test_the_commands_that_go_on() -> None:
+    assert launcher(None) == ["sparse-transformers"]
+    two = Environment(0, 2, 0, restarts=0)
+    assert " ".join(launcher(two, {})) == "torchrun --nproc-per-node 2 -m training"
+    nodes = launcher(Environment(0, 8, 0, restarts=0), {"LOCAL_WORLD_SIZE": "4"})
+    assert " ".join(nodes) == "torchrun --nnodes 2 --nproc-per-node 4 -m training"
+    kept = Path("run/checkpoints")
+    assert how_to_go_on(kept, ranks=2, variables={}).endswith("start all 2 processes again with --resume")
+    assert "torchrun --max-restarts N goes on" in how_to_go_on(kept, ranks=2, variables={"TORCHELASTIC_RUN_ID": "x"})
