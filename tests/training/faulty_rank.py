@@ -1,21 +1,26 @@
 """The command, with faults of rank 1: FAULT=kill python -m tests.training.faulty_rank train …
 
 kill: it is slow in one step and dies in mid-step in its first life, in mid-checkpoint in its second. stop: it hangs.
-nan: its loss is not a number.
+nan: its loss is not a number. full: its disk has no room for the second checkpoint. behind: it dies while it writes
+that one in the background.
 """
 
+import contextlib
 import dataclasses
 import os
 import signal
 import sys
+import threading
 import time
 
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from training.cli import main
 from training.distributed import Ranks, checkpoint
 
 SLOW, STEP = 3, 8  # the step that takes long, and the one that fails
+SECOND = ".writing-00000010"  # where the second checkpoint is written
 take_rows, run_forward, name_part = Ranks.rows, Ranks.forward, checkpoint.own_file
 steps = 0
 
@@ -38,6 +43,17 @@ def own_file(rank):
     return name_part(rank)
 
 
+@contextlib.contextmanager
+def create_stream(self, path, mode):
+    """Die, or find a full disk, where the tensors of the second checkpoint are written."""
+    second = fault in ("full", "behind") and SECOND in str(path) and "w" in mode
+    if second and fault == "behind":
+        assert threading.current_thread() is not threading.main_thread()
+        os.kill(os.getpid(), signal.SIGKILL)
+    with open("/dev/full", "wb", buffering=0) if second else open(path, mode) as stream:
+        yield stream
+
+
 def forward(self, model, batch, side):
     """A loss that is not a number."""
     output = run_forward(self, model, batch, side)
@@ -48,4 +64,5 @@ if __name__ == "__main__":
     life = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     fault = os.environ["FAULT"] if os.environ["RANK"] == "1" else ""
     Ranks.rows, Ranks.forward, checkpoint.own_file = rows, forward, own_file
+    FileSystem.create_stream = create_stream
     main(sys.argv[1:])

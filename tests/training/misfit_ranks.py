@@ -12,6 +12,7 @@ from pathlib import Path
 
 from training.cli import main
 
+HEADS = ("--expert-parallel", "1", "--tensor-parallel", "2")
 # case: what both ranks add to the command, and rank 1 alone
 CASES: dict[str, tuple[list[str], list[str]]] = {
     "seed": ([], ["--seed", "7"]),
@@ -22,6 +23,11 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "batch": (["--train.batch", "5"], []),
     "experts": (["--model.num-experts", "1", "--model.k", "1"], []),
     "no experts": (["--model.feedforward", "dense"], []),
+    "tensor world": (["--tensor-parallel", "3"], []),
+    "both": (["--tensor-parallel", "2"], []),
+    "heads": ([*HEADS, "--model.kv-heads", "1"], []),
+    "compiled heads": ([*HEADS, "--train.compile"], []),
+    "learned": (["--sparsify.method", "l0"], []),
     "none of it": (["--train.steps", "1"], []),
     "nothing to resume": (["--resume", "--out", "OUT/absent"], []),
     "another model": (["--resume", "--model.dim", "32"], []),

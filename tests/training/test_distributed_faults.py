@@ -15,6 +15,7 @@ from tests.tolerances import close
 from tests.training.faulty_rank import STEP
 from tests.training.models import small_corpus
 from tests.training.spawning import PATIENCE, ROOT, launched
+from training.checkpoint import latest_checkpoint, verify
 from training.config import load_config
 from training.run import train
 from training.trainer import CHECKPOINTS
@@ -56,6 +57,11 @@ MISFITS = {
     "batch": "train.batch must be a multiple of 2 processes times train.accumulation=1, got 5",
     "experts": r".*num_experts must be a multiple of distributed.expert_parallel=2, got 1",
     "no experts": "distributed.expert_parallel must be 1 for a model without experts, got 2",
+    "tensor world": "distributed.tensor_parallel must divide the 2 processes, got 3",
+    "both": "distributed.expert_parallel must divide the 2 processes divided by tensor_parallel=2, got 2",
+    "heads": "layers.0.attention: num_kv_heads must be a multiple of distributed.tensor_parallel=2, got 1",
+    "compiled heads": "train.compile must be false with distributed.tensor_parallel=2",
+    "learned": "sparsify.method must be one of magnitude, .* with several processes, got 'l0'",
     "none of it": "",
     "nothing to resume": "no checkpoint at .*: leave out --resume",
     "another model": ".*is of another shape: ",
@@ -83,12 +89,13 @@ def losses(out: Path) -> torch.Tensor:
     return torch.tensor([line["loss"] for line in lines if "loss" in line])
 
 
-def errors_of_two(config: Path, out: Path, fault: str) -> list[str]:
-    """What each of two ranks, which fail, says on standard error."""
-    command = ["train", str(config), "--out", str(out), "--data.cache", str(out.with_name("cache"))]
+def errors_of_two(config: Path, out: Path, fault: str, *flags: str) -> list[str]:
+    """What each of two ranks, which fail unless they hang or die, says on standard error."""
+    command = ["train", str(config), "--out", str(out), "--data.cache", str(out.with_name("cache")), *flags]
     with launched("tests.training.faulty_rank", 2, *command, "--expert-parallel", "2", FAULT=fault) as running:
-        said = [process.communicate(timeout=PATIENCE)[1] for process in running[: 1 if fault == "stop" else 2]]
-        assert [process.returncode for process in running[: len(said)]] == [1] * len(said), said
+        alive = running[: 1 if fault in ("stop", "behind") else 2]
+        said = [process.communicate(timeout=PATIENCE)[1] for process in alive]
+        assert [process.returncode for process in alive] == [1] * len(said), said
         assert fault != "stop" or running[1].poll() is None
     return [" ".join(line for line in text.splitlines() if line.startswith("error: ")) for text in said]
 
@@ -125,6 +132,40 @@ def test_a_rank_that_hangs_ends_the_run_on_the_others(config: Path, tmp_path: Pa
     config.write_text(config.read_text().replace("timeout_s = 60.0", "timeout_s = 20.0"))
     (zero,) = errors_of_two(config, tmp_path / "run", "stop")
     assert "rank 0 stops: another of the 2 processes died, or was silent for 20 s; checkpoints in" in zero
+
+
+def test_a_full_disk_on_one_rank_is_one_error_on_both_and_the_older_checkpoint_is_whole(
+    config: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    for text in errors_of_two(config, out, "full"):
+        assert text.count("error: ") == 1
+        assert re.search(r"disk full \(\d+ MiB free\) while writing .*step-00000010; free some space; ", text), text
+        assert f"{out / CHECKPOINTS / 'step-00000005'} is intact: resume from it" in text
+    whole_at_step_5(out)
+
+
+def test_a_rank_killed_while_it_writes_behind_training_leaves_the_older_checkpoint_to_go_on_from(
+    config: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    (zero,) = errors_of_two(config, out, "behind", "--distributed.async-checkpoints")
+    assert zero.count("error: ") == 1 and "rank 0 stops: another of the 2 processes died" in zero
+    assert zero.endswith("are whole: start all 2 processes again with --resume")
+    whole_at_step_5(out)
+    alone = load_config(config)
+    data = dataclasses.replace(alone.data, cache=tmp_path / "cache")
+    train(dataclasses.replace(alone, out=out, data=data), resume=True)
+    train(dataclasses.replace(alone, out=tmp_path / "one", data=data))
+    close(losses(out), losses(tmp_path / "one"))
+    assert not list((out / CHECKPOINTS).glob(".writing-*"))
+
+
+def whole_at_step_5(out: Path) -> None:
+    """The latest checkpoint is whole, and the first."""
+    latest = latest_checkpoint(out / CHECKPOINTS)
+    assert latest is not None and latest.name == "step-00000005"
+    verify(latest)
 
 
 def test_what_does_not_fit_is_one_error_on_every_rank(config: Path, tmp_path: Path) -> None:
