@@ -48,8 +48,10 @@ class Fit:
         self.config, self.steps, self.hold = config, steps, hold
         self.lr = config.optim.lr if lr is None else lr
 
-    def __call__(self, model: Transformer, batches: Sequence[Batch]) -> None:
-        """Train in place; the zeros are in the weights at the end."""
+    def __call__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        """Train in place; the zeros are in the weights at the end.
+
+        Raises: ValueError for a model that is no Transformer, unless its zeros are held."""
         optim = self.config.optim
         methods = self._methods(model)
         optimizers = make_optimizers(model, lr=self.lr, weight_decay=optim.weight_decay, betas=optim.betas,
@@ -71,7 +73,9 @@ class Fit:
                 method.after_step(optimizers.main)
         finish_all(methods)
 
-    def _methods(self, model: Transformer) -> list[Sparsifier]:
+    def _methods(self, model: nn.Module) -> list[Sparsifier]:
         if self.hold:
             return [HeldZeros(model)]
+        if not isinstance(model, Transformer):
+            raise ValueError(f"model must be a Transformer for a method of [sparsify], got {type(model).__name__}")
         return make_sparsifiers(self.config.sparsify, model, steps=self.config.train.steps, seed=self.config.seed)

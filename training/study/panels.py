@@ -109,14 +109,14 @@ def _ticks(low: float, high: float, *, most: int) -> list[tuple[float, str]]:
 
 
 def _powers(low: float, high: float) -> list[tuple[float, str]]:
-    """1, 2 and 5 times powers of ten between 10^low and 10^high, with the prefix that suits them."""
-    found = []
-    for power in range(math.floor(low), math.ceil(high) + 1):
-        for digit in (1, 2, 5):
-            value = digit * 10.0**power
-            if low <= math.log10(value) <= high:
-                found.append((math.log10(value), _prefixed(value)))
-    return found
+    """1, 2 and 5 times powers of ten between 10^low and 10^high, or all digits where those are fewer than three."""
+    found: list[float] = []
+    for digits in ((1, 2, 5), range(1, 10)):
+        values = [digit * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for digit in digits]
+        found = [value for value in values if low <= math.log10(value) <= high]
+        if len(found) > 2:
+            break
+    return [(math.log10(value), _prefixed(value)) for value in found]
 
 
 def _prefixed(value: float) -> str:
