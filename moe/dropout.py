@@ -136,11 +136,10 @@ class LayerDrop(nn.Module):
         """Draw whether the layer is skipped this time, for a layer that returns more than one tensor."""
         if not self.training or self.p == 0:
             return False
-        if isinstance(generator, Noise):
-            generator = generator.shared("layer")
+        source: torch.Generator | None = generator.shared("layer") if isinstance(generator, Noise) else generator
         # drawn on the host, which decides whether to launch the layer at all
-        device = "cpu" if generator is None else generator.device
-        return bool(torch.rand((), generator=generator, device=device) < self.p)
+        device = "cpu" if source is None else source.device
+        return bool(torch.rand((), generator=source, device=device) < self.p)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, rescale={self.rescale}"

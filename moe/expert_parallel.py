@@ -16,7 +16,7 @@ the other way round. So the wire carries 2 · Σ_t (other ranks of t) · D numbe
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -184,7 +184,8 @@ class ShardedExperts(nn.Module):
         if self.num_experts % self.ranks:
             raise ValueError(f"num_experts must be a multiple of the {self.ranks} ranks, got {self.num_experts}")
         if self._mesh is None:
-            self._mesh = DeviceMesh.from_group(self.group or dist.group.WORLD, part.device.type)
+            group = cast(dist.ProcessGroup, self.group or dist.group.WORLD)
+            self._mesh = DeviceMesh.from_group(group, part.device.type)
         return DTensor.from_local(part.detach(), self._mesh, [Shard(0)], run_check=False)
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """Weights pruned to an exact count: at once (`sparsify`), or while training (`Sparsifier`)."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -197,7 +197,7 @@ class Sparsifier:
         layouts = spread_layouts(model)
         if layouts and isinstance(saliency, str):
             raise ValueError(f"saliency must be a function where ranks hold a part of the experts, got {saliency!r}")
-        self._weights = as_wholes(prunable_weights(model, weights), layouts)
+        self._weights = cast(dict[str, nn.Parameter], as_wholes(prunable_weights(model, weights), layouts))
         check_values(self._weights)
         self._masks = Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in self._weights.items()})
         self._advance()

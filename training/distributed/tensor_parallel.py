@@ -34,7 +34,8 @@ def split_attention(model: Transformer, mesh: DeviceMesh) -> tuple[list[str], li
     plan["attention.output"] = RowwiseParallel()
     # the three projections share one all-reduce of the gradient of their input
     plan["attention"] = PrepareModuleInput(input_layouts=(Replicate(), None), desired_input_layouts=(Replicate(), None))
-    split, partial = [], []
+    split: list[str] = []
+    partial: list[str] = []
     for prefix, block, attention in attentions(model):
         parallelize_module(block, mesh, plan)
         for name, _ in attention.named_parameters():
