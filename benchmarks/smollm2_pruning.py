@@ -10,6 +10,8 @@ as pydoc holds it. Forward passes run in bfloat16 autocast where that is measure
 seconds: of the whole pruning of a cell; floor_s: two forward passes of the calibration through the blocks, the Gram
 matrices of their inputs and their Cholesky factors, timed in the same process. Records are appended to
 runs/smollm2-pruning.jsonl; ``python -m benchmarks.pruning_page --collect`` makes the page of them.
+--journal FOLDER: each finished block of a calibrated cell is kept there, so that a run that was ended goes on behind
+it; such a cell has no times.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from benchmarks.harness import commit
 from pruning.calibrated import prune_calibrated
 from training.allocator import keep_freed_memory
 from training.precision import Precision, choose_precision
+from training.prune_partial import Partial
 
 CELLS = tuple(
     f"{method},{level}"
@@ -102,23 +105,32 @@ def floor_seconds(model: Any, ids: Tensor, precision: Precision) -> float:
     return time.perf_counter() - start
 
 
-def run(cell: str, dense: Any, calibration: Tensor, evaluation: Tensor, precision: Precision) -> dict[str, Any]:
-    """Prune a copy of the model and evaluate it."""
+def run(
+    cell: str, dense: Any, calibration: Tensor, evaluation: Tensor, precision: Precision, journal: Path | None = None
+) -> dict[str, Any]:
+    """Prune a copy of the model and evaluate it; journal: a folder of finished blocks, of this cell alone."""
     method, allocation, level, *options = cell.split(",")
     model = copy.deepcopy(dense)
     keywords: dict[str, Any] = {"structure": level} if ":" in level else {"sparsity": float(level)}
     start = time.perf_counter()
     with precision.autocast(torch.device("cpu")):
         report = prune_calibrated(
-            model, calibration.split(4), method=method, allocation=allocation, refit="refit" in options, **keywords
-        )
+            model, calibration.split(4), method=method, allocation=allocation, refit="refit" in options,
+            journal=None if journal is None else _journal(journal / cell), **keywords
+        )  # fmt: skip
     seconds = time.perf_counter() - start
     return {
         "method": method, "allocation": allocation, "level": level, "refit": "refit" in options,
-        "sparsity": report.masks.sparsity, "seconds": round(seconds, 2),
+        "sparsity": report.masks.sparsity, "seconds": None if journal else round(seconds, 2),
         "perplexity": perplexity(model, evaluation, precision),
         "by_matrix": {one.name: round(one.zeros / one.total, 4) for one in report.matrices},
     }  # fmt: skip
+
+
+def _journal(folder: Path) -> Partial:
+    partial = Partial(folder)
+    partial.folder.mkdir(parents=True, exist_ok=True)
+    return partial
 
 
 def main() -> None:
@@ -128,6 +140,7 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=CELLS)
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--journal", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
@@ -136,20 +149,20 @@ def main() -> None:
     model, tokenizer = load_model(torch.float32)
     calibration, evaluation = sequences(text, tokenizer, count=options.sequences)
     dense = perplexity(model, evaluation, precision)
-    floor = floor_seconds(model, calibration, precision)
-    print(f"dense {dense:.2f}, floor {floor:.1f} s", flush=True)
+    floor = None if options.journal else round(floor_seconds(model, calibration, precision), 2)
+    print(f"dense {dense:.2f}, floor {floor} s", flush=True)
     RECORDS.parent.mkdir(exist_ok=True)
     for cell in options.cells:
         line = {
             "name": "pruned", "model": "SmolLM2-135M-Instruct", "text": name, "dense_perplexity": dense,
-            "calibration": list(calibration.shape), "evaluation": list(evaluation.shape), "floor_s": round(floor, 2),
+            "calibration": list(calibration.shape), "evaluation": list(evaluation.shape), "floor_s": floor,
             "dtype": str(precision.dtype).removeprefix("torch."), "threads": options.threads,
             "torch": torch.__version__, "commit": commit(),
-            **run(cell, model, calibration, evaluation, precision),
+            **run(cell, model, calibration, evaluation, precision, options.journal),
         }  # fmt: skip
         with RECORDS.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        print(f"{cell}: perplexity {line['perplexity']:.2f}, {line['seconds']:.0f} s", flush=True)
+        print(f"{cell}: perplexity {line['perplexity']:.2f}, {line['seconds']} s", flush=True)
 
 
 if __name__ == "__main__":

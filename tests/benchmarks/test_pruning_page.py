@@ -3,7 +3,8 @@
 import pytest
 
 from benchmarks import pruning_page
-from benchmarks.pruning_page import FIGURE, PAGE, SOURCE, draw, fill, head_curves, named, newest
+from benchmarks.pruning_figures import ZEROS, head_curves, heads_figure, parameter_curves, parameters_figure
+from benchmarks.pruning_page import FIGURES, PAGE, SOURCE, fill, newest
 from benchmarks.readme_tables import read
 
 COMMON = {"text": "prose", "dense_perplexity": 20.0, "calibration": [64, 512], "evaluation": [40, 512], "threads": 2,
@@ -12,7 +13,11 @@ CELL = {**COMMON, "name": "pruned", "method": "sparsegpt", "allocation": "unifor
         "seconds": 60.0, "floor_s": 40.0, "perplexity": 43.0,
         "by_matrix": {"a.0.q_proj.weight": 0.5, "a.1.q_proj.weight": 0.7}}  # fmt: skip
 HEAD = {**COMMON, "name": "heads", "importance": "gradient", "fraction": 0.1, "achieved": 0.1, "parameters": 130e6,
-        "perplexity": 25.0, "whole_s": 0.2, "pruned_s": 0.1, "zeros_perplexity": 21.0}  # fmt: skip
+        "perplexity": 25.0, "whole_s": 0.2, "pruned_s": 0.1, "zeros_perplexity": 21.0,
+        "zeros_sparsity": 0.1}  # fmt: skip
+MORE = {**HEAD, "fraction": 0.2, "parameters": 120e6, "zeros_sparsity": 0.2, "perplexity": 28.0}
+ENCODER = {**COMMON, "name": "encoder", "importance": "chance 0", "fraction": 0.5, "agreement": 0.7, "found": 0.25,
+           "sentences": 512, "docstrings": 500}  # fmt: skip
 LINES = [
     CELL,
     {**CELL, "allocation": "loss", "perplexity": 36.0},
@@ -21,10 +26,16 @@ LINES = [
     {**HEAD, "importance": "chance 0", "perplexity": 30.0},
     {**HEAD, "importance": "chance 1", "perplexity": 40.0},
     {**HEAD, "recovered_steps": 40, "perplexity": 22.0},
+    {**HEAD, "importance": "none", "fraction": 0.0, "recovered_steps": 40, "perplexity": 19.0},
+    MORE,
     {**COMMON, "name": "experts", "way": "whole", "fraction": 0.0, "bits_per_byte": 1.25, "parameters": 6.8e6},
     {**COMMON, "name": "experts", "way": "merged", "fraction": 0.5, "bits_per_byte": 2.0, "parameters": 3.7e6},
-    {**COMMON, "name": "minilm", "importance": "chance 0", "fraction": 0.5, "agreement": 0.7, "parameters": 20e6,
-     "speedup": 1.25, "pairs": 512},
+    {**COMMON, "name": "minilm", "importance": "gradient", "fraction": 0.5, "parameters": 20e6, "speedup": 1.25},
+    {**ENCODER, "importance": "gradient", "file_bytes": 80e6},
+    {**ENCODER, "importance": "none", "fraction": 0.0, "agreement": 1.0, "found": 0.5},
+    ENCODER,
+    {**ENCODER, "importance": "chance 1", "agreement": 0.6},
+    {**ENCODER, "recovered_steps": 40, "agreement": 0.9, "found": 0.375},
     *({**COMMON, "name": name, "conditions": {"shape": "8x8", "sparsity": 0.5, "batch": 1}, "ratios": {"dense": ratio},
        "command": "bench"} for name, ratio in (("sparse_csr", 1.5), ("sparse_block", 0.5))),
 ]  # fmt: skip
@@ -36,18 +47,31 @@ def test_cells_hold_the_records_figures():
     assert "| SparseGPT, allocation by loss | 36.0 (1.80 ×) |  |" in text
     assert "| q_proj | 60% (50% to 70%) |" in text and "| SparseGPT | 60 s | 40 s | 1.50 |" in text
     assert "| chance | 35.0 |" in text and "| 10% | 10.0% | 130.0 M | 200 ms | 100 ms | 2.00 |" in text
-    assert "| gradient | 10% | 40 | 22.0 |" in text
+    assert "| gradient | 10% | 25.0 | 22.0 |" in text and "40 steps of 4 x 512 tokens" in text
+    assert "| whole model | 0% | 20.0 | 19.0 |" in text
     assert "| merged | 2.000 |" in text and "whole: 1.250 with 6.8 M parameters, then 3.7 M." in text
-    assert "| chance | 0.700 |" in text and "20.0 M and 1.25 times as fast" in text
+    assert "| chance | 0.650 | 0.900 |" in text and "2 seeds of chance" in text
+    assert "| chance | 0.250 | 0.375 |" in text and "the whole encoder finds 0.500" in text
+    assert "| 50% | 20.0 M | 80.0 MB | 1.25 |" in text
     assert "| csr, 50% | 1.50 |" in text and "| block, 50% | 0.50 |" in text
     assert fill(text, LINES) == text
 
 
 def test_curves_leave_recovery_out_and_the_newest_record_wins():
     curves = head_curves(LINES)
-    assert curves["gradient"] == {0.1: 25.0} and curves["as many single weights, SparseGPT"][0.1] == 21.0
+    assert curves["gradient"] == {0.1: 25.0, 0.2: 28.0} and curves[ZEROS][0.1] == 21.0 and curves["chance"][0.1] == 35.0
     assert newest([CELL, {**CELL, "perplexity": 1.0}]) == [{**CELL, "perplexity": 1.0}]
-    assert draw(LINES).count("<polyline") == len(curves)
+    assert heads_figure(LINES).count("<polyline") == len(curves)
+
+
+def test_heads_and_single_weights_meet_at_equal_parameters():
+    # 130 and 120 million are left at 10 and 20% of the weights: 140 million were there
+    curves = parameter_curves(LINES)
+    assert curves["heads, by gradient"] == {0.0714: 25.0, 0.1429: 28.0}
+    assert curves["single weights, SparseGPT"].keys() == curves["heads, by gradient"].keys()
+    assert parameters_figure(LINES).count("<polyline") == 3
+    with pytest.raises(ValueError, match="records must hold zeros at 2 fractions or more, got 1"):
+        parameter_curves([HEAD])
 
 
 def test_a_marker_without_a_table_is_refused():
@@ -58,5 +82,5 @@ def test_a_marker_without_a_table_is_refused():
 def test_the_committed_page_is_that_of_the_records():
     lines = read(SOURCE)
     assert fill(PAGE.read_text(), lines) == PAGE.read_text(), "run python -m benchmarks.pruning_page"
-    if named(lines, "heads"):
-        assert FIGURE.read_text() == draw(lines), "run python -m benchmarks.pruning_page"
+    for path, figure in FIGURES.items():
+        assert path.read_text() == figure(lines), "run python -m benchmarks.pruning_page"
