@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ CASES = {"runs": runs, "saves": saves, "resumes": resumes, "prunes": prunes, "co
 def main() -> None:
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
+    warnings.simplefilter("error", FutureWarning)  # what torch is about to change would end a run
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
     for case in sys.argv[4:]:
         CASES[case](rank, world, folder)
