@@ -91,8 +91,9 @@ def losses(out: Path) -> torch.Tensor:
 
 def errors_of_two(config: Path, out: Path, fault: str, *flags: str) -> list[str]:
     """What each of two ranks, which fail unless they hang or die, says on standard error."""
-    command = ["train", str(config), "--out", str(out), "--data.cache", str(out.with_name("cache")), *flags]
-    with launched("tests.training.faulty_rank", 2, *command, "--expert-parallel", "2", FAULT=fault) as running:
+    command = ["train", str(config), "--out", str(out), "--data.cache", str(out.with_name("cache"))]
+    command += flags or ["--expert-parallel", "2"]
+    with launched("tests.training.faulty_rank", 2, *command, FAULT=fault) as running:
         alive = running[: 1 if fault in ("stop", "behind") else 2]
         said = [process.communicate(timeout=PATIENCE)[1] for process in alive]
         assert [process.returncode for process in alive] == [1] * len(said), said
@@ -138,7 +139,7 @@ def test_a_full_disk_on_one_rank_is_one_error_on_both_and_the_older_checkpoint_i
     config: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    for text in errors_of_two(config, out, "full"):
+    for text in errors_of_two(config, out, "full", "--tensor-parallel", "2"):
         assert text.count("error: ") == 1
         assert re.search(r"disk full \(\d+ MiB free\) while writing .*step-00000010; free some space; ", text), text
         assert f"{out / CHECKPOINTS / 'step-00000005'} is intact: resume from it" in text
@@ -149,7 +150,8 @@ def test_a_rank_killed_while_it_writes_behind_training_leaves_the_older_checkpoi
     config: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    (zero,) = errors_of_two(config, out, "behind", "--distributed.async-checkpoints")
+    flags = "--shard", "fsdp", "--expert-parallel", "2", "--distributed.async-checkpoints"
+    (zero,) = errors_of_two(config, out, "behind", *flags)
     assert zero.count("error: ") == 1 and "rank 0 stops: another of the 2 processes died" in zero
     assert zero.endswith("are whole: start all 2 processes again with --resume")
     whole_at_step_5(out)
