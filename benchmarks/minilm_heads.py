@@ -178,7 +178,7 @@ def write(common: Mapping[str, Any], **line: Any) -> None:
 
 def qualities(dense: Any, tokenizer: Any, scored: Mapping[str, Mapping[str, Tensor]], text: str,
               common: Mapping[str, Any], options: argparse.Namespace) -> None:  # fmt: skip
-    """Every importance at every fraction, before and after recovery."""
+    """At every fraction every importance, before and after recovery."""
     taught, asked = library(Path(sysconfig.get_paths()["stdlib"]))
     asked, count = asked[:: max(1, len(asked) // SENTENCES)][:SENTENCES], options.steps * BATCH
     lessons = encoded(tokenizer, taught[:: max(1, len(taught) // count)][:count])
@@ -188,8 +188,8 @@ def qualities(dense: Any, tokenizer: Any, scored: Mapping[str, Mapping[str, Tens
     target = tests.similarities(dense)
     sizes = {"sentences": SENTENCES, "docstrings": len(asked), "lessons": sum(len(one) for one in wanted)}
     write(common, importance="none", fraction=0.0, **sizes, **tests.measure(dense, target))
-    for importance, scores in scored.items():
-        for fraction in options.fractions:
+    for fraction in options.fractions:
+        for importance, scores in scored.items():
             model = copy.deepcopy(dense)
             report = prune_heads(model, scores, fraction=fraction)
             line = {"importance": importance, "fraction": fraction, "achieved": report.achieved, **sizes,
