@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pruning.agreement import averaged, follow_first
 from pruning.allocation import Allocation, uniform
 from pruning.batches import Batch, Loss, Progress
 from pruning.calibrated.prune import prune_calibrated
@@ -53,7 +54,7 @@ def sparsify(
     "snip" abs(w·g) in rounds; "grasp" w·(Hg); "obd" w²·H_ii/2 with the Fisher diagonal (empirical with a loss);
     "woodfisher" w²/(2[H⁻¹]_ii), survivors updated. Over `calibration` alone: "correlation"; "wanda", "sparsegpt",
     "admm", "obs", "exact_obs" and "descent" as in `prune_calibrated`, which has their options: layer by layer on what
-    the pruned layers before put out, all but wanda with new values for the survivors. Formulas are in `pruning.saliency`.
+    the pruned layers before put out, all but wanda with new values for the survivors. Formulas: `pruning.saliency`.
     allocation: "uniform" takes ⌊sparsity·n⌋ of every matrix (each expert is one), "global" ⌊sparsity·N⌋ of all
     together in one ranking, "erk", "lamp"; "owl" and "sensitivity" look at `calibration`; "loss", of methods that go
     layer by layer, at the dense model's loss over it (`pruning.calibrated.fisher_factors`); or a function of
@@ -163,8 +164,10 @@ class Sparsifier:
     ...     optimizer.step()
     ...     sparsifier.after_step(optimizer)
 
-    Under FSDP2 build it after `fully_shard`, and after `moe.shard_experts`: masks are chosen as one process would and
-    sharded as the weights are. A saliency given by name needs all experts on every rank.
+    Under DDP the scores of a saliency given by name are averaged over the ranks, each with its own calibration, and all
+    take rank 0's masks; a function must give every rank the same. Under FSDP2 build it after `fully_shard`, and after
+    `moe.shard_experts`: masks are chosen as one process would and sharded as the weights are. A saliency given by name
+    needs all experts on every rank.
     A sparsity that the schedule asks at step 0 is applied at once. Raises: ValueError if the schedule leaves [0, 1),
     for unknown names, and for choices that do not go together."""
 
@@ -192,6 +195,8 @@ class Sparsifier:
         if CRITERIA[method].data:
             needs(f"saliency={method!r}", self.calibration)
         self.structure = named_structure(structure) if isinstance(structure, str) else structure
+        # whether replicas would choose apart: each from its own calibration, or by its own generator
+        self._apart = CRITERIA[method].data or method == "random" or self.calibration is not None
         self.step, self.sparsity = 0, 0.0
         check_unquantised(model)
         layouts = spread_layouts(model)
@@ -218,10 +223,14 @@ class Sparsifier:
         if asked > self.sparsity:
             rule = make_allocation(self.allocation, self.model, self._weights, self.calibration, self.loss)
             found = self._score(asked, rule)
-            scores = {name: score.masked_fill(~self._masks.kept[name], -torch.inf)
-                      for name, score in found.scores.items()}  # fmt: skip
+            scores = averaged(found.scores) if self._apart else found.scores
+            scores = {name: score.masked_fill(~self._masks.kept[name], -torch.inf) for name, score in scores.items()}
             self._masks = select_masks(scores, sparsity=asked, allocation=rule, structure=self.structure)
+            if self._apart:
+                follow_first(self._masks.kept.values())
             _finish(self.model, self._masks, found)
+            if self._apart and found.repair is not None:
+                follow_first(self._weights.values())
             self.sparsity = asked
 
     def _score(self, sparsity: float, allocation: Allocation) -> Scored:
