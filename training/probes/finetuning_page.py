@@ -8,7 +8,7 @@ from training.probes.chart import Dots, dots_svg, mean_points
 from training.probes.finetuning import DENSE, Options, sparse_tasks
 from training.probes.page import Findings
 from training.probes.spec import Probe
-from training.probes.summary import Result, arm_row, mean_spread, result_of, table, versus
+from training.probes.summary import Result, arm_row, expectations, mean_spread, outcome, result_of, table, versus
 from training.records import Line
 from training.study.panels import Panel, Point, panels_svg
 from training.study.summary import compare_values
@@ -32,7 +32,7 @@ def findings(probe: Probe, lines: list[Line]) -> Findings:
     }
     said = [sentence for name, arms in groups.items() for sentence in _verdict(name, arms, between[name])]
     return Findings(
-        verdict=tuple(said),
+        verdict=(*said, expectations(_checks(groups))),
         tables={
             "Held-out bits a byte": _losses(dense, groups),
             "Trace of the Fisher over training": _traces(dense, groups),
@@ -69,15 +69,40 @@ def _verdict(name: str, arms: Arms, between: Mapping[int, Line]) -> list[str]:
     ]
 
 
+def _checks(groups: Mapping[str, Arms]) -> dict[str, bool]:
+    checks: dict[str, bool] = {}
+    for name, arms in groups.items():
+        scratch = arms["scratch"]
+        checks[f"fine-tuning ahead at {name}"] = outcome(arms["finetune"].bits, scratch.bits) == "better"
+        checks[f"no rise on the way from the sparse initialisation to the fine-tuned solution at {name}"] = all(
+            falls(path) for path in path_of(arms["finetune"]).values()
+        )
+        checks[f"a higher peak of the Fisher trace from the start at {name}"] = (
+            outcome(peak(scratch), peak(arms["finetune"])) == "worse"
+        )
+        checks[f"low Fisher first ahead of plain training from the start, and of its control, at {name}"] = all(
+            outcome(arms["curriculum"].bits, other.bits) == "better" for other in (scratch, arms["shuffled"])
+        )
+        checks[f"a Fisher penalty ahead of plain training from the start at {name}"] = any(
+            outcome(result.bits, scratch.bits) == "better" for arm, result in arms.items() if arm.startswith("penalty")
+        )
+    return checks
+
+
+def falls(path: Line) -> bool:
+    """Whether the loss never rises on the way."""
+    return all(after <= before for before, after in zip(path["losses"], path["losses"][1:], strict=False))
+
+
 def _path_sentence(tuned: Result, scratch: Result, between: Mapping[int, Line]) -> str:
     parts = []
     for words, paths in (
         ("from the sparse initialisation straight to the fine-tuned solution", path_of(tuned)),
         ("to the solution trained from it", path_of(scratch)),
     ):
-        falls = sum(all(b <= a for a, b in zip(p["losses"], p["losses"][1:], strict=False)) for p in paths.values())
+        monotone = sum(falls(path) for path in paths.values())
         barriers = [barrier(path) for path in paths.values()]
-        parts.append(f"{words} the loss never rises in {falls} of {len(paths)} seeds (barrier "
+        parts.append(f"{words} the loss never rises in {monotone} of {len(paths)} seeds (barrier "
                      f"{mean_spread(barriers, '.3f')} nats)")  # fmt: skip
     met = [barrier(line["path"]) for line in between.values()]
     return f"{'; '.join(parts)}; between the two solutions the barrier is {mean_spread(met, '.3f')} nats."

@@ -1,7 +1,7 @@
 """From a probe's records to means, spreads and comparisons."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from training.probes.spec import Cell, Probe, Task, cell_key
@@ -57,6 +57,18 @@ def versus(one: str, two: str, found: Comparison | None, *, unit: str = "bits a 
         figures = f"{found.difference:+.4f}, spread {found.margin:.4f}"
         return f"no difference between {one} and {two} beyond the seeds' spread ({figures})"
     return f"{one} {found.outcome} than {two} by {abs(found.difference):.4f} {unit} (spread {found.margin:.4f})"
+
+
+def expectations(checks: Mapping[str, bool]) -> str:
+    """One sentence: which of the expectations the records bear out by the page's rule, and which they do not."""
+    held, failed = ([words for words, found in checks.items() if found == wanted] for wanted in (True, False))
+    return f"**Expectations.** Borne out: {'; '.join(held) or 'none'}. Not borne out: {'; '.join(failed) or 'none'}."
+
+
+def outcome(one: Mapping[int, float], two: Mapping[int, float]) -> str:
+    """'better' (lower), 'worse' or 'undecided', as :func:`compare_values` has it; 'undecided' with too few seeds."""
+    found = compare_values(one, two)
+    return "undecided" if found is None else found.outcome
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

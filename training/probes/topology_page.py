@@ -8,7 +8,7 @@ from training.config import from_dict
 from training.probes.chart import Dots, dots_svg, mean_points
 from training.probes.page import Findings
 from training.probes.spec import Probe
-from training.probes.summary import Result, arm_row, mean_spread, result_of, table, versus
+from training.probes.summary import Result, arm_row, expectations, mean_spread, outcome, result_of, table, versus
 from training.probes.topology import (
     DENSE,
     RATIO_LABELS,
@@ -38,7 +38,7 @@ def findings(probe: Probe, lines: list[Line]) -> Findings:
     said = [sentence for name, arms in groups.items() for sentence in _verdict(name, arms)]
     said += [_ranking_sentence(result, probe.steps) for result in followed]
     return Findings(
-        verdict=tuple(said),
+        verdict=(*said, expectations(_checks(groups, followed, probe.steps))),
         tables={
             "Held-out bits a byte": _losses(dense, groups),
             "Share of the weights that each matrix keeps": _densities(groups),
@@ -87,6 +87,28 @@ def _which(arms: Arms) -> str:
         f"bits a byte; averaged over the places, the ratios differ by {width:.4f} ({_low(RATIO_LABELS[best])} lowest, "
         f"{_low(RATIO_LABELS[worst])} highest): the larger of the two is that of {larger}."
     )
+
+
+def _checks(groups: Mapping[str, Arms], followed: list[Result], steps: int) -> dict[str, bool]:
+    checks: dict[str, bool] = {}
+    for name, arms in groups.items():
+        chance, largest = arms["global random"].bits, arms["global magnitude"].bits
+        checks[f"random places at magnitude's ratios no worse than its own places at {name}"] = (
+            bool(chance) and outcome(chance, largest) != "worse"
+        )
+        checks[f"ERK ahead of uniform, random places, at {name}"] = (
+            outcome(arms["erk random"].bits, arms["uniform random"].bits) == "better"
+        )
+    for result in followed:
+        stable = {kind: statistics.fmean(r.stable_from(kind) for r in _rankings(result)) for kind in _kinds(result)}
+        if stable:
+            where = f"under a {result.task.label}"
+            checks[f"rankings stable before half of the training {where}"] = max(stable.values()) <= steps / 2
+            others = [step for kind, step in stable.items() if kind != "attention"]
+            checks[f"attention stable first {where}"] = stable["attention"] < min(others)
+            others = [step for kind, step in stable.items() if kind != "expert"]
+            checks[f"experts stable last {where}"] = stable["expert"] > max(others)
+    return checks
 
 
 def _low(label: str) -> str:

@@ -7,7 +7,7 @@ from training.config import from_dict
 from training.probes.chart import Dots, dots_svg
 from training.probes.page import Findings
 from training.probes.spec import Probe
-from training.probes.summary import Result, arm_row, mean_spread, result_of, table, versus
+from training.probes.summary import Result, arm_row, expectations, mean_spread, outcome, result_of, table, versus
 from training.probes.transfer import DENSE, TARGETS, Options, sparse_tasks, target_of
 from training.records import Line
 from training.study.summary import compare_values
@@ -25,7 +25,10 @@ def findings(probe: Probe, lines: list[Line]) -> Findings:
             groups.setdefault((target_of(task), sparsity), {})[task.arm] = result_of(probe, lines, task)
     ordered = {key: groups[key] for target in TARGETS for key in groups if key[0] == target}
     return Findings(
-        verdict=tuple(_verdict(target, sparsity, arms) for (target, sparsity), arms in ordered.items()),
+        verdict=(
+            *(_verdict(target, sparsity, arms) for (target, sparsity), arms in ordered.items()),
+            expectations(_checks(ordered)),
+        ),
         tables={
             f"{TARGETS[target]}, {sparsity:.0%} sparse": _table(dense[target], arms)
             for (target, sparsity), arms in ordered.items()
@@ -49,6 +52,21 @@ def _verdict(target: str, sparsity: float, arms: Arms) -> str:
     parts.append(versus(f"{first}", "the same shuffled inside its matrices",
                         compare_values(arms[moved[0]].bits, arms["shuffled"].bits)))  # fmt: skip
     return f"**{TARGETS[target]}, {sparsity:.0%} sparse.** {_sentence('; '.join(part for part in parts if part))}."
+
+
+def _checks(ordered: Mapping[tuple[str, float], Arms]) -> dict[str, bool]:
+    checks: dict[str, bool] = {}
+    for (target, sparsity), arms in ordered.items():
+        where = f"{_low(TARGETS[target])} at {sparsity:.0%}"
+        for arm in (arm for arm in arms if arm not in ("own", "erk", "shuffled")):
+            what = "a mask handed on" if arm == "transferred" else f"a mask {_low(arms[arm].task.label)}"
+            checks[f"{what} ahead of chance, {where}"] = outcome(arms[arm].bits, arms["erk"].bits) == "better"
+            checks[f"and no worse than its own, {where}"] = outcome(arms[arm].bits, arms["own"].bits) != "worse"
+        first = next(arm for arm in arms if arm not in ("own", "erk"))
+        checks[f"no better than the same mask shuffled, {where}"] = (
+            outcome(arms[first].bits, arms["shuffled"].bits) != "better"
+        )
+    return checks
 
 
 def kept(moved: Mapping[int, float], own: Mapping[int, float], chance: Mapping[int, float], label: str) -> str:

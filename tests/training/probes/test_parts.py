@@ -12,7 +12,7 @@ from training.probes.chart import Dots, dots_svg, mean_points
 from training.probes.curriculum import Admitted, Penalised
 from training.probes.finetuning_page import barrier, closed
 from training.probes.lab import Held, fit, fresh, make_trainer
-from training.probes.summary import mean_spread, versus
+from training.probes.summary import expectations, mean_spread, outcome, versus
 from training.study.panels import Point
 from training.study.summary import compare_values
 
@@ -100,6 +100,9 @@ def test_comparisons_follow_the_stated_rule():
     assert versus("a", "b", found) == "a better than b by 0.1000 bits a byte (spread 0.0200)"
     assert "no difference between a and b" in versus("a", "b", compare_values(one, {0: 1.1, 1: 0.9}))
     assert mean_spread([1.0, 2.0], ".1f") == "1.5 ± 0.7" and mean_spread([]) == "no result"
+    assert outcome(one, two) == "better" and outcome(one, {0: 1.0}) == "undecided"
+    said = expectations({"a": True, "b": False, "c": True})
+    assert said == "**Expectations.** Borne out: a; c. Not borne out: b."
     assert closed({0: 1.5}, {0: 1.0}, {0: 2.0}) == pytest.approx(0.5)
 
 
