@@ -44,6 +44,7 @@ def test_bytes_and_memory_by_hand():
     sharded = predict(COUNTS, cluster, Mesh(1, "fsdp"), tokens=400, micro_batches=2, checkpointing=True, half=False)
     assert sharded.memory == {
         "weights, gradients, moments": 16 * 7000 / 4, "gathered weights": 8 * (400 + 6000),
+        "gathered gradients": 8 * (400 + 6000),
         "activations": 50 * (4 * 25 + 4 * 42),
         "logits": 8 * 50 * 50}  # fmt: skip
     assert sharded.sent["gradients"] == 4 * 7000 * 0.75 and sharded.sent["weights"] == 2 * 4 * (2 * 7000 - 200) * 0.75

@@ -2,7 +2,8 @@
 
 Weights, gradients and both moments of AdamW are float32, as the trainer keeps them: 16 bytes a weight. A replicated
 weight costs them on every rank, and 4 more in the buckets in which DistributedDataParallel reduces its gradient; under
-FSDP2 1/N of them, and the gathered weights of two blocks (one in use, one on its way) besides. Experts cost 16 bytes
+FSDP2 1/N of them, and besides the gathered weights of two blocks (one in use, one on its way) and the gradient of one,
+twice. Experts cost 16 bytes
 over the ranks of their group. The head makes at most 2²² logits at once, held twice in float32. Time of a step is
 
     compute + all-to-all + max(0, gradients − overlap · backward) + optimiser,
@@ -154,6 +155,8 @@ def _memory(
     if mesh.shard == "fsdp":
         inside = max((mixture.parameters for mixture in counts.mixtures), default=0) if mesh.expert == 1 else 0
         memory["gathered weights"] = 2 * 4.0 * (counts.largest + inside)
+        # the whole gradient of a block, and the buffer into which it is copied to be reduced
+        memory["gathered gradients"] = 2 * 4.0 * (counts.largest + inside)
     kept = counts.boundary if checkpointing else counts.activations
     extra = counts.block if checkpointing else (0.0, 0.0)
     memory["activations"] = tokens * (size * (kept[0] + extra[0]) + 4 * (kept[1] + extra[1]))
