@@ -1,0 +1,274 @@
+"""The tables and figures of "Many processes, measured", made from records and never typed.
+
+``python -m benchmarks.many_processes_page`` fills the page from the committed records of benchmarks/equal_losses,
+sparse_gradients, slow_networks, bench_expert_parallel and plan_check.
+"""
+
+import itertools
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.plan_tables import plan_bytes, plan_memory, plan_time
+from benchmarks.process_figures import line_figure
+from benchmarks.process_records import EQUAL, GRADIENTS, NETWORKS, PLANS, SPEED, newest
+from benchmarks.readme_tables import ROOT, Line, read, table
+from benchmarks.sparse_gradients import ARMS, RATES
+
+PAGE = ROOT / "docs" / "guides" / "many-processes-measured.md"
+FIGURES = {"losses": PAGE.with_name("equal-losses.svg"), "networks": PAGE.with_name("slow-networks.svg")}
+REFERENCE = "1 process"
+OPTIMIZERS = {"sgd": "momentum SGD", "adamw": "AdamW"}
+WITHIN = 0.01
+
+
+def made(lines: list[Line]) -> str:
+    """The sentence under a table: where its records were made."""
+    torches = ", ".join(sorted({line["torch"] for line in lines}))
+    cores = ", ".join(sorted({str(line["cores"]) for line in lines}))
+    commits = list(dict.fromkeys(f"`{line['commit']}`" for line in lines))
+    named = " to ".join((commits[0], commits[-1])) if len(commits) > 1 else commits[0]
+    loads = [line["load"] for line in lines]
+    return f"Torch {torches}, {cores} cores, commit {named}; load of the machine {min(loads):.1f} to {max(loads):.1f}."
+
+
+def equal(lines: list[Line]) -> str:
+    """Final losses of the layouts, and their largest difference from one process."""
+    found = {line["layout"]: line for line in newest(lines, "layout")}
+    base = found[REFERENCE]
+    cells = []
+    for name, line in found.items():
+        gaps = [abs(a - b) for a, b in zip(line["losses"], base["losses"], strict=True)]
+        step = line["loads_differ_from"]
+        cells.append(
+            [
+                name,
+                f"{line['losses'][-1]:.6f}",
+                f"{line['losses'][-1] / base['losses'][-1] - 1:+.1e}",
+                f"{max(gaps):.1e}",
+                f"{line['held_out']:.6f}",
+                "never" if step is None else f"step {step}",
+            ]
+        )
+    head = ["", "loss of the last step", "against 1 process", "largest gap of any step", "held-out loss",
+            "other experts chosen from"]  # fmt: skip
+    return f"{table(head, cells)}\n\n{base['steps']} steps. {made(list(found.values()))}"
+
+
+def arms(lines: list[Line], optimizer: str) -> dict[str, list[Line]]:
+    """The records of each arm at its best rate, by seed, in the study's order; only arms whose sweep is whole."""
+    mine = newest([line for line in lines if line["optimizer"] == optimizer], "arm", "lr", "seed", "steps")
+    found = {}
+    for arm in dict.fromkeys(arm.name for arm in ARMS):
+        several = [line for line in mine if line["arm"] == arm and line["lr"] in RATES[optimizer]]
+        swept = [line for line in several if line["seed"] == 0]
+        finite = [line for line in swept if line["loss"] is not None]
+        if {line["lr"] for line in swept} == set(RATES[optimizer]) and finite:
+            rate = min(finite, key=lambda line: line["loss"])["lr"]
+            found[arm] = [line for line in several if line["lr"] == rate and line["loss"] is not None]
+    return found
+
+
+def edge(optimizer: str, rate: float) -> str:
+    """A mark where the best rate is the sweep's lowest or highest."""
+    return "*" if rate in (min(RATES[optimizer]), max(RATES[optimizer])) else ""
+
+
+def gradients(lines: list[Line]) -> str:
+    """Held-out loss of each arm at its best rate, against the dense one of its optimiser, and bytes."""
+    cells = []
+    for optimizer, label in OPTIMIZERS.items():
+        found = arms(lines, optimizer)
+        base = [line["loss"] for line in found["dense"]]
+        for arm, several in found.items():
+            losses = [line["loss"] for line in several]
+            one, rate = several[0], several[0]["lr"]
+            mean = statistics.fmean(losses)
+            spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+            sent = one["sent_bytes"] / one["steps"]
+            cells.append(
+                [
+                    f"{label}, {arm}",
+                    f"{rate:g}{edge(optimizer, rate)}",
+                    f"{mean:.4f}{spread} ({len(losses)})",
+                    f"{mean / statistics.fmean(base) - 1:+.2%}",
+                    f"{sent / 1e3:,.1f}",
+                    f"{one['sent_bytes'] / one['dense_bytes']:.2%}",
+                ]
+            )
+    head = ["", "learning rate", "held-out nats a token (seeds)", "against dense", "kB a step and rank", "of dense"]
+    one = lines[0]
+    facts = f"{one['parameters']:,} parameters, {one['steps']} steps, {one['ranks']} processes."
+    return f"{table(head, cells)}\n\n\\* the lowest or highest rate tried. {facts} {made(lines)}"
+
+
+def verdict(lines: list[Line]) -> str:
+    """Whether what was asked for held: top-k and DGC at 1% within 1% of dense, and error feedback of use."""
+    told = []
+    for optimizer, label in OPTIMIZERS.items():
+        found = {arm: [line["loss"] for line in several] for arm, several in arms(lines, optimizer).items()}
+        base = statistics.fmean(found["dense"])
+        for arm in ("top-k 1%", "top-k 1%, warm-up", "DGC 1%"):
+            if arm in found:
+                gap = statistics.fmean(found[arm]) / base - 1
+                held = "held" if gap <= WITHIN else "did not hold"
+                told.append(f"- {arm} within {WITHIN:.0%} of the dense run under {label}: **{held}** ({gap:+.2%}).")
+        bare, remembered = found.get("top-k 1%, no error feedback"), found.get("top-k 1%")
+        if bare and remembered:
+            worse = statistics.fmean(bare) / statistics.fmean(remembered) - 1
+            held = "held" if min(bare) > max(remembered) else "did not hold"
+            told.append(
+                f"- Error feedback off is worse in every seed under {label}: **{held}** ({worse:+.2%} in the mean)."
+            )
+    return "\n".join(told)
+
+
+def bandwidths(lines: list[Line]) -> dict[str, dict[float | None, Line]]:
+    """The newest record of each contender at each limit."""
+    found: dict[str, dict[float | None, Line]] = {}
+    for line in newest(lines, "contender", "mbit"):
+        found.setdefault(line["contender"], {})[line["mbit"]] = line
+    return found
+
+
+def break_even(dense: dict[float | None, Line], sparse: dict[float | None, Line]) -> float | None:
+    """The Mbit/s at which both take as long, between measured limits linearly in 1/bandwidth, as sending takes; None
+    where there is no such bandwidth among those measured."""
+    places = sorted((0.0 if mbit is None else 1 / mbit, mbit) for mbit in dense if mbit in sparse)
+    gaps = [(at, dense[mbit]["median_s"] - sparse[mbit]["median_s"]) for at, mbit in places]
+    for (low, before), (high, after) in itertools.pairwise(gaps):
+        if before < 0 <= after:
+            return 1 / (low + (high - low) * -before / (after - before))
+    return None
+
+
+def networks(lines: list[Line]) -> str:
+    """Milliseconds of a step at each bandwidth."""
+    found = bandwidths(lines)
+    limits = sorted({mbit for one in found.values() for mbit in one if mbit is not None})
+    cells = []
+    for name, one in found.items():
+        times = [f"{1e3 * one[mbit]['median_s']:,.0f}" if mbit in one else "" for mbit in [*limits, None]]
+        even = None if name in ("alone", "dense") else break_even(found["dense"], one)
+        faster = "" if name in ("alone", "dense") else ("none measured" if even is None else f"{even:,.0f}")
+        label = "no exchange" if name == "alone" else name
+        cells.append([label, *times, faster])
+    head = ["ms a step at Mbit/s", *(f"{mbit:,}" for mbit in limits), "no limit", "faster than dense below, Mbit/s"]
+    first = found["dense"][None]
+    facts = f"{first['parameters']:,} parameters, {first['tokens']} tokens a process and step, 1 thread each."
+    return f"{table(head, cells)}\n\n{facts} {made(lines)}"
+
+
+def wire(lines: list[Line]) -> str:
+    """What the interface counted against what the hook says."""
+    cells = []
+    for name, one in bandwidths(lines).items():
+        if name != "alone":
+            line = one[max((mbit for mbit in one if mbit is not None), default=None)]
+            over = line["wire_bytes"] / line["payload"] - 1
+            cells.append([name, f"{line['payload']:,}", f"{line['wire_bytes']:,.0f}", f"{over:+.2%}"])
+    return table(["bytes a step and rank", "counted", "on the wire", "headers and acknowledgements"], cells)
+
+
+def draw_networks(lines: list[Line]) -> str:
+    """Seconds of a step over bandwidth."""
+    found = bandwidths(lines)
+    points = {
+        "no exchange" if name == "alone" else name: [
+            (float(mbit), one[mbit]["median_s"]) for mbit in sorted(mbit for mbit in one if mbit is not None)
+        ]
+        for name, one in found.items()
+    }
+    return line_figure(points, title="seconds of a training step", across="Mbit/s between two processes", log_x=True)
+
+
+def draw_losses(lines: list[Line]) -> str:
+    """The gap between the losses of each layout and of one process, step by step."""
+    found = {line["layout"]: line for line in newest(lines, "layout")}
+    base = found.pop(REFERENCE)["losses"]
+    points = {
+        name: [(step, max(abs(a - b), 1e-8)) for step, (a, b) in enumerate(zip(line["losses"], base, strict=True), 1)]
+        for name, line in found.items()
+    }
+    return line_figure(points, title="gap to the loss of one process, nats", across="step", dots=False)
+
+
+def layer(lines: list[Line]) -> str:
+    """The share of a layer that is neither router nor experts."""
+    rows = newest([line for line in lines if line["name"] == "layer"], "tokens", "dim", "hidden", "experts", "k")
+    cells = [
+        [
+            f"{line['tokens']} × {line['dim']}, {line['experts']} experts of {line['hidden']}, {line['k']} a token",
+            *(f"{1e3 * statistics.median(line['seconds'][name]):.1f}" for name in ("expert_parallel", "moe", "floor")),
+            f"{line['share']:.1%} ± {line['share_iqr'] / 2:.1%}",
+            "yes" if line["share"] <= line["goal"] else "no",
+        ]
+        for line in rows
+    ]
+    head = ["ms, forward and backward", "expert parallel", "one process", "router and experts alone",
+            "dispatch and combine", "at most 10%"]  # fmt: skip
+    return f"{table(head, cells)}\n\n{made(rows)}"
+
+
+def step(lines: list[Line]) -> str:
+    """Two processes against two threads."""
+    rows = newest([line for line in lines if line["name"] == "step"], "T", "D", "layers")
+    cells = [
+        [
+            f"{line['layers']} layers of width {line['D']}, {line['E']} experts of {line['F']}, {line['T']} tokens",
+            *(f"{1e3 * statistics.median(line['seconds'][name]):.0f}" for name in ("two_threads", "two_processes")),
+            f"{line['ratio']:.2f}",
+            "yes" if line["ratio"] <= line["goal"] else "no",
+        ]
+        for line in rows
+    ]
+    head = ["ms a step", "1 process, 2 threads", "2 processes, 1 thread each", "ratio", "at most 1.25"]
+    return f"{table(head, cells)}\n\n{made(rows)}"
+
+
+TABLES: dict[str, tuple[Path, Callable[[list[Line]], str]]] = {
+    "equal": (EQUAL, equal),
+    "gradients": (GRADIENTS, gradients),
+    "verdict": (GRADIENTS, verdict),
+    "networks": (NETWORKS, networks),
+    "wire": (NETWORKS, wire),
+    "layer": (SPEED, layer),
+    "step": (SPEED, step),
+    "plan_bytes": (PLANS, plan_bytes),
+    "plan_memory": (PLANS, plan_memory),
+    "plan_time": (PLANS, plan_time),
+}
+
+
+def fill(text: str, found: dict[Path, list[Line]]) -> str:
+    """The page with every table made anew. Raises: ValueError for a marker without a table."""
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise ValueError(f"table must be one of {sorted(TABLES)}, got {name!r}")
+        source, body = TABLES[name]
+        lines = found.get(source, [])
+        return f"<!-- table: {name} -->\n{body(lines) if lines else '*No record yet.*'}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replaced, text, flags=re.DOTALL)
+
+
+def records() -> dict[Path, list[Line]]:
+    """The committed records by file."""
+    return {path: read(path) for path in (EQUAL, GRADIENTS, NETWORKS, PLANS, SPEED)}
+
+
+def main() -> None:
+    """Write the page and its figures."""
+    found = records()
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+    for name, drawn in {"losses": (EQUAL, draw_losses), "networks": (NETWORKS, draw_networks)}.items():
+        source, draw = drawn
+        if found[source]:
+            FIGURES[name].write_text(draw(found[source]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

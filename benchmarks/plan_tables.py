@@ -1,0 +1,107 @@
+"""The plan's predictions beside what benchmarks/plan_check measured, as tables."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.plan_check import VOCABULARY, run_config
+from benchmarks.process_records import newest
+from benchmarks.readme_tables import Line, table
+from training.planning import Cluster, Hardware, Mesh, ModelCounts, Prediction, count_model, predict
+from training.planning.predict import Assumptions
+
+GLOO = Assumptions(reduce_scatter=False)
+KINDS = ("gradients", "weights", "expert gradients", "all-to-all")
+
+
+def rows_of(lines: list[Line]) -> list[Line]:
+    """The newest record of each layout."""
+    return newest(lines, "ranks", "expert_parallel", "shard", "k")
+
+
+def counts_of(line: Line) -> ModelCounts:
+    """The counts of the model that was measured."""
+    return count_model(run_config(Path(), k=line["k"]), vocab_size=VOCABULARY)
+
+
+def cluster_of(line: Line) -> Cluster:
+    """This machine as one node: what each of the processes measured of it while all of them did."""
+    found = line["machine"]
+    link = found.get("link", 1e9)
+    here = Hardware("here", 1e12, found["flops"], found["flops"], found["read"], link)
+    return Cluster(here, line["ranks"], per_node=line["ranks"], network=link, latency=found.get("latency", 0.0))
+
+
+def calibrated(lines: list[Line]) -> Assumptions:
+    """Efficiency such that the step of one process takes as long as it took; nothing hidden, as the cores that send
+    are those that compute; memory at the rate that a copy reached."""
+    one = next(line for line in rows_of(lines) if line["ranks"] == 1)
+    full = replace(GLOO, efficiency=1.0, overlap=0.0, read_efficiency=1.0)
+    seconds = predicted(one, full).seconds
+    reached = (seconds["forward"] + seconds["backward"]) / (one["median_s"] - seconds["optimiser"])
+    return replace(full, efficiency=reached)
+
+
+def predicted(line: Line, given: Assumptions) -> Prediction:
+    """The plan for a measured layout."""
+    mesh = Mesh(line["expert_parallel"], line["shard"])
+    return predict(counts_of(line), cluster_of(line), mesh, tokens=line["tokens"], half=False, assumptions=given)
+
+
+def layout(line: Line) -> str:
+    """How a run was spread, in words."""
+    experts = f", experts over {line['expert_parallel']}" if line["expert_parallel"] > 1 else ""
+    shard = ", FSDP2" if line["shard"] == "fsdp" else ""
+    return f"{line['ranks']} process{'es' if line['ranks'] > 1 else ''}{experts}{shard}, k = {line['k']}"
+
+
+def plan_bytes(lines: list[Line]) -> str:
+    """Bytes that a rank sends in a step by collective: predicted, counted, and the error."""
+    cells = []
+    for line in rows_of(lines):
+        plan = predicted(line, GLOO)
+        for kind in KINDS:
+            want, have = plan.sent[kind], line["sent"][kind]
+            if want or have:
+                error = "exact" if want == have else f"{want / have - 1:+.2%}" if have else "not sent"
+                cells.append([layout(line), kind, f"{want:,.0f}", f"{have:,.0f}", error])
+    return table(["", "collective", "predicted bytes", "counted bytes", "error"], cells)
+
+
+def plan_memory(lines: list[Line]) -> str:
+    """Memory of a rank: predicted by what holds it, and measured."""
+    cells = []
+    for line in rows_of(lines):
+        plan = predicted(line, GLOO)
+        parts = ", ".join(f"{name} {held / 1e6:.1f}" for name, held in plan.memory.items())
+        have = line["memory"]
+        cells.append(
+            [
+                layout(line),
+                f"{plan.memory_total / 1e6:.1f}",
+                f"{have / 1e6:.1f}",
+                f"{plan.memory_total / have - 1:+.0%}",
+                parts,
+            ]
+        )
+    return table(["MB a rank", "predicted", "measured", "error", "predicted parts"], cells)
+
+
+def plan_time(lines: list[Line]) -> str:
+    """Time of a step: predicted and measured."""
+    given = calibrated(lines)
+    cells = []
+    for line in rows_of(lines):
+        plan = predicted(line, given)
+        moving = plan.seconds["all-to-all"] + plan.seconds["exposed"]
+        cells.append(
+            [
+                layout(line),
+                f"{1e3 * plan.step_seconds:,.0f}",
+                f"{1e3 * line['median_s']:,.0f}",
+                f"{plan.step_seconds / line['median_s'] - 1:+.0%}",
+                f"{1e3 * moving:,.0f}",
+                f"{line['machine']['flops'] / 1e9:.0f}",
+            ]
+        )
+    head = ["ms a step", "predicted", "measured", "error", "of which exchanges", "measured GFLOP/s a process"]
+    return f"{table(head, cells)}\n\nEfficiency {given.efficiency:.2f}, from the first row."

@@ -1,0 +1,242 @@
+"""What sparse gradients cost in held-out loss, and how many bytes they send: two processes, three seeds.
+
+torchrun --nproc-per-node 2 -m benchmarks.sparse_gradients [--minutes 60] [--steps 600]
+
+Every arm is one model trained by DistributedDataParallel over gloo, with the hook of ``compress_gradients`` or with
+none. All arms of an optimiser try the same learning rates with seed 0; the best of each, by held-out loss, is run with
+seeds 1 and 2. A cell leaves one line in benchmarks/records/sparse-gradients.jsonl and is not run again: the same
+command goes on where it stopped. ``python -m benchmarks.many_processes_page`` fills the page from the records.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.process_records import GRADIENTS, append
+from benchmarks.readme_tables import Line, read
+from training import GradientCompressor, compress_gradients, keep_freed_memory
+from training.compression import Method
+from training.config import DataConfig
+from training.data import Batch, Batches, Data
+from training.evaluation import evaluate
+from training.optim import adamw, clip, gradient_norm, lr_multiplier, set_lr
+from training.run import load_data, seed_everything
+from transformer import DenseConfig, Transformer, TransformerConfig, chunked_cross_entropy
+
+SEEDS = (0, 1, 2)
+RATES = {"sgd": (0.08, 0.2, 0.5, 1.25), "adamw": (2.5e-3, 6e-3, 1.5e-2)}
+VOCABULARY, LENGTH, BATCH, CLIP, WARMUP = 1024, 64, 8, 1.0, 0.05
+EVALUATED = 2**15  # held-out tokens
+
+
+@dataclass(frozen=True)
+class Arm:
+    """optimizer: what takes the reduced gradient; momentum: its own (of SGD; the first moment of AdamW otherwise stays
+    0.9). method None: dense. warmup: share of the steps in which the density falls."""
+
+    name: str
+    optimizer: str
+    method: Method | None = None
+    density: float = 1.0
+    warmup: float = 0.0
+    error_feedback: bool = True
+
+
+def family(optimizer: str) -> tuple[Arm, ...]:
+    """The arms of an optimiser, the most asked for first; the first is the one that the others are compared with."""
+    return (
+        Arm("dense", optimizer),
+        Arm("top-k 1%", optimizer, "topk", 0.01),
+        Arm("DGC 1%", optimizer, "dgc", 0.01, 0.1),
+        Arm("top-k 1%, no error feedback", optimizer, "topk", 0.01, 0.0, False),
+        Arm("top-k 0.1%", optimizer, "topk", 0.001),
+        Arm("DGC 0.1%", optimizer, "dgc", 0.001, 0.1),
+        Arm("top-k 1%, warm-up", optimizer, "topk", 0.01, 0.1),
+    )
+
+
+SGD, ADAMW = family("sgd"), family("adamw")
+# a study cut short has the arms first that were asked for first
+ARMS = (
+    *(arm for pair in zip(SGD[:3], ADAMW[:3], strict=True) for arm in pair),
+    *ADAMW[3:5],
+    *SGD[5:2:-1],
+    ADAMW[5],
+    SGD[6],
+    ADAMW[6],
+    Arm("dropping 1%", "adamw", "dropping", 0.01),
+    Arm("AdaComp, bins of 500", "adamw", "adacomp"),
+    Arm("random-k 1%", "adamw", "randomk", 0.01),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run."""
+
+    arm: Arm
+    lr: float
+    seed: int
+    steps: int
+
+    def key(self) -> Line:
+        """What its record is found by."""
+        arm = asdict(self.arm)
+        return {"arm": arm.pop("name"), **arm, "lr": self.lr, "seed": self.seed, "steps": self.steps}
+
+
+class Loss(nn.Module):
+    """The mean cross-entropy of a batch, as a module that DistributedDataParallel can wrap."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        hidden, *_ = self.model.hidden_states(batch.inputs)
+        return chunked_cross_entropy(hidden.flatten(0, 1), self.model.head_weight, batch.targets.flatten())
+
+
+def make_model(data: Data) -> Transformer:
+    """Width 96, 2 layers of 4 heads, SwiGLU of 256 neurons."""
+    return Transformer(
+        TransformerConfig.uniform(
+            vocab_size=data.tokenizer.vocab_size, dim=96, num_layers=2, num_heads=4,
+            feedforward=DenseConfig(hidden=256), max_length=LENGTH,
+        )
+    )  # fmt: skip
+
+
+def make_optimizer(model: Transformer, arm: Arm, lr: float) -> torch.optim.Optimizer:
+    """Momentum 0.9 without decay, or AdamW with decay 0.1; DGC brings the momentum itself."""
+    momentum = 0.0 if arm.method == "dgc" else 0.9
+    if arm.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    return adamw(model, lr=lr, betas=(momentum, 0.95))
+
+
+def compressor_of(parallel: DistributedDataParallel, cell: Cell) -> GradientCompressor | None:
+    """The hook of the cell's arm."""
+    arm = cell.arm
+    if arm.method is None:
+        return None
+    warmup = round(arm.warmup * cell.steps)
+    return compress_gradients(
+        parallel, arm.method, density=arm.density, clip=CLIP, warmup=warmup, error_feedback=arm.error_feedback,
+        seed=cell.seed,
+    )  # fmt: skip
+
+
+def train(cell: Cell, data: Data, *, rank: int, ranks: int) -> Line:
+    """The cell's record: held-out loss in nats a token, bytes that a rank sent, seconds."""
+    seed_everything(cell.seed)
+    parallel = DistributedDataParallel(Loss(make_model(data)), broadcast_buffers=False)
+    model: Transformer = parallel.module.model
+    optimizer, compressor = make_optimizer(model, cell.arm, cell.lr), compressor_of(parallel, cell)
+    batches = Batches(data.train, batch=BATCH, length=LENGTH, seed=cell.seed)
+    share, started = BATCH // ranks, time.perf_counter()
+    for step in range(cell.steps):
+        factor = lr_multiplier(step, steps=cell.steps, warmup=round(WARMUP * cell.steps))
+        set_lr(optimizer, cell.lr * factor)
+        loss = parallel(batches.next().rows(rank * share, (rank + 1) * share))
+        loss.backward()
+        if compressor is None:
+            clip(model.parameters(), gradient_norm(model.parameters()), limit=CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 99 and not _finite(loss):
+            break
+    parameters = sum(p.numel() for p in model.parameters())
+    dense = 2 * 4 * parameters * (ranks - 1) // ranks * cell.steps
+    return {
+        "name": "sparse gradients", **cell.key(), "loss": held_out_loss(model, data, rank=rank, ranks=ranks),
+        "sent_bytes": dense if compressor is None else compressor.traffic.sent,
+        "dense_bytes": dense, "parameters": parameters, "seconds": time.perf_counter() - started,
+    }  # fmt: skip
+
+
+def _finite(loss: Tensor) -> bool:
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    return math.isfinite(total.item())
+
+
+def held_out_loss(model: Transformer, data: Data, *, rank: int, ranks: int) -> float | None:
+    """Nats a token over the first held-out tokens, each rank taking its part; None if not finite."""
+    part = min(EVALUATED, len(data.held_out) - 1) // ranks
+    tokens = data.held_out[rank * part : (rank + 1) * part + 1]
+    mean = torch.tensor(evaluate(model, tokens, data.tokenizer, length=LENGTH, batch=32).loss, dtype=torch.float64)
+    dist.all_reduce(mean)
+    return mean.item() / ranks if math.isfinite(mean.item()) else None
+
+
+def best_rate(lines: list[Line], arm: Arm, steps: int) -> float | None:
+    """The rate of seed 0 with the least loss, once every rate has a record; None before, or if none was finite."""
+    found = {
+        rate: next((line for line in lines if _is(line, Cell(arm, rate, SEEDS[0], steps))), None)
+        for rate in RATES[arm.optimizer]
+    }
+    if any(line is None for line in found.values()):
+        return None
+    finite = {rate: line["loss"] for rate, line in found.items() if line is not None and line["loss"] is not None}
+    return min(finite, key=lambda rate: finite[rate]) if finite else None
+
+
+def _is(line: Line, cell: Cell) -> bool:
+    return all(line.get(name) == value for name, value in cell.key().items())
+
+
+def wanted(lines: list[Line], steps: int) -> Iterator[Cell]:
+    """Cells that have no record, in order: the sweep of an arm, then its other seeds, then the next arm."""
+    for arm in ARMS:
+        cells = [Cell(arm, rate, SEEDS[0], steps) for rate in RATES[arm.optimizer]]
+        rate = best_rate(lines, arm, steps)
+        if rate is not None:
+            cells += [Cell(arm, rate, seed, steps) for seed in SEEDS[1:]]
+        yield from (cell for cell in cells if not any(_is(line, cell) for line in lines))
+
+
+def grid(steps: int) -> list[Cell]:
+    """Every cell that there could be, so that a number names one."""
+    return [Cell(arm, rate, seed, steps) for arm in ARMS for rate in RATES[arm.optimizer] for seed in SEEDS]
+
+
+def agreed(cells: list[Cell], *, rank: int, steps: int, until: float) -> Cell | None:
+    """The next cell, as rank 0 finds it in the records; None at the end of the study or of its time."""
+    number = torch.tensor(-1)
+    if rank == 0 and time.monotonic() < until:
+        following = next(wanted(read(GRADIENTS), steps), None)
+        number.fill_(-1 if following is None else cells.index(following))
+    dist.broadcast(number, 0)
+    return None if number < 0 else cells[int(number)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60.0, help="start no cell after so many")
+    parser.add_argument("--steps", type=int, default=600)
+    arguments = parser.parse_args()
+    until = time.monotonic() + 60 * arguments.minutes
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    data = load_data(DataConfig(length=LENGTH, vocab_size=VOCABULARY))
+    cells = grid(arguments.steps)
+    while (cell := agreed(cells, rank=rank, steps=arguments.steps, until=until)) is not None:
+        line = train(cell, data, rank=rank, ranks=ranks)
+        if rank == 0:
+            append(GRADIENTS, line | {"ranks": ranks})
+            print(f"{cell.arm.optimizer} {cell.arm.name} lr={cell.lr:g} seed={cell.seed}: {line['loss']}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
