@@ -9,7 +9,7 @@ gave it; one that got none is pruned by magnitude, which a warning and the repor
 from pruning.calibrated.admm import admm
 from pruning.calibrated.descent import group_descent
 from pruning.calibrated.fisher import FisherFactors, fisher_factors, loss_counts
-from pruning.calibrated.hessian import layer_hessian
+from pruning.calibrated.hessian import DampingRaised, layer_hessian
 from pruning.calibrated.journal import Finished, Journal
 from pruning.calibrated.prune import CALIBRATED, prune_calibrated
 from pruning.calibrated.reconstruct import (
@@ -28,6 +28,7 @@ from pruning.calibrated.report import CalibratedReport, MatrixReport
 __all__ = [
     "CALIBRATED",
     "CalibratedReport",
+    "DampingRaised",
     "Finished",
     "FisherFactors",
     "Journal",

@@ -1,10 +1,38 @@
 """The Hessian of a layer's squared output error: damped, inverted and checked."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-RETRIES = 3
+RETRIES = 2
+
+
+class DampingRaised(UserWarning):
+    """A Hessian took more damping than was asked for; ``damping``: how much."""
+
+    def __init__(self, message: str, damping: float) -> None:
+        super().__init__(message)
+        self.damping = damping
+
+
+@contextmanager
+def naming_layer(label: str) -> Iterator[list[float]]:
+    """While inside, warnings of raised damping are held; on leaving each is given with the layer's name. Yields the
+    list that then holds those dampings."""
+    raised: list[float] = []
+    with warnings.catch_warnings(record=True) as held:
+        warnings.simplefilter("always", DampingRaised)
+        yield raised
+    for one in held:
+        if isinstance(one.message, DampingRaised):
+            raised.append(one.message.damping)
+            warnings.warn(DampingRaised(f"{label}: {one.message}", one.message.damping), stacklevel=3)
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
 def layer_hessian(gram: Float[Tensor, "in in"], rows: int) -> Float[Tensor, "in in"]:
@@ -41,11 +69,17 @@ def factorised(hessian: Float[Tensor, "in in"], damping: float) -> tuple[Float[T
     """Lower Cholesky factor of the damped Hessian, and the damping that it took.
 
     A matrix that is not positive definite is tried again with ten times the damping (at least 0.01), up to RETRIES
-    times. Raises: ValueError that lists what was tried; never another matrix in its place."""
+    times, and warns of it (`DampingRaised`). Raises: ValueError that lists what was tried; never another matrix in its
+    place."""
     tried = [damping]
     for _ in range(RETRIES + 1):
         factor, info = torch.linalg.cholesky_ex(damped(hessian, tried[-1]))
         if not info.item():
+            if tried[-1] != damping:
+                warnings.warn(DampingRaised(
+                    f"the Hessian is not positive definite with damping {damping:g} of its mean diagonal; "
+                    f"{tried[-1]:g} was taken: calibrate on more tokens", tried[-1]
+                ), stacklevel=2)  # fmt: skip
             return factor, tried[-1]
         tried.append(max(10 * tried[-1], 0.01))
     shares = ", ".join(f"{share:g}" for share in tried[:-1])

@@ -16,7 +16,7 @@ from pruning.calibrated.admm import admm
 from pruning.calibrated.blocks import Recorded, find_blocks, record_calls, run_model, without_cache
 from pruning.calibrated.capture import Moments, recording
 from pruning.calibrated.descent import group_descent
-from pruning.calibrated.hessian import dead_inputs, layer_hessian
+from pruning.calibrated.hessian import dead_inputs, layer_hessian, naming_layer
 from pruning.calibrated.journal import Finished, Journal
 from pruning.calibrated.plan import CALIBRATED, Plan, by_loss, check_shapes, first_batches, make_plan
 from pruning.calibrated.reconstruct import Pruned, magnitude_mask, output_error, wanda_mask
@@ -223,12 +223,15 @@ def _prune_matrix(matrix: Matrix, moments: Moments, plan: Plan) -> _Done:
     rows, weight = moments.rows.get(matrix.label, 0), stored.to(plan.dtype)
     count, sums = plan.count(matrix.label, weight.numel()), moments.sums.pop(matrix.label, None)
     try:
-        new, kept, dead, error = _pruned(weight, sums, rows, count, plan, plan.row_weights(matrix.label))
+        with naming_layer(matrix.label) as raised:
+            new, kept, dead, error = _pruned(weight, sums, rows, count, plan, plan.row_weights(matrix.label))
     except ValueError as problem:
         raise ValueError(f"{matrix.label}: {problem}") from problem
     # where nothing changed the stored bits stay, whatever the dtype
     stored.copy_(torch.where(new == weight, stored, new.to(stored.dtype)).masked_fill(~kept, 0))
-    report = MatrixReport(matrix.label, int((~kept).sum()), kept.numel(), rows, dead, error)
+    report = MatrixReport(
+        matrix.label, int((~kept).sum()), kept.numel(), rows, dead, error, max(raised, default=None)
+    )  # fmt: skip
     return report, matrix, kept
 
 

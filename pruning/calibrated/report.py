@@ -11,7 +11,8 @@ class MatrixReport:
 
     zeros of total weights; rows: calibration rows it was seen with, 0 where an expert got none and went by magnitude;
     dead: inputs that were 0 in all of them; error: squared output error as a share of the squared output, over these
-    rows, None where only norms were kept (Wanda, magnitude)."""
+    rows, None where only norms were kept (Wanda, magnitude). damping: what the Hessian took where that was more than
+    asked for, a share of its mean diagonal."""
 
     name: str
     zeros: int
@@ -19,6 +20,7 @@ class MatrixReport:
     rows: int
     dead: int
     error: float | None
+    damping: float | None = None
 
 
 @dataclass(frozen=True)
@@ -39,5 +41,6 @@ class CalibratedReport:
         lines = [f"{self.masks.zeros:,} of {self.masks.total:,} weights are zero ({self.masks.sparsity:.2%})"]
         for one in self.matrices:
             error = "" if one.error is None else f", output error {one.error:.3%}"
-            lines.append(f"  {one.name}: {one.zeros / max(one.total, 1):.2%}, {one.rows:,} rows{error}")
+            damping = "" if one.damping is None else f", damping raised to {one.damping:g}"
+            lines.append(f"  {one.name}: {one.zeros / max(one.total, 1):.2%}, {one.rows:,} rows{error}{damping}")
         return "\n".join(lines)

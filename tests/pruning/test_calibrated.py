@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruning.calibrated import (
+    DampingRaised,
     admm,
     exact_obs,
     layer_hessian,
@@ -240,14 +241,22 @@ def test_zeros_stay_and_dead_inputs_go_first():
 
 def test_a_hessian_that_is_not_positive_definite_is_refused_with_the_dampings_tried():
     hessian = torch.tensor([[1.0, 40.0], [40.0, 1.0]])
-    with pytest.raises(ValueError, match=r"positive definite.* damping 0.001, 0.01, 0.1, 1 of its mean .* larger damp"):
+    with pytest.raises(ValueError, match=r"positive definite.* damping 0.001, 0.01, 0.1 of its mean .* larger damp"):
         sparsegpt(torch.ones(1, 2), hessian, 1, damping=0.001)
     # a second copy of one input: singular without damping, and tried again with it
     twin = torch.ones(2, 2)
-    new, kept = sparsegpt(torch.ones(1, 2), twin, 1, damping=0.0)
+    with pytest.warns(DampingRaised, match="not positive definite with damping 0 .* 0.01 was taken"):
+        new, kept = sparsegpt(torch.ones(1, 2), twin, 1, damping=0.0)
     assert kept.tolist() == [[False, True]]
     close(new, torch.tensor([[0.0, 1 + 1 / 1.01]]))
-    close(refit(torch.ones(1, 2), kept, twin, damping=0.0), torch.tensor([[0.0, 1 + 1 / 1.01]]))
+    with pytest.warns(DampingRaised):
+        refitted = refit(torch.ones(1, 2), kept, twin, damping=0.0)
+    close(refitted, torch.tensor([[0.0, 1 + 1 / 1.01]]))
+
+
+def test_wanda_counts_a_zero_weight_before_that_of_a_dead_input():
+    kept = wanda_mask(torch.tensor([[1.0, 0.0]]), torch.tensor([0.0, 1.0]), 1)
+    assert kept.tolist() == [[True, False]]
 
 
 def test_bad_values_are_refused():

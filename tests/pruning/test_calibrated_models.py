@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pruning import prunable_weights, sparsify
-from pruning.calibrated import CALIBRATED, layer_hessian, prune, prune_calibrated, sparsegpt, wanda_mask
+from pruning.calibrated import CALIBRATED, DampingRaised, layer_hessian, prune, prune_calibrated, sparsegpt, wanda_mask
 from pruning.calibrated.blocks import record_calls
 from tests.pruning.toy import tokens, toy
 from tests.tolerances import close
@@ -356,3 +356,12 @@ def test_later_batches_run_no_further_than_new_arguments_reach():
         scales = [float(recorded.calls[index][at].arguments[0]) for index in range(5)]
         low = float(batch.mean())
         assert scales == pytest.approx([low, low, low + 1, low + 1, low])
+
+
+def test_raised_damping_is_told_with_the_layer():
+    model = nn.Sequential(nn.Linear(4, 3, bias=False))
+    batches = [torch.ones(2, 4)]  # four copies of one input
+    with pytest.warns(DampingRaised, match=r"0\.weight: the Hessian is not positive definite with damping 0 "):
+        report = prune_calibrated(model, batches, method="sparsegpt", sparsity=0.5, damping=0.0)
+    assert [one.damping for one in report.matrices] == [0.01]
+    assert "damping raised to 0.01" in str(report)
