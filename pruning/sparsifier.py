@@ -168,7 +168,8 @@ class Sparsifier:
     take rank 0's masks; a function must give every rank the same. Under FSDP2 build it after `fully_shard`, and after
     `moe.shard_experts`: masks are chosen as one process would and sharded as the weights are. A saliency given by name
     needs all experts on every rank.
-    A sparsity that the schedule asks at step 0 is applied at once. Raises: ValueError if the schedule leaves [0, 1),
+    averages: models that hold running averages of this one's weights, as `AveragedModel.module` does; what is pruned is
+    0 in them too. A sparsity that the schedule asks at step 0 is applied at once. Raises: ValueError if the schedule leaves [0, 1),
     for unknown names, and for choices that do not go together."""
 
     def __init__(
@@ -183,8 +184,10 @@ class Sparsifier:
         loss: Loss | None = None,
         generator: torch.Generator | None = None,
         weights: Sequence[str] | None = None,
+        averages: Sequence[nn.Module] = (),
     ) -> None:
         self.model, self.schedule, self.saliency = model, schedule, saliency
+        self.averages = tuple(averages)
         self.loss, self.generator = loss, generator
         self.calibration = None if calibration is None else needs("Sparsifier", calibration)
         method, text = saliency if isinstance(saliency, str) else "magnitude", structure
@@ -216,7 +219,8 @@ class Sparsifier:
         self.step += 1
         self._advance()
         if self.sparsity:
-            self._masks.apply(self.model)
+            for model in (self.model, *self.averages):
+                self._masks.apply(model)
 
     def _advance(self) -> None:
         asked = self.schedule(self.step)
@@ -264,6 +268,7 @@ class Sparsifier:
                 f"masks must be those of the model's {len(self._weights)} prunable weights, "
                 f"got a difference in {odd[0]!r}"
             )
-        masks.apply(self.model)
+        for model in (self.model, *self.averages):
+            masks.apply(model)
         kept = {name: sharded_as(mask, self._weights[name]) for name, mask in masks.kept.items()}
         self._masks, self.step, self.sparsity = Masks(kept), state["step"], state["sparsity"]

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pruning import (
     Masks,
@@ -223,6 +224,30 @@ def test_zeros_stay_zero_through_adamw_decay_momentum_and_accumulation(percent, 
             assert ((weight == 0) == ~kept[name]).all()
     assert sparsifier.masks().zeros == select_masks(prunable_weights(model), sparsity=percent / 100,
                                                     allocation=allocation).zeros  # fmt: skip
+
+
+@pytest.mark.parametrize("average_first", [False, True])
+def test_running_averages_hold_the_zeros_too(average_first):
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    schedule = cubic(0.75, begin=2, end=6, every=2)
+    sparsifier = Sparsifier(model, schedule=schedule, averages=[average.module])
+    for _ in range(8):
+        model(torch.randn(4, 8)).square().sum().backward()
+        optimizer.step()
+        if average_first:
+            average.update_parameters(model)
+        sparsifier.after_step(optimizer)
+        if not average_first:
+            average.update_parameters(model)
+        gone = ~sparsifier.masks().kept["weight"]
+        assert (average.module.weight[gone] == 0).all()
+    assert gone.sum() == 48 and (average.module.weight[~gone] != 0).all()
+    fresh = nn.Linear(8, 8)
+    Sparsifier(model, schedule=schedule, averages=[fresh]).load_state_dict(sparsifier.state_dict())
+    assert ((fresh.weight == 0) == gone).all()
 
 
 def train(model, sparsifier, optimizer, steps, seed):
