@@ -8,10 +8,12 @@ from torch.distributed.tensor import DTensor
 
 HEADS = ("head", "lm_head")
 INPUTS_LAST = ("down", "down_proj", "gate_up_proj")
+# what stacks of expert matrices are called: other parameters of three dimensions are positions, tables, convolutions
+STACKS = (*INPUTS_LAST, "experts", "up", "gate", "gate_up", "up_proj", "gate_proj", "w1", "w2", "w3")
 
 
 def prunable_weights(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
-    """Name → weight: every nn.Linear weight and every stack of expert matrices (3-D), a tied weight once.
+    """Name → weight: every nn.Linear weight and every stack of expert matrices (3-D, named as STACKS), a tied one once.
 
     Dense stay embeddings and what is tied to them, the output head (`get_output_embeddings()`, or a Linear named head
     or lm_head), routers (a module named router, or of a class so named), norms and biases. `names` chooses instead,
@@ -21,8 +23,8 @@ def prunable_weights(model: nn.Module, names: Sequence[str] | None = None) -> di
         return _named(model, names)
     dense = {id(parameter) for module in _dense_modules(model) for parameter in module.parameters()}
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    found = {name: p for name, p in model.named_parameters()
-             if id(p) not in dense and (p.ndim == 3 or (p.ndim == 2 and id(p) in linear))}  # fmt: skip
+    found = {name: p for name, p in model.named_parameters() if id(p) not in dense
+             and (id(p) in linear or (p.ndim == 3 and name.rpartition(".")[2] in STACKS))}  # fmt: skip
     if not found:
         raise ValueError(f"{type(model).__name__} must have prunable weights, got none; pass weights=")
     return found

@@ -107,6 +107,14 @@ def test_what_stays_dense():
     assert changed == {"experts", "first.weight", "second.weight", "down.weight"}
 
 
+def test_positions_tables_and_convolutions_are_no_stacks_of_experts():
+    model = nn.Module()
+    model.positions, model.cls = nn.Parameter(torch.randn(1, 5, 4)), nn.Parameter(torch.randn(1, 1, 4))
+    model.convolution, model.linear = nn.Conv1d(4, 4, 3), nn.Linear(4, 4)
+    assert list(prunable_weights(model)) == ["linear.weight"]
+    assert list(prunable_weights(model, ["positions"])) == ["positions"]
+
+
 def test_weights_can_be_named_and_tied_names_count_once():
     model = Mixed()
     assert list(prunable_weights(model, ["second.weight", "head.weight", "first.weight"])) == [
