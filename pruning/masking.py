@@ -1,5 +1,7 @@
 """Masks: which weights stay, held by parameter name, re-applied, saved and loaded."""
 
+import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,12 +9,15 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pruning.formats.bits import pack_flags, unpack_flags
 from pruning.sharding import as_wholes, gathered, own_part, sharded_as, spread_layouts
 from pruning.weights import prunable_weights
+
+SHAPES = "shapes"  # of the packed masks, in the file's metadata; files without it hold one byte a weight
 
 
 @dataclass(frozen=True)
@@ -78,11 +83,13 @@ class Masks:
         return cls(dict(state))
 
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file (one byte a weight), whole or not at all; returns the path."""
+        """Write a safetensors file (one bit a weight), whole or not at all; returns the path."""
         path = Path(path)
         pending = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            save_file({name: mask.contiguous() for name, mask in gathered(self.kept).items()}, pending)
+            whole = gathered(self.kept)
+            shapes = json.dumps({name: list(mask.shape) for name, mask in whole.items()})
+            save_file({name: pack_flags(mask.flatten()) for name, mask in whole.items()}, pending, {SHAPES: shapes})
             pending.replace(path)
         finally:
             pending.unlink(missing_ok=True)
@@ -94,9 +101,13 @@ class Masks:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} is missing: expected masks saved by Masks.save")
         try:
-            return cls.from_state_dict(load_file(path))
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                shapes = json.loads((file.metadata() or {}).get(SHAPES, "{}"))
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or cut short ({error}); copy or save it again") from error
+        unpacked = {name: unpack_flags(tensors[name], math.prod(shape)).view(shape) for name, shape in shapes.items()}
+        return cls.from_state_dict({**tensors, **unpacked})
 
 
 def check_shapes(masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:

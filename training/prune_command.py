@@ -249,13 +249,13 @@ def _save(job: Job, weights: Weights | None) -> dict[str, int | None]:
     job.model.save_pretrained(folder)
     job.coder.save(folder)
     model_bytes = bytes_of(folder)
-    compact = None
+    compact = masks = None
     if weights is not None:
-        weights.masks.save(folder / MASKS)
+        masks = weights.masks.save(folder / MASKS).stat().st_size
         compact = save_compact(job.model, folder / COMPACT).file_bytes
         if not job.arguments.compact:
             shutil.rmtree(folder / COMPACT)
-    return {"folder_bytes": model_bytes, "compact_bytes": compact}
+    return {"folder_bytes": model_bytes, "compact_bytes": compact, "mask_bytes": masks}
 
 
 def _publish(job: Job, record: Mapping[str, Any]) -> None:

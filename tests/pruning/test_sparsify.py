@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -336,6 +337,16 @@ def test_masks_apply_sets_exactly_the_pruned_weights_even_nan():
     masks.apply(model)
     assert (model.first.weight[~kept] == 0).all() and model.first.weight[kept].equal(before[kept])
     assert "weights are zero (50.00%)" in str(masks)
+
+
+def test_masks_take_a_bit_a_weight_and_older_files_of_bytes_are_read(tmp_path):
+    masks = Masks({"a": torch.rand(130, 1000) < 0.4, "experts": torch.rand(3, 5, 7) < 0.5})
+    path = masks.save(tmp_path / "m.safetensors")
+    assert path.stat().st_size < 130 * 1000 / 8 + 600
+    save_file(dict(masks.kept), tmp_path / "old.safetensors")
+    for file in (path, tmp_path / "old.safetensors"):
+        found = Masks.load(file).kept
+        assert found.keys() == masks.kept.keys() and all(found[name].equal(masks.kept[name]) for name in found)
 
 
 def test_damaged_and_foreign_masks_are_refused(tmp_path):
