@@ -1,6 +1,7 @@
 """WoodFisher: the inverse of the empirical Fisher matrix, block by block, from the gradient of every sample."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,7 +25,8 @@ def inverse_fisher(
     Singh & Alistarh 2020 (arXiv:2004.14340), eq. 3 to 6: from H⁻¹ = I/λ, for each sample's gradient q in turn
     H⁻¹ ← H⁻¹ − (H⁻¹q)(H⁻¹q)ᵀ / (N + qᵀH⁻¹q). g_b: gradient of one sample's loss. λ: damping. A last block that the
     weights do not fill is padded; memory is 8 · block bytes a weight, and each sample takes one backward pass.
-    Raises: ValueError if block < 1, damping <= 0, batches are empty, or a weight is frozen."""
+    Raises: ValueError if block < 1, damping <= 0, batches are empty, a weight is frozen, or, before any work, the
+    blocks do not fit into the memory that is free."""
     if block < 1:
         raise ValueError(f"block must be >= 1, got {block}")
     if not 0 < damping < float("inf"):
@@ -32,6 +34,7 @@ def inverse_fisher(
     frozen = [name for name, weight in weights.items() if not weight.requires_grad]
     if frozen:
         raise ValueError(f"the Fisher matrix needs weights with requires_grad=True, got {frozen[0]!r} frozen")
+    _require_memory(weights, block)
     held = list(model_batches(model, batches))
     samples = sum(batch_size(batch) for batch in held)
     inverse = {name: _scaled_identity(weight, block, 1 / damping) for name, weight in weights.items()}
@@ -43,6 +46,29 @@ def inverse_fisher(
                 for matrix, gradient in zip(inverse.values(), found, strict=True):
                     _add_sample(matrix, in_blocks(gradient, block), samples)
     return inverse
+
+
+def _require_memory(weights: Mapping[str, Tensor], block: int) -> None:
+    for device in {weight.device for weight in weights.values()}:
+        sizes = [weight.numel() for weight in weights.values() if weight.device == device]
+        needed, free = sum(8 * block**2 * -(-size // block) for size in sizes), free_memory(device)
+        if free is not None and needed > free:
+            raise ValueError(
+                f"inverse Fisher blocks of {block} take {needed / 1e9:.1f} GB for {sum(sizes):,} weights, and "
+                f"{free / 1e9:.1f} GB are free on {device}: name fewer weights=, or use method 'obd' or 'sparsegpt'"
+            )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated there; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split() for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0][1]) * 1024 if found else None
 
 
 def _scaled_identity(weight: Tensor, block: int, scale: float) -> Float[Tensor, "blocks block block"]:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pruning import prunable_weights, sparsify
-from pruning.saliency import inverse_fisher, woodfisher_scores, woodfisher_update
+from pruning.saliency import inverse_fisher, woodfisher, woodfisher_scores, woodfisher_update
 from tests.pruning.saliency.test_first_order import sample_gradients
 from tests.pruning.test_transformer import build
 from tests.pruning.test_transformer import ids as some_ids
@@ -125,6 +125,18 @@ def test_bad_options(options, message):
     model = toy((2, 1, 3))
     with pytest.raises(ValueError, match=message):
         inverse_fisher(model, prunable_weights(model), [tokens()], **options)
+
+
+def test_blocks_that_do_not_fit_are_refused_before_work(monkeypatch):
+    model, weights = toy((2, 1, 3)), prunable_weights(toy((2, 1, 3)))
+    needed = sum(8 * 64**2 * -(-weight.numel() // 64) for weight in weights.values())
+    monkeypatch.setattr(woodfisher, "free_memory", lambda device: needed - 1)
+    with pytest.raises(
+        ValueError, match=r"blocks of 64 take .* GB for .* weights, and .* GB are free on cpu"
+    ):
+        inverse_fisher(model, prunable_weights(model), [tokens()])
+    monkeypatch.setattr(woodfisher, "free_memory", lambda device: needed)
+    inverse_fisher(model, prunable_weights(model), [tokens()])
 
 
 def test_shapes_are_checked():
