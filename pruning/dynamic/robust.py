@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from pruning.allocation import Allocation
 from pruning.dynamic.adversarial import Attack, input_embedding
 from pruning.dynamic.base import DynamicSparsity, apportion, highest, reset_state
+from pruning.sharding import gathered, put, sharded_as, whole
 from pruning.weights import matrices
 
 
@@ -54,7 +55,10 @@ class RobustRewiring(DynamicSparsity):
         if not noise >= 0:
             raise ValueError(f"noise must be >= 0, got {noise}")
         self.noise, self.attack, self._attacking = noise, attack, False
-        self._signs = {name: self._drawn_sign(name, weight) for name, weight in self._weights.items()}
+        views = self.wholes({name: weight.data for name, weight in self._weights.items()})
+        masks = gathered(self.masks().kept)
+        signs = {name: self._drawn_sign(masks[name], weight) for name, weight in gathered(views).items()}
+        self._signs = {name: sharded_as(sign, views[name]) for name, sign in signs.items()}
 
     def update(self, optimizer: Optimizer) -> None:
         """Nothing before the step: the walk follows it."""
@@ -76,12 +80,13 @@ class RobustRewiring(DynamicSparsity):
         """Walk, put to sleep what changed its sign, wake up as many anywhere."""
         if self.stop is not None and self.step >= self.stop:
             return
-        before = {name: mask.clone() for name, mask in self._masks.kept.items()}
-        parts, kept = self.parts(), self._walk(optimizer)
-        lost = sum(int(mask.sum()) for _, _, mask in parts.values()) - sum(int(k.sum()) for k in kept.values())
-        for (name, (weight, _, mask)), count in zip(parts.items(), self._places(kept, lost), strict=True):
-            mask.copy_(kept[name] | highest(self._uniform(weight), ~kept[name], count))
-        for name, mask in self._masks.kept.items():
+        before = {name: mask.clone() for name, mask in self.own_masks().items()}
+        with self.deciding(), whole(self._signs) as signs:
+            parts, kept = self.parts(), self._walk(optimizer, signs)
+            lost = sum(int(mask.sum()) for _, _, mask in parts.values()) - sum(int(k.sum()) for k in kept.values())
+            for (name, (weight, _, mask)), count in zip(parts.items(), self._places(kept, lost), strict=True):
+                mask.copy_(kept[name] | highest(self._uniform(weight), ~kept[name], count))
+        for name, mask in self.own_masks().items():
             reset_state(optimizer, self._weights[name], mask != before[name])
 
     def extra_state(self) -> dict[str, Tensor]:
@@ -91,13 +96,17 @@ class RobustRewiring(DynamicSparsity):
     def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
         """Take the signs back."""
         for name, sign in self._signs.items():
-            sign.copy_(state[name])
+            put(sign, state[name])
 
-    def _walk(self, optimizer: Optimizer) -> dict[str, Tensor]:
+    def _walk(self, optimizer: Optimizer, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Move every active θ; the connections that are still there, by matrix."""
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-        rate_of = {part: rates.get(id(w), 0.0) for name, w in self._weights.items() for part in matrices({name: w})}
-        signs, kept = matrices(self._signs), {}
+        rate_of = {
+            part: rates.get(id(self._weights[name]), 0.0)
+            for name, sign in held.items()
+            for part in matrices({name: sign})
+        }
+        signs, kept = matrices(held), {}
         for part, (weight, _, mask) in self.parts().items():
             noise = torch.randn(weight.shape, generator=self.generator).to(weight.device, weight.dtype)
             theta = weight * signs[part] + rate_of[part] * self.noise * noise
@@ -116,10 +125,10 @@ class RobustRewiring(DynamicSparsity):
         rest = apportion(count - sum(places), sizes, [f - p for f, p in zip(free, places, strict=True)])
         return [p + r for p, r in zip(places, rest, strict=True)]
 
-    def _drawn_sign(self, name: str, weight: Tensor) -> Tensor:
+    def _drawn_sign(self, mask: Tensor, weight: Tensor) -> Tensor:
         # a dormant weight is 0 and shows no sign: its own is drawn
         coin = torch.where(self._uniform(weight) < 0.5, -1, 1)
-        return torch.where(self._masks.kept[name], torch.where(weight < 0, -1, 1), coin).to(torch.int8)
+        return torch.where(mask, torch.where(weight < 0, -1, 1), coin).to(torch.int8)
 
     def _perturb(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if self.attack is None or self._attacking or not (self.model.training and torch.is_grad_enabled()):

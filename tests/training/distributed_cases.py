@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from pruning import Sparsifier, global_ranking
-from pruning.dynamic import DSR, SET, SNFS, DeepR, RigL, StaticSparsity, TopKAST
+from pruning.dynamic import (
+    DSR,
+    SET,
+    SNFS,
+    DeepR,
+    PreferentialAttachment,
+    RigL,
+    RobustRewiring,
+    StaticSparsity,
+    TopKAST,
+)
 from pruning.sharding import as_wholes, gathered, spread_layouts
 from tests.training.models import small_data
 from training.config import OptimConfig, TrainConfig
@@ -188,6 +198,8 @@ PRUNERS: dict[str, Any] = {
     "snfs": lambda model: [SNFS(model, **MOVING)],
     "dsr": lambda model: [DSR(model, threshold=0.005, **MOVING)],
     "deep_r": lambda model: [DeepR(model, sparsity=0.5, temperature=1e-3)],
+    "preferential": lambda model: [PreferentialAttachment(model, **MOVING)],
+    "robust_rewiring": lambda model: [RobustRewiring(model, sparsity=0.5, noise=1e-2)],
     "top_kast": lambda model: [TopKAST(model, sparsity=0.5, every=2)],
 }
 # methods and layouts of two ranks
@@ -198,6 +210,7 @@ PRUNED = [
     ("magnitude", Layout("moe", 2, "fsdp")),
     ("rigl", Layout("moe", 2, "fsdp")),
     ("deep_r", Layout("dense", shard="fsdp")),
+    ("robust_rewiring", Layout("heads", heads=2)),
     ("snfs", Layout("heads", shard="fsdp", heads=2)),
     ("top_kast", Layout("heads", heads=2)),
 ]

@@ -1,13 +1,16 @@
 """What can be split over ranks, and what a run says about its processes: no process is started here."""
 
 import dataclasses
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from training.config import RunConfig, from_dict
 from training.distributed import Environment, joined, launcher, world
+from training.distributed.agreement import require_methods
 from training.distributed.faults import LostRankError, how_to_go_on
 from training.distributed.fitting import check_model
 from training.distributed.world import check_grid
@@ -55,6 +58,38 @@ def test_a_model_needs_attention_and_the_same_layers_on_every_rank() -> None:
         ValueError, match="layers.1.layer_drop: every rank must run the same layers .*LayerDrop may skip"
     ):
         check_model(model(WHOLE, layer_drop=0.1), expert_parallel=1, tensor_parallel=3, shard="none")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"sparsify": {"method": "l0"}},
+            "sparsify.method must be one of magnitude, .* with several processes, got 'l0'",
+        ),
+        (
+            {"sparsify": {"method": "robust_rewiring", "sparsity": 0.5}},
+            "sparsify.attack must be 0 with several processes, got 0.05",
+        ),
+        (
+            {"sparsify": {"method": "rigl", "sparsity": 0.5}, "optim": {"sparse_state": True}},
+            "optim.sparse_state must be false with several processes",
+        ),
+        (
+            {"distributed": {"shard": "fsdp", "compression": "topk"}},
+            "distributed.compression must be 'none' with distributed.shard='fsdp', got 'topk'",
+        ),
+        (
+            {"distributed": {"tensor_parallel": 2}, "train": {"compile": True}},
+            "train.compile must be false with distributed.tensor_parallel=2",
+        ),
+        ({"distributed": {"tensor_parallel": 2}, "sparsify": {"method": "rigl", "sparsity": 0.5}}, ""),
+    ],
+)
+def test_methods_that_processes_cannot_share_are_named(changes: dict, message: str) -> None:
+    config = from_dict(RunConfig, changes, where="the test")
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        require_methods(config)
 
 
 def test_grids_that_do_not_fit() -> None:

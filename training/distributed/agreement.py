@@ -11,7 +11,8 @@ from training.distributed.world import Tell, World
 from training.precision import choose_precision
 
 # methods that compute the same on every rank from weights and reduced gradients
-REPLICATED = ("magnitude", "static", "set", "rigl", "snfs", "dsr", "deep_r", "top_kast")
+REPLICATED = ("magnitude", "static", "set", "rigl", "snfs", "dsr", "deep_r", "top_kast", "preferential",
+              "robust_rewiring")  # fmt: skip
 
 
 def require_alone(wanted: DistributedConfig) -> None:
@@ -44,6 +45,8 @@ def require_methods(config: RunConfig) -> None:
             f"sparsify.method must be one of {', '.join(REPLICATED)} with several processes, got {method!r}: what it"
             " learns besides the weights is not averaged"
         )
+    if sparse and method == "robust_rewiring" and config.sparsify.attack:
+        raise ValueError(f"sparsify.attack must be 0 with several processes, got {config.sparsify.attack}")
     if config.optim.sparse_state:
         raise ValueError("optim.sparse_state must be false with several processes: checkpoints could not be resharded")
     if config.train.compile and wanted.tensor_parallel > 1:
