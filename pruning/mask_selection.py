@@ -35,25 +35,28 @@ def select_masks(
     Raises: ValueError if sparsity is outside [0, 1), a score is NaN, or tiles of unequal size meet an allocation that
     shares one number of removals among matrices."""
     parts = matrices(gathered(scores))
-    if isinstance(structure, Tiles):
-        kept = _tiled(parts, sparsity, allocation, structure)
-    else:
-        counts = allocation(parts, sparsity)
-        kept = {name: _chosen(name, structure, part, counts[name]) for name, part in parts.items()}
+    counts = weight_counts(parts, sparsity, allocation, structure)
+    kept = {name: _chosen(name, structure, part, counts[name]) for name, part in parts.items()}
     return Masks({name: sharded_as(_assembled(name, score, kept), score) for name, score in scores.items()})
 
 
-def _tiled(parts: Mapping[str, Tensor], sparsity: float, allocation: Allocation, structure: Tiles) -> dict[str, Tensor]:
+def weight_counts(
+    parts: Mapping[str, Tensor], sparsity: float, allocation: Allocation, structure: Structure
+) -> dict[str, int]:
+    """How many weights each matrix [out, in] loses: what `allocation` says of its scores, of whole tiles if there are.
+
+    Raises: ValueError naming a matrix that tiles do not fill, and for tiles of unequal size under any allocation but
+    `uniform`."""
+    if not isinstance(structure, Tiles):
+        return allocation(parts, sparsity)
     sizes = tile_sizes(structure, parts)
     if allocation is not uniform and len(set(sizes.values())) > 1:
         raise ValueError(
             f"structure {structure} has tiles of {min(sizes.values())} to {max(sizes.values())} weights here, which no "
             f"single ranking compares: allocation must be 'uniform'"
         )
-    pooled = {name: structure.pooled(part) for name, part in parts.items()}
-    counts = allocation(pooled, sparsity)
-    kept = {name: _chosen(name, unstructured, tiles, counts[name]) for name, tiles in pooled.items()}
-    return {name: structure.spread(kept[name], part) for name, part in parts.items()}
+    counts = allocation({name: structure.pooled(part) for name, part in parts.items()}, sparsity)
+    return {name: counts[name] * size for name, size in sizes.items()}
 
 
 def _chosen(name: str, structure: Structure, scores: Tensor, count: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pruning.agreement import averaged, follow_first
-from pruning.allocation import Allocation, uniform
+from pruning.allocation import Allocation
 from pruning.batches import Batch, Loss, Progress
 from pruning.calibrated.prune import prune_calibrated
 from pruning.criteria import (
@@ -58,9 +58,12 @@ def sparsify(
     allocation: "uniform" takes ⌊sparsity·n⌋ of every matrix (each expert is one), "global" ⌊sparsity·N⌋ of all
     together in one ranking, "erk", "lamp"; "owl" and "sensitivity" look at `calibration`; "loss", of methods that go
     layer by layer, at the dense model's loss over it (`pruning.calibrated.fisher_factors`); or a function of
-    `pruning.allocation`. None: that of the method's paper, "global" for snip, grasp, synflow and lamp, else "uniform".
+    `pruning.allocation`. For methods that go layer by layer "global", "lamp" and functions count by Wanda's scores in
+    the dense model, from one pass before. None: that of the method's paper, "global" for snip, grasp, synflow and lamp,
+    else "uniform".
     structure: None; "n:m", n of every m consecutive inputs stay, and sparsity is 1 − n/m; "block HxW", "row" or
-    "column": whole ones go, ⌊sparsity · their number⌋ of them, each with the sum of its scores.
+    "column": whole ones go, ⌊sparsity · their number⌋ of them, each with the sum of its scores (not for "sparsegpt",
+    "admm", "obs", "exact_obs" and "descent", which change weights while they choose).
     rounds: of "snip" (10) and "synflow" (100), exponential; 1 under "n:m".
     Counts are exact under ties, where the earlier position goes first; weights that are 0 already go before all others.
     weights: parameter names; None is `prunable_weights`, of GPT-2 its Conv1D. Keep the masks through fine-tuning with
@@ -78,10 +81,12 @@ def sparsify(
     if method not in CALIBRATED:
         return _scored(model, sparsity, method, chosen, structure, rounds, calibration, loss, weights, generator,
                        progress)  # fmt: skip
-    batches = _calibrated(method, chosen, structure, rounds, calibration, loss)
-    by_loss = "loss" if chosen == "loss" else "uniform"
-    return prune_calibrated(model, batches, method=method, sparsity=sparsity, structure=structure,
-                            allocation=by_loss, loss=loss, weights=weights, progress=progress).masks  # fmt: skip
+    batches = _calibrated(method, chosen, rounds, calibration, loss)
+    rule = _calibrated_allocation(chosen, model, prunable_weights(model, weights), batches, loss)
+    return prune_calibrated(
+        model, batches, method=method, sparsity=sparsity, structure=structure, allocation=rule,
+        loss=loss if chosen == "loss" else None, weights=weights, progress=progress,
+    ).masks  # fmt: skip
 
 
 def _scored(
@@ -127,27 +132,32 @@ def _finish(model: nn.Module, masks: Masks, found: Scored) -> None:
 def _calibrated(
     method: str,
     allocation: str | Allocation,
-    structure: str | None,
     rounds: int | None,
     calibration: Iterable[Batch] | None,
     loss: Loss | None,
 ) -> list[Batch]:
     """The batches of a method of `pruning.calibrated`. Raises: ValueError for what it does not go with."""
     batches = needs(f"method={method!r}", calibration)
-    if allocation not in ("uniform", uniform, "loss"):
-        raise ValueError(
-            f"method={method!r} compares weights inside a layer: allocation must be 'uniform' or 'loss', "
-            f"got {allocation!r}"
-        )
-    if structure is not None and ":" not in structure:
-        named_structure(structure)
-        raise ValueError(f"method={method!r} chooses weights or n:m groups: structure must be None or 'n:m', "
-                         f"got {structure!r}")  # fmt: skip
-    if loss is not None and allocation != "loss":
+    if loss is not None and allocation not in ("loss", "sensitivity"):
         raise ValueError(f"method={method!r} keeps each layer's outputs and takes no loss: loss must be None")
     if rounds is not None:
         raise ValueError(f"method={method!r} goes block by block: rounds must be None, got {rounds}")
     return batches
+
+
+def _calibrated_allocation(
+    allocation: str | Allocation,
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    batches: Sequence[Batch],
+    loss: Loss | None,
+) -> str | Allocation:
+    """What `prune_calibrated` takes: an allocation that looks at data does so when it is asked, after all checks."""
+    if allocation == "loss":
+        return allocation
+    if allocation in ("owl", "sensitivity"):
+        return lambda scores, share: make_allocation(allocation, model, weights, batches, loss)(scores, share)
+    return make_allocation(allocation, model, weights, batches, loss)
 
 
 class Sparsifier:

@@ -186,18 +186,17 @@ def _check_weights(arguments: PruneArguments) -> None:
 
 
 def _check_calibrated(method: str, allocation: object, structure: str | None) -> None:
-    if allocation not in ("uniform", "loss"):
-        raise ValueError(f"--method {method} compares weights inside a layer: --allocation must be uniform or loss, "
-                         f"got {allocation!r}")  # fmt: skip
     if method == "descent" and structure is None:
         raise ValueError("--method descent solves groups of m inputs: give --structure 2:4")
     if structure is None:
         return
-    if allocation == "loss":
-        raise ValueError(f"--structure {structure} fixes every matrix's sparsity: --allocation must be uniform")
     named_structure(structure)
-    if ":" not in structure:
+    if ":" in structure and allocation != "uniform":
+        raise ValueError(f"--structure {structure} fixes every matrix's sparsity: --allocation must be uniform")
+    if ":" not in structure and method != "wanda":
         raise ValueError(f"--method {method} chooses weights or n:m groups: --structure must be n:m, got {structure!r}")
+    if ":" not in structure and allocation == "loss":
+        raise ValueError(f"--structure {structure} takes whole tiles: --allocation loss shares out single weights")
     if method == "exact_obs":
         raise ValueError(f"--method exact_obs removes one weight at a time: leave out --structure, got {structure!r}")
     if method in ("descent", "sparsegpt") and COLUMNS_OF_SPARSEGPT % parse_structure(structure)[1]:

@@ -28,7 +28,7 @@ from pruning import (
 from pruning.allocation import loss_curves
 from pruning.batches import Progress
 from pruning.calibrated import Journal, MatrixReport, prune_calibrated
-from pruning.criteria import CALIBRATED
+from pruning.criteria import CALIBRATED, make_allocation
 from pruning.structure import Tiles, named_structure, parse_structure, removal_count, tile_sizes
 from pruning.weights import matrices, stored_turned
 from training.prune_arguments import PruneArguments
@@ -98,9 +98,13 @@ def prune_weights(
     """Weights set to zero by --method."""
     names = stored_turned(model)
     if arguments.method in CALIBRATED:
+        allocation = arguments.chosen_allocation or "uniform"
+        rule = "loss" if allocation == "loss" else make_allocation(
+            allocation, model, prunable_weights(model, names), batches, None
+        )  # fmt: skip
         report = prune_calibrated(
             model, batches, method=arguments.method, sparsity=arguments.sparsity, structure=arguments.structure,
-            allocation=arguments.chosen_allocation or "uniform", weights=names, progress=progress, journal=journal,
+            allocation=rule, weights=names, progress=progress, journal=journal,
         )  # fmt: skip
         return Weights(report.masks, report.matrices)
     device = next(model.parameters()).device

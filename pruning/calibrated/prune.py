@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from pruning.allocation.counts import Allocation, uniform
 from pruning.batches import Batch, Loss, Progress, evaluating, model_batches
 from pruning.calibrated import reconstruct
 from pruning.calibrated.admm import admm
@@ -18,11 +19,12 @@ from pruning.calibrated.capture import Moments, recording
 from pruning.calibrated.descent import group_descent
 from pruning.calibrated.hessian import dead_inputs, layer_hessian, naming_layer
 from pruning.calibrated.journal import Finished, Journal
-from pruning.calibrated.plan import CALIBRATED, Plan, by_loss, check_shapes, first_batches, make_plan
-from pruning.calibrated.reconstruct import Pruned, magnitude_mask, output_error, wanda_mask
+from pruning.calibrated.plan import CALIBRATED, Plan, by_allocation, by_loss, check_shapes, first_batches, make_plan
+from pruning.calibrated.reconstruct import Pruned, magnitude_mask, output_error, wanda_mask, wanda_scores
 from pruning.calibrated.report import CalibratedReport, MatrixReport
 from pruning.calibrated.targets import Inputs, Matrix, find_inputs
 from pruning.masking import Masks
+from pruning.structure import Tiles
 from pruning.weights import check_unquantised, prunable_weights, stored_turned
 
 __all__ = ["CALIBRATED", "prune_calibrated"]
@@ -38,7 +40,7 @@ def prune_calibrated(
     method: str = "sparsegpt",
     sparsity: float | None = None,
     structure: str | None = None,
-    allocation: str = "uniform",
+    allocation: str | Allocation = "uniform",
     loss: Loss | None = None,
     loss_tokens: int = 8192,
     refit: bool = False,
@@ -52,8 +54,13 @@ def prune_calibrated(
     """Zero ⌊sparsity · n⌋ weights of every matrix, in place, choosing by what the layers see on `calibration`.
 
     method: "wanda", "sparsegpt", "admm", "obs" (`layerwise_obs`), "exact_obs" (small layers only), "magnitude" (for
-    refit), or, of n:m groups alone, "descent" (SparseGPT's answer, then `group_descent`). structure: None, or "n:m",
-    which implies the sparsity. allocation: "uniform", or "loss": one backward pass of the dense model over the first
+    refit), or, of n:m groups alone, "descent" (SparseGPT's answer, then `group_descent`). structure: None; "n:m",
+    which implies the sparsity; of "wanda" and "magnitude" also "block HxW", "row" or "column": the tiles of a matrix
+    with the least sums of scores go (the other methods change weights while they choose).
+    allocation: "uniform"; a function of `pruning.allocation`, which is asked once, before anything is pruned: of abs(w)
+    for "magnitude", of the dense model's `wanda_scores` for all other methods, from one more pass over `calibration`
+    (none for `uniform` and `erk`, which look at shapes): `owl(outlier_shares(...))` is OWL with Wanda or SparseGPT, as
+    Yin et al. 2024 have it (arXiv:2310.05175); or "loss": one backward pass of the dense model over the first
     `loss_tokens` tokens (with `loss`, None: next-token loss) says what an error in each output of each matrix costs
     (`fisher_factors`); ⌊sparsity · N⌋ of all N weights go, shared out by `loss_counts`, and the rows of a matrix
     compete by their cost in all methods but "wanda" and "magnitude". refit: solve the survivors by least squares
@@ -76,6 +83,9 @@ def prune_calibrated(
     _check_tokens(batches)
     if allocation == "loss":
         plan = by_loss(plan, model, inputs, first_batches(batches, loss_tokens), loss)
+    elif not isinstance(allocation, str) or plan.tiles is not None:
+        rule = uniform if isinstance(allocation, str) else allocation
+        plan = by_allocation(plan, model, inputs, batches, rule)
     with evaluating(model), without_cache(model):
         reports, sequential = _prune_model(model, chosen, inputs, batches, plan, progress, journal)
     report = CalibratedReport(_masks(chosen, reports), tuple(one for one, _, _ in reports), sequential)
@@ -240,7 +250,7 @@ def _pruned(
 ) -> tuple[Tensor, Tensor, int, float | None]:
     """New weight, what is kept, the number of dead inputs and the output error."""
     if sums is None:
-        return weight, magnitude_mask(weight, count, groups=plan.groups), 0, None
+        return weight, _magnitude(weight, count, plan), 0, None
     if plan.norms_only:
         kept = _mask(weight, sums, count, plan)
         return weight, kept, int((sums == 0).sum()), None
@@ -250,9 +260,21 @@ def _pruned(
 
 
 def _mask(weight: Tensor, squares: Tensor, count: int, plan: Plan) -> Tensor:
-    if plan.method == "wanda":
-        return wanda_mask(weight, squares, count, groups=plan.groups)
+    if plan.method != "wanda":
+        return _magnitude(weight, count, plan)
+    if plan.tiles is not None:
+        return _tiled(plan.tiles, wanda_scores(weight, squares), weight, count)
+    return wanda_mask(weight, squares, count, groups=plan.groups)
+
+
+def _magnitude(weight: Tensor, count: int, plan: Plan) -> Tensor:
+    if plan.tiles is not None:
+        return _tiled(plan.tiles, weight.abs(), weight, count)
     return magnitude_mask(weight, count, groups=plan.groups)
+
+
+def _tiled(tiles: Tiles, scores: Tensor, weight: Tensor, count: int) -> Tensor:
+    return tiles(scores.masked_fill(weight == 0, -torch.inf), count)
 
 
 def _reconstructed(weight: Tensor, hessian: Tensor, count: int, plan: Plan, costs: Tensor | None) -> Pruned:

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pruning.batches import Batch, Progress, evaluating, model_batches
-from pruning.calibrated.blocks import find_blocks, run_model, without_cache
-from pruning.calibrated.capture import Moments, recording
+from pruning.batches import Batch, Progress
+from pruning.calibrated.blocks import find_blocks
+from pruning.calibrated.dense import dense_moments, distinct_matrices
 from pruning.calibrated.targets import find_inputs
 
 
@@ -28,16 +28,10 @@ def outlier_shares(
     Raises: ValueError if times <= 0, without batches, and for a matrix that no row reaches."""
     if times <= 0:
         raise ValueError(f"times must be > 0, got {times}")
-    inputs, moments = find_inputs(model, weights), Moments(diagonal=True)
-    with evaluating(model), without_cache(model), recording(inputs, moments):
-        for batch in model_batches(model, batches, progress=progress):
-            mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
-            moments.real = None if mask is None else mask.bool()
-            run_model(model, batch)
+    inputs = find_inputs(model, weights)
+    moments = dense_moments(model, inputs, batches, progress=progress)
     metric = {}
-    for matrix in (one for use in inputs for part in use.weights.values() for one in part):
-        if matrix.label not in moments.rows:
-            raise ValueError(f"calibration must reach {matrix.label}, got no row of input: give more batches")
+    for matrix in distinct_matrices(inputs):
         norm = (moments.sums[matrix.label] / moments.rows[matrix.label]).sqrt()
         metric[matrix.label] = matrix.view(matrix.parameter).abs() * norm
     shares: dict[str, float] = {}

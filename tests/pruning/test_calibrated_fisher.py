@@ -157,7 +157,7 @@ def test_it_beats_uniform_where_one_layer_matters_little():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"allocation": "los"}, "allocation must be one of uniform, loss, got 'los'"),
+    ({"allocation": "los"}, "one of uniform, loss or a function of .*, got 'los'; sparsify knows"),
     ({"structure": "2:4", "allocation": "loss"}, "fixes every matrix's sparsity: allocation must be 'uniform'"),
     ({"sparsity": 0.5, "loss": quadratic}, "loss must be None unless allocation='loss'"),
     ({"sparsity": 0.97, "allocation": "loss"}, "sparsity must be at most 0.95 for allocation='loss', got 0.97"),

@@ -55,13 +55,14 @@ def refusal(method: str, allocation: str, structure: str | None) -> str | None:
     """A word that the refusal must hold; None for a pair that goes. The rules of the issue, written anew."""
     grouped, tiled = structure == "2:4", structure in TILES
     if method in CALIBRATED:
-        if allocation not in ("uniform", "loss"):
-            return "allocation"
-        if tiled or (grouped and (method == "exact_obs" or allocation == "loss")):
+        # all but wanda choose while they change weights: METHODS.md exempts them from whole tiles
+        if tiled and (method != "wanda" or allocation == "loss"):
+            return "structure"
+        if grouped and (method == "exact_obs" or allocation != "uniform"):
             return "structure"
         if method == "descent" and not grouped:
             return "structure"
-        return None
+        return "structure" if structure in ("row", "column") and allocation != "uniform" else None
     if allocation == "loss":
         return "allocation|structure|lamp"
     if grouped and allocation != "uniform":
