@@ -16,7 +16,7 @@ from benchmarks.readme_tables import RECORDS, ROOT, Line, read, table
 PAGE = ROOT / "docs" / "guides" / "prune-measured.md"
 FIGURES = {PAGE.with_suffix(".svg"): heads_figure, PAGE.with_name("prune-heads-or-weights.svg"): parameters_figure}
 SOURCE = RECORDS / "smollm2-pruning.jsonl"
-NAMES = ("smollm2-pruning", "smollm2-heads", "minilm-heads", "experts-removed", "sparse-execution")
+NAMES = ("smollm2-pruning", "smollm2-heads", "minilm-heads", "experts-removed", "sparse-execution", "smollm2-together")
 RUNS = tuple(ROOT / "runs" / f"{name}.jsonl" for name in NAMES)
 LABELS = {
     ("magnitude", "uniform"): "magnitude",
@@ -224,12 +224,30 @@ def execution(lines: list[Line]) -> str:
     )
 
 
+def together(lines: list[Line]) -> str:
+    """Pruned, recovered and in int8: perplexity, bytes and time of each, beside the dense model."""
+    rows = named(lines, "together")
+    cells = [
+        [WAYS[line["way"]], line["kind"], f"{line['zeros']:.0%}", f"{line['perplexity']:,.1f}",
+         f"{line['bytes'] / 1e6:,.0f} MB", f"{line['forward_s'] / line['dense_forward_s']:.2f}"]
+        for line in rows
+    ]  # fmt: skip
+    one = rows[0]
+    return (
+        table(["", "numbers", "zeros", "perplexity", "bytes", "time of a forward pass"], cells)
+        + f"\n\n{one['steps']} steps of 4 x {one['calibration'][1]} tokens of the calibration text. The time: of "
+        + f"128 tokens, as a share of the dense float32 model's, in turns on {one['threads']} threads. {_made(rows)}"
+    )
+
+
+WAYS = {"dense": "dense", "pruned": "50% of the weights gone, SparseGPT by loss", "distilled": "and distilled",
+        "adapters": "or low-rank adapters, merged"}  # fmt: skip
 TABLES = {
     "pruned": ("pruned", pruned), "times": ("pruned", times), "spread": ("pruned", spread),
     "heads": ("heads", heads), "shrunk": ("heads", shrunk), "recovery": ("heads", recovery),
     "experts": ("experts", experts),
     "encoder": ("minilm", encoder), "agreement": ("encoder", agreement), "found": ("encoder", found),
-    "execution": ("sparse_csr", execution),
+    "execution": ("sparse_csr", execution), "together": ("together", together),
 }  # fmt: skip
 
 
@@ -248,7 +266,18 @@ def fill(text: str, lines: list[Line]) -> str:
 
 def newest(lines: list[Line]) -> list[Line]:
     """The last record of each cell."""
-    keys = ("name", "method", "allocation", "level", "refit", "importance", "fraction", "recovered_steps", "way")
+    keys = (
+        "name",
+        "method",
+        "allocation",
+        "level",
+        "refit",
+        "importance",
+        "fraction",
+        "recovered_steps",
+        "way",
+        "kind",
+    )
     return list({(*(line.get(key) for key in keys), str(line.get("conditions"))): line for line in lines}.values())
 
 
