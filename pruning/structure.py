@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Structure = Callable[[Tensor, int], Tensor]
@@ -24,9 +24,9 @@ def removal_count(fraction: float, total: int) -> int:
 
 
 def check_fraction(name: str, value: float) -> None:
-    """Raises: ValueError if value is outside [0, 1)."""
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {value}")
+    """Raises: ValueError if value is no number in [0, 1)."""
+    if isinstance(value, str) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
 
 
 def unstructured(scores: Float[Tensor, "..."], count: int) -> Bool[Tensor, "..."]:
@@ -47,6 +47,36 @@ def unstructured(scores: Float[Tensor, "..."], count: int) -> Bool[Tensor, "..."
         ties = (flat == threshold).nonzero().squeeze(1)
         keep[ties[count - int((flat < threshold).sum()) :]] = True
     return keep.view(scores.shape)
+
+
+def within_rows(scores: Float[Tensor, "out in"], count: int) -> Bool[Tensor, "out in"]:
+    """False at `count` scores in all, the lowest of each row; rows lose equally many, or one more.
+
+    >>> within_rows(torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 8.0, 7.0, 6.0]]), 4)
+    tensor([[False, False,  True,  True],
+            [False,  True,  True, False]])
+
+    Weights into one output compete among themselves, as Wanda has it (Sun et al. 2023, arXiv:2306.11695). What is gone
+    already (−inf) counts for its row, and a row that has lost more than the others stays so. Of equal scores the
+    earlier go first. Raises: ValueError if count is outside [0, number of scores] or a score is NaN."""
+    gone = (scores == -torch.inf).sum(1)
+    if not int(gone.sum()) < count <= scores.numel():
+        return unstructured(scores, count)
+    _check_numbers(scores)
+    order = scores.argsort(dim=1, stable=True)
+    goes = torch.arange(scores.shape[1], device=scores.device) < _levelled(gone, count, scores.shape[1])[:, None]
+    return torch.ones_like(scores, dtype=torch.bool).scatter(1, order, ~goes)
+
+
+def _levelled(gone: Int[Tensor, "out"], count: int, most: int) -> Int[Tensor, "out"]:
+    """`count` shared out so that the rows of least are equal, or one apart; none has less than `gone`."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if int(gone.clamp_min(middle).sum()) <= count else (low, middle - 1)
+    taken, free = gone.clamp_min(low), (gone <= low).nonzero().squeeze(1)
+    edges = torch.arange(len(free) + 1, device=gone.device) * (count - int(taken.sum())) // max(len(free), 1)
+    return taken.index_add(0, free, edges.diff())
 
 
 def _check_numbers(scores: Tensor) -> None:
