@@ -8,7 +8,7 @@ from html import escape
 
 from training.study.panels import Point
 
-WIDTH, LABELS, SPAN, ROW = 760, 226, (240, 730), 24
+WIDTH, LABELS, SPAN, ROW = 760, 258, (272, 736), 24
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #1f2933 } .muted { fill: #5f6b7a } .title { font-weight: 600 }
 .grid { stroke: #d5dbe2 } .seed { fill: #0f766e; opacity: .7 } .mean { stroke: #0f766e; stroke-width: 2.5 }

@@ -32,20 +32,29 @@ def findings(probe: Probe, lines: list[Line]) -> Findings:
     }
     said = [sentence for name, arms in groups.items() for sentence in _verdict(name, arms, between[name])]
     return Findings(
-        verdict=(*said, expectations(_checks(groups))),
+        verdict=(_dense_sentence(dense, groups, probe, options), *said, expectations(_checks(groups))),
         tables={
             "Held-out bits a byte": _losses(dense, groups),
             "Trace of the Fisher over training": _traces(dense, groups),
             "Straight paths": _paths(groups, between),
         },
         figures={
-            "losses": ("Held-out bits a byte of each arm, a dot a seed", _loss_figure(dense, groups)),
+            "losses": ("Held-out bits a byte of each arm, a dot a seed", _loss_figure(groups)),
             "fisher": ("Trace of the Fisher over training", _trace_figure(probe, dense, groups)),
             "paths": ("Held-out loss on straight paths", _path_figure(groups, between)),
         },
         results=(dense, *(result for arms in groups.values() for result in arms.values())),
         method=_method(probe, options),
     )
+
+
+def _dense_sentence(dense: Result, groups: Mapping[str, Arms], probe: Probe, options: Options) -> str:
+    parts = [
+        versus(f"{name} sparse from the start, {probe.steps + options.finetune_steps} steps,",
+               f"dense after its {probe.steps}", compare_values(arms["scratch"].bits, dense.bits))
+        for name, arms in groups.items()
+    ]  # fmt: skip
+    return f"The model that gives the masks: {'; '.join(parts)}."
 
 
 def _verdict(name: str, arms: Arms, between: Mapping[int, Line]) -> list[str]:
@@ -181,10 +190,10 @@ def _paths(groups: Mapping[str, Arms], between: Mapping[str, Mapping[int, Line]]
     return table(["Sparsity", "Path", "Loss at the start", "Loss at the end", "Barrier (nats)"], rows)
 
 
-def _loss_figure(dense: Result, groups: Mapping[str, Arms]) -> str:
+def _loss_figure(groups: Mapping[str, Arms]) -> str:
     return dots_svg("Held-out bits a byte by arm", [
         Dots(f"{name} sparse: held-out bits a byte, each seed (left is better)",
-             {r.task.label: list(r.bits.values()) for r in (dense, *arms.values())})
+             {r.task.label: list(r.bits.values()) for r in arms.values()})
         for name, arms in groups.items()
     ])  # fmt: skip
 

@@ -72,9 +72,15 @@ def _conditions(probe: Probe, lines: Sequence[Line]) -> list[str]:
         f"Model: width {model['dim']}, {model['layers']} layers, {model['heads']} heads, {model['hidden']} neurons; "
         f"text: {data['corpus']}, {data.get('tokenizer', 'bpe')}, sequences of {data['length']} tokens, "
         f"{train['batch']} a step; {train['dtype']}.",
-        f"{_values(cells, 'threads')} thread, {_values(cells, 'device')}, torch {_values(cells, 'torch')}, commit "
-        f"{_values(cells, 'commit')}; {minutes:.1f} processor minutes, declared budget {probe.budget_minutes:g}.",
+        "Runs of this length are early training: after longer ones the arms may stand otherwise.",
+        f"{_values(cells, 'threads')} thread, {_values(cells, 'device')}, torch {_values(cells, 'torch')}, "
+        f"{_commits(cells)}; {minutes:.1f} processor minutes, declared budget {probe.budget_minutes:g}.",
     ]
+
+
+def _commits(cells: Sequence[Line]) -> str:
+    found = list(dict.fromkeys(line["commit"] for line in cells)) or ["unknown"]
+    return f"commit {found[0]}" if len(found) == 1 else f"commits from {found[0]} to {found[-1]}, {len(found)} of them"
 
 
 def _values(lines: Sequence[Line], name: str) -> str:

@@ -35,7 +35,7 @@ def findings(probe: Probe, lines: list[Line]) -> Findings:
         for sparsity in options.sparsities
     }
     followed = [result_of(probe, lines, task) for task in ranking_tasks()]
-    said = [sentence for name, arms in groups.items() for sentence in _verdict(name, arms)]
+    said = [sentence for name, arms in groups.items() for sentence in _verdict(name, arms, dense)]
     said += [_ranking_sentence(result, probe.steps) for result in followed]
     return Findings(
         verdict=(*said, expectations(_checks(groups, followed, probe.steps))),
@@ -45,7 +45,7 @@ def findings(probe: Probe, lines: list[Line]) -> Findings:
             "Step from which the ranking is stable": _stable(followed),
         },
         figures={
-            "losses": ("Held-out bits a byte of each mask, a dot a seed", _loss_figure(dense, groups)),
+            "losses": ("Held-out bits a byte of each mask, a dot a seed", _loss_figure(groups)),
             "ranking": ("Agreement of the ranking with the last one", _ranking_figure(followed)),
         },
         results=(dense, *(result for arms in groups.values() for result in arms.values()), *followed),
@@ -53,7 +53,7 @@ def findings(probe: Probe, lines: list[Line]) -> Findings:
     )
 
 
-def _verdict(name: str, arms: Arms) -> list[str]:
+def _verdict(name: str, arms: Arms, dense: Result) -> list[str]:
     places = [
         versus(f"the largest weights at {_low(RATIO_LABELS[ratio])}", "random places",
                compare_values(arms[f"{ratio} magnitude"].bits, arms[f"{ratio} random"].bits))
@@ -65,27 +65,34 @@ def _verdict(name: str, arms: Arms) -> list[str]:
         for topology in TOPOLOGIES
         for ratio in ("erk", "global")
     ]  # fmt: skip
+    chance = arms["uniform random"].bits
+    against = versus("uniform ratios, random places,", "dense", compare_values(chance, dense.bits))
     return [
         f"**{name} sparse.** Topology at equal ratios: {'; '.join(places)}.",
         f"{name}, ratios at equal topology: {'; '.join(ratios)}.",
         f"{name}: {_which(arms)}",
+        f"{name}, at equal steps: {against}.",
     ]
 
 
 def _which(arms: Arms) -> str:
-    """Main effects over the six masks: the places' mean gain, and the widest difference between means of ratios."""
-    if any(not result.bits for result in arms.values()):
+    """Main effects over the six masks, by seed: the places' mean gain, and the distance between the two ratios whose
+    means lie furthest apart."""
+    seeds = set.intersection(*(set(result.bits) for result in arms.values()))
+    if not seeds:
         return "no comparison of both choices, for want of a result."
-    mean = {arm: statistics.fmean(result.bits.values()) for arm, result in arms.items()}
-    places = statistics.fmean(mean[f"{ratio} random"] - mean[f"{ratio} magnitude"] for ratio in RATIOS)
-    of_ratio = {ratio: statistics.fmean(mean[f"{ratio} {t}"] for t in TOPOLOGIES) for ratio in RATIOS}
-    best, worst = min(of_ratio, key=lambda r: of_ratio[r]), max(of_ratio, key=lambda r: of_ratio[r])
-    width = of_ratio[worst] - of_ratio[best]
-    larger = "the ratios" if width > abs(places) else "the places"
+    bits = {seed: {arm: result.bits[seed] for arm, result in arms.items()} for seed in sorted(seeds)}
+    mean = {ratio: statistics.fmean(b[f"{ratio} {t}"] for b in bits.values() for t in TOPOLOGIES) for ratio in RATIOS}
+    best, worst = min(mean, key=lambda r: mean[r]), max(mean, key=lambda r: mean[r])
+    places = [statistics.fmean(b[f"{r} magnitude"] - b[f"{r} random"] for r in RATIOS) for b in bits.values()]
+    ratios = [statistics.fmean(b[f"{best} {t}"] - b[f"{worst} {t}"] for t in TOPOLOGIES) for b in bits.values()]
+    gaps = [place - ratio for place, ratio in zip(places, ratios, strict=True)]
+    words = "the places change more" if max(gaps) < 0 else "the ratios change more" if min(gaps) > 0 else None
     return (
-        f"averaged over the ratios, the largest weights instead of random places change the loss by {-places:+.4f} "
-        f"bits a byte; averaged over the places, the ratios differ by {width:.4f} ({_low(RATIO_LABELS[best])} lowest, "
-        f"{_low(RATIO_LABELS[worst])} highest): the larger of the two is that of {larger}."
+        f"averaged over the ratios, the largest weights change the loss of random places by "
+        f"{mean_spread(places)} bits a byte; averaged over the places, {_low(RATIO_LABELS[best])} change that of "
+        f"{_low(RATIO_LABELS[worst])} by {mean_spread(ratios)}: "
+        f"{f'{words}, with every seed' if words else 'which of the two changes more depends on the seed'}."
     )
 
 
@@ -187,10 +194,10 @@ def _stable(followed: list[Result]) -> str:
     return table(head, rows)
 
 
-def _loss_figure(dense: Result, groups: Mapping[str, Arms]) -> str:
+def _loss_figure(groups: Mapping[str, Arms]) -> str:
     return dots_svg("Held-out bits a byte by mask", [
         Dots(f"{name} sparse: held-out bits a byte, each seed (left is better)",
-             {r.task.label: list(r.bits.values()) for r in (dense, *arms.values())})
+             {r.task.label: list(r.bits.values()) for r in arms.values()})
         for name, arms in groups.items()
     ])  # fmt: skip
 

@@ -33,7 +33,7 @@ def findings(probe: Probe, lines: list[Line]) -> Findings:
             f"{TARGETS[target]}, {sparsity:.0%} sparse": _table(dense[target], arms)
             for (target, sparsity), arms in ordered.items()
         },
-        figures={"losses": ("Held-out bits a byte of each mask, a dot a seed", _figure(dense, ordered))},
+        figures={"losses": ("Held-out bits a byte of each mask, a dot a seed", _figure(ordered))},
         results=(*dense.values(), *(result for arms in ordered.values() for result in arms.values())),
         method=_method(probe, options),
     )
@@ -95,10 +95,10 @@ def _table(dense: Result, arms: Arms) -> str:
     return table(head, rows)
 
 
-def _figure(dense: Mapping[str, Result], ordered: Mapping[tuple[str, float], Arms]) -> str:
+def _figure(ordered: Mapping[tuple[str, float], Arms]) -> str:
     return dots_svg("Held-out bits a byte by mask", [
         Dots(f"{TARGETS[target]}, {sparsity:.0%} sparse: held-out bits a byte, each seed (left is better)",
-             {r.task.label: list(r.bits.values()) for r in (dense[target], *arms.values())})
+             {r.task.label: list(r.bits.values()) for r in arms.values()})
         for (target, sparsity), arms in ordered.items()
     ])  # fmt: skip
 
