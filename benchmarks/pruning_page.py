@@ -191,18 +191,27 @@ def _encoder(lines: list[Line], key: str) -> str:
 
 
 def encoder(lines: list[Line]) -> str:
-    """Size and speed of the encoder by heads removed, as the mean over the ways measured."""
-    rows = named(lines, "minilm")
-    files = {line["fraction"]: line["file_bytes"] for line in named(lines, "encoder") if "file_bytes" in line}
-    cells = []
-    for fraction in sorted({line["fraction"] for line in rows} & files.keys()):
-        ones = [line for line in rows if line["fraction"] == fraction]
-        cells.append([f"{fraction:.0%}", f"{mean(line['parameters'] for line in ones) / 1e6:.1f} M",
-                      f"{files[fraction] / 1e6:.1f} MB", f"{mean(line['speedup'] for line in ones):.2f}"])  # fmt: skip
+    """Agreement with the whole sentence encoder, and speed, by heads removed; chance as the mean of its seeds."""
+    rows = [line for line in named(lines, "minilm") if "agreement" in line]
+    fractions = sorted({line["fraction"] for line in rows})
+    found: dict[str, dict[float, list[Line]]] = {}
+    for line in rows:
+        label = CHANCE if line["importance"].startswith(CHANCE) else line["importance"]
+        found.setdefault(label, {}).setdefault(line["fraction"], []).append(line)
+    cells = [
+        [label, *(f"{mean(one['agreement'] for one in by[f]):.3f}" if f in by else "" for f in fractions)]
+        for label, by in found.items()
+    ]
+    fastest = [
+        f"{mean(line['parameters'] for line in rows if line['fraction'] == f) / 1e6:.1f} M and "
+        f"{mean(line['speedup'] for line in rows if line['fraction'] == f):.2f} times as fast"
+        for f in fractions
+    ]
     return (
-        table(["heads removed", "parameters", "file, float32", "times as fast"], cells)
-        + f"\n\nForward passes of 32 texts in turns with the whole encoder, {rows[0]['threads']} thread(s). Torch "
-        + f"{rows[0]['torch']}, commit `{rows[0]['commit']}`."
+        table(["heads removed", *(f"{fraction:.0%}" for fraction in fractions)], cells)
+        + f"\n\nCorrelation of the cosine similarities of all pairs among {rows[0]['pairs']} held-out sentences of "
+        + f"{rows[0]['text']} with the whole encoder's. {rows[0]['model']}, shrunk for good: {'; '.join(fastest)}, "
+        + f"{rows[0]['threads']} thread(s). Torch {rows[0]['torch']}, commit `{rows[0]['commit']}`."
     )
 
 

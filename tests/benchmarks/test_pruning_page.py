@@ -30,8 +30,8 @@ LINES = [
     MORE,
     {**COMMON, "name": "experts", "way": "whole", "fraction": 0.0, "bits_per_byte": 1.25, "parameters": 6.8e6},
     {**COMMON, "name": "experts", "way": "merged", "fraction": 0.5, "bits_per_byte": 2.0, "parameters": 3.7e6},
-    {**COMMON, "name": "minilm", "importance": "gradient", "fraction": 0.5, "parameters": 20e6, "speedup": 1.25},
-    {**ENCODER, "importance": "gradient", "file_bytes": 80e6},
+    {**COMMON, "name": "minilm", "importance": "gradient", "fraction": 0.5, "parameters": 20e6, "speedup": 1.25,
+     "agreement": 0.7, "pairs": 512},
     {**ENCODER, "importance": "none", "fraction": 0.0, "agreement": 1.0, "found": 0.5},
     ENCODER,
     {**ENCODER, "importance": "chance 1", "agreement": 0.6},
@@ -52,7 +52,7 @@ def test_cells_hold_the_records_figures():
     assert "| merged | 2.000 |" in text and "whole: 1.250 with 6.8 M parameters, then 3.7 M." in text
     assert "| chance | 0.650 | 0.900 |" in text and "2 seeds of chance" in text
     assert "| chance | 0.250 | 0.375 |" in text and "the whole encoder finds 0.500" in text
-    assert "| 50% | 20.0 M | 80.0 MB | 1.25 |" in text
+    assert "| gradient | 0.700 |" in text and "20.0 M and 1.25 times as fast" in text
     assert "| csr, 50% | 1.50 |" in text and "| block, 50% | 0.50 |" in text
     assert fill(text, LINES) == text
 
