@@ -20,8 +20,9 @@ from pruning.saliency.outliers import outlier_shares
 from pruning.saliency.rounds import Select
 from pruning.saliency.second_order import hessian_diagonal, obd
 from pruning.saliency.synflow import synflow_scores
+from pruning.saliency.wanda import dense_wanda_scores
 from pruning.saliency.woodfisher import inverse_fisher, woodfisher_scores, woodfisher_update
-from pruning.structure import Structure, named_structure, parse_structure, unstructured
+from pruning.structure import Structure, named_structure, parse_structure, unstructured, within_rows
 
 LEVELS = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 
@@ -54,7 +55,8 @@ class Criterion:
     """A saliency by name.
 
     data: it needs calibration. loss: it takes one. allocation: the one that its paper uses. rounds: how many it takes
-    by default; 0 for one that has none. signed: scores may be negative."""
+    by default; 0 for one that has none. signed: scores may be negative. among: which weights compete where no other
+    structure is asked for."""
 
     score: Callable[[Request], Scored]
     data: bool = False
@@ -62,6 +64,7 @@ class Criterion:
     allocation: str = "uniform"
     rounds: int = 0
     signed: bool = False
+    among: Structure = unstructured
 
 
 def _each(saliency: Callable[[Tensor], Tensor]) -> Callable[[Request], Scored]:
@@ -108,6 +111,10 @@ def _woodfisher(ask: Request) -> Scored:
     return Scored(woodfisher_scores(ask.weights, inverse), repair)
 
 
+def _wanda(ask: Request) -> Scored:
+    return Scored(dense_wanda_scores(ask.model, ask.weights, ask.calibration, progress=ask.progress))
+
+
 CRITERIA = {
     "correlation": Criterion(_correlation, data=True),
     "gradient": Criterion(_by_gradient(gradient_scores), data=True, loss=True),
@@ -119,11 +126,12 @@ CRITERIA = {
     "snip": Criterion(_snip, data=True, loss=True, allocation="global", rounds=10),
     "synflow": Criterion(_synflow, allocation="global", rounds=100),
     "taylor": Criterion(_by_gradient(taylor_scores), data=True, loss=True),
+    "wanda": Criterion(_wanda, data=True, among=within_rows),
     "woodfisher": Criterion(_woodfisher, data=True, loss=True),
 }
 # these choose masks while they change weights, block by block: pruning.calibrated
 CALIBRATED = ("admm", "descent", "exact_obs", "obs", "sparsegpt", "wanda")
-METHODS = tuple(sorted((*CRITERIA, *CALIBRATED)))
+METHODS = tuple(sorted({*CRITERIA, *CALIBRATED}))
 BY_FORMULA: dict[str, Allocation] = {
     "erk": erk, "global": global_ranking, "lamp": lamp_ranking, "uniform": uniform
 }  # fmt: skip

@@ -164,7 +164,8 @@ class Sparsifier:
     """Prunes a model while it trains: saliency × allocation × structure × schedule, each a function.
 
     saliency(weight) → scores of its shape (`magnitude`; `taylor` reads weight.grad), or the name of a method of
-    `sparsify` that scores weights, with its `calibration`, `loss` and `generator`; allocation (scores, sparsity) →
+    `sparsify` that scores weights ("wanda" too, on the model as it is and inside each row, by `dense_wanda_scores`),
+    with its `calibration`, `loss` and `generator`; allocation (scores, sparsity) →
     count of each matrix; structure (scores, count) → mask; schedule(step) → sparsity. Allocation and structure may be
     names too, as in `sparsify` (None: the method's own, "uniform" for a function). Whenever the schedule rises the
     masks are chosen again; what was pruned stays pruned. Call `before_step`, then the optimiser, then `after_step`.
@@ -208,6 +209,8 @@ class Sparsifier:
         if CRITERIA[method].data:
             needs(f"saliency={method!r}", self.calibration)
         self.structure = named_structure(structure) if isinstance(structure, str) else structure
+        if structure is unstructured:
+            self.structure = CRITERIA[method].among
         # whether replicas would choose apart: each from its own calibration, or by its own generator
         self._apart = CRITERIA[method].data or method == "random" or self.calibration is not None
         self.step, self.sparsity = 0, 0.0

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pruning.calibrated.hessian import damped, dead_inputs, factorised, inverse_upper
-from pruning.calibrated.selection import Groups, block_counts, lowest, lowest_by_row
+from pruning.calibrated.selection import Groups, block_counts, lowest
+from pruning.structure import within_rows
 
 Pruned = tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]
 SMALL_LAYER = 2**26
@@ -31,9 +32,10 @@ def wanda_scores(weight: Float[Tensor, "out in"], squares: Float[Tensor, "in"]) 
 def wanda_mask(
     weight: Float[Tensor, "out in"], squares: Float[Tensor, "in"], count: int, *, groups: Groups = None
 ) -> Bool[Tensor, "out in"]:
-    """The lowest `wanda_scores` go, compared inside each output row; survivors keep their values."""
+    """The lowest `wanda_scores` go, compared inside each output row (`within_rows`); survivors keep their values."""
     scores = wanda_scores(weight, squares).masked_fill(weight == 0, -torch.inf)
-    return ~(lowest_by_row(scores, count) if groups is None else lowest(scores, count, groups)) & (weight != 0)
+    kept = within_rows(scores, count) if groups is None else ~lowest(scores, count, groups)
+    return kept & (weight != 0)
 
 
 def magnitude_mask(weight: Float[Tensor, "out in"], count: int, *, groups: Groups = None) -> Bool[Tensor, "out in"]:

@@ -1,8 +1,7 @@
-"""Which weights of one matrix go, by exact count: over all of it, row by row, or block of columns by block."""
+"""Which weights of one matrix go, by exact count: over all of it, or block of columns by block."""
 
 from itertools import pairwise
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -18,15 +17,6 @@ def lowest(scores: Float[Tensor, "out in"], count: int, groups: Groups = None) -
         return ~unstructured(scores, count)
     n, m = groups
     return ~n_of_m(n, m)(scores, scores.numel() // m * (m - n))
-
-
-def lowest_by_row(scores: Float[Tensor, "out in"], count: int) -> Bool[Tensor, "out in"]:
-    """True at the lowest scores of each row; `count` is shared out evenly, so that rows differ by at most one."""
-    rows, columns = scores.shape
-    edges = torch.arange(rows + 1, device=scores.device) * count // max(rows, 1)
-    order = scores.argsort(dim=1, stable=True)
-    goes = torch.arange(columns, device=scores.device) < edges.diff()[:, None]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, goes)
 
 
 def block_counts(first: Bool[Tensor, "out in"], count: int, width: int) -> list[int]:

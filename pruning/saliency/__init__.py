@@ -12,6 +12,7 @@ from pruning.saliency.layers import layer_importance
 from pruning.saliency.outliers import outlier_shares
 from pruning.saliency.second_order import hessian_diagonal, obd
 from pruning.saliency.synflow import synflow_scores
+from pruning.saliency.wanda import dense_wanda_scores
 from pruning.saliency.weight_change import WeightChange
 from pruning.saliency.woodfisher import inverse_fisher, woodfisher_scores, woodfisher_update
 
@@ -21,6 +22,7 @@ __all__ = [
     "activation_importance",
     "attention_confidence",
     "correlation_scores",
+    "dense_wanda_scores",
     "expert_importance",
     "gate_importance",
     "gradient_scores",

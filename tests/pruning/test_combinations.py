@@ -51,10 +51,12 @@ def data() -> list[Tensor]:
     return [torch.randint(11, (3, 6), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
 
 
-def refusal(method: str, allocation: str, structure: str | None) -> str | None:
-    """A word that the refusal must hold; None for a pair that goes. The rules of the issue, written anew."""
+def refusal(method: str, allocation: str, structure: str | None, *, dense: bool = False) -> str | None:
+    """A word that the refusal must hold; None for a pair that goes. dense: scored on the model as it is.
+
+    The rules of the issue, written anew."""
     grouped, tiled = structure == "2:4", structure in TILES
-    if method in CALIBRATED:
+    if method in CALIBRATED and not dense:
         # all but wanda choose while they change weights: METHODS.md exempts them from whole tiles
         if tiled and (method != "wanda" or allocation == "loss"):
             return "structure"
@@ -140,7 +142,7 @@ SCHEDULES = {
 def test_a_sparsifier_of_any_four_choices_holds_its_count_after_every_step(method, allocation, structure, schedule):
     model, share = small(), 0.5 if structure == "2:4" else SHARE
     plan = SCHEDULES[schedule](share)
-    word = refusal(method, allocation, structure)
+    word = refusal(method, allocation, structure, dense=True)
 
     def make() -> Sparsifier:
         chosen = {} if structure is None else {"structure": structure}

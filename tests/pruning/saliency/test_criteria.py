@@ -206,7 +206,8 @@ def test_a_sparsifier_takes_the_same_names():
 
 @pytest.mark.parametrize("options, message", [
     ({"saliency": "taylr"}, "saliency must be one of .*did you mean 'taylor'"),
-    ({"saliency": "wanda"}, "saliency must be one of .* got 'wanda'"),
+    ({"saliency": "wanda"}, "saliency='wanda' needs calibration batches, got None"),
+    ({"saliency": "sparsegpt"}, "saliency must be one of .* got 'sparsegpt'"),
     ({"saliency": "obd"}, "saliency='obd' needs calibration batches, got None"),
     ({"allocation": "owl"}, "allocation='owl' needs calibration"),
     ({"structure": "2:4", "allocation": "global"}, "allocation must be 'uniform'"),
