@@ -87,7 +87,8 @@ def floor_seconds(model: Any, ids: Tensor, precision: Precision) -> float:
 
     def gram(module: Any, arguments: tuple[Tensor, ...]) -> None:
         rows = arguments[0].flatten(0, -2).float()
-        sums[id(module)] = sums.get(id(module), 0) + rows.mT @ rows
+        with torch.autocast("cpu", enabled=False):
+            sums[id(module)] = sums.get(id(module), 0) + rows.mT @ rows
 
     handles = []
     for layer in model.model.layers:

@@ -27,9 +27,10 @@ class Moments:
     def add(self, label: str, x: Float[Tensor, "... width"]) -> None:
         """Count the rows of x for this matrix. Matrices that get the very same tensor in turn share one product."""
         if self._last is None or self._last[0] is not x:
-            rows = self._rows(x)
-            # under autocast a product comes in half precision, in which sums over batches would lose their small terms
-            product = (rows.square().sum(0) if self.diagonal else rows.mT @ rows).to(self.dtype)
+            # products that autocast rounds to half precision leave a Hessian that is no longer positive definite
+            with torch.autocast(x.device.type, enabled=False):
+                rows = self._rows(x)
+                product = rows.square().sum(0) if self.diagonal else rows.mT @ rows
             self._last = (x, product, len(rows))
         _, product, count = self._last
         self.sums[label] = self.sums[label] + product if label in self.sums else product

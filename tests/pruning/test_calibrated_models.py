@@ -10,6 +10,7 @@ from torch import nn
 from pruning import prunable_weights, sparsify
 from pruning.calibrated import CALIBRATED, DampingRaised, layer_hessian, prune, prune_calibrated, sparsegpt, wanda_mask
 from pruning.calibrated.blocks import record_calls
+from pruning.calibrated.capture import Moments
 from tests.pruning.toy import tokens, toy
 from tests.tolerances import close
 from tests.training.models import small_model
@@ -365,3 +366,13 @@ def test_raised_damping_is_told_with_the_layer():
         report = prune_calibrated(model, batches, method="sparsegpt", sparsity=0.5, damping=0.0)
     assert [one.damping for one in report.matrices] == [0.01]
     assert "damping raised to 0.01" in str(report)
+
+
+def test_products_of_inputs_are_not_rounded_under_autocast():
+    x = torch.randn(300, 20, generator=torch.Generator().manual_seed(0))
+    for diagonal in (False, True):
+        moments = Moments(diagonal=diagonal)
+        with torch.autocast("cpu", torch.bfloat16):
+            moments.add("a", x)
+        exact = x.double().mT @ x.double()
+        close(moments.sums["a"], (exact.diagonal() if diagonal else exact).float())
