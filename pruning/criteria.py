@@ -1,6 +1,6 @@
 """Saliencies, allocations and structures by name, and which of them go together."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -23,6 +23,7 @@ from pruning.saliency.synflow import synflow_scores
 from pruning.saliency.wanda import dense_wanda_scores
 from pruning.saliency.woodfisher import inverse_fisher, woodfisher_scores, woodfisher_update
 from pruning.structure import Structure, named_structure, parse_structure, unstructured, within_rows
+from pruning.weights import stored_turned
 
 LEVELS = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 
@@ -245,10 +246,12 @@ def score_weights(
     """The scores of a method by name. Raises: ValueError if it needs data without data."""
     criterion = CRITERIA[method]
     batches = needs(f"method={method!r}", calibration) if criterion.data else []
-    select = partial(_select, allocation, structure)
+    select = partial(_select, allocation, structure, stored_turned(model))
     ask = Request(model, weights, sparsity, select, rounds or criterion.rounds, batches, loss, generator, progress)
     return criterion.score(ask)
 
 
-def _select(allocation: Allocation, structure: Structure, scores: Mapping[str, Tensor], sparsity: float) -> Masks:
-    return select_masks(scores, sparsity=sparsity, allocation=allocation, structure=structure)
+def _select(
+    allocation: Allocation, structure: Structure, turned: Collection[str], scores: Mapping[str, Tensor], sparsity: float
+) -> Masks:
+    return select_masks(scores, sparsity=sparsity, allocation=allocation, structure=structure, turned=turned)

@@ -1,6 +1,6 @@
 """Scores of weights and a sparsity → masks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -26,18 +26,20 @@ def select_masks(
     sparsity: float,
     allocation: Allocation = uniform,
     structure: Structure = unstructured,
+    turned: Collection[str] = (),
 ) -> Masks:
     """Scores by parameter name → masks: `allocation` says how many weights each matrix loses, `structure` which.
 
+    turned: names of matrices stored [in, out] (Conv1D; `pruning.weights.stored_turned`), whose masks lie so too.
     Stacked experts are taken expert by expert, each as a matrix [out, in]. Under tiles (blocks, rows, columns) the
     allocation counts tiles, each with the sum of its weights' scores. Scores that are DTensors are compared whole on
     every rank of their mesh, and their masks are laid out as they are.
     Raises: ValueError if sparsity is outside [0, 1), a score is NaN, or tiles of unequal size meet an allocation that
     shares one number of removals among matrices."""
-    parts = matrices(gathered(scores))
+    parts = matrices(gathered(scores), turned)
     counts = weight_counts(parts, sparsity, allocation, structure)
     kept = {name: _chosen(name, structure, part, counts[name]) for name, part in parts.items()}
-    return Masks({name: sharded_as(_assembled(name, score, kept), score) for name, score in scores.items()})
+    return Masks({name: sharded_as(_assembled(name, score, kept, turned), score) for name, score in scores.items()})
 
 
 def weight_counts(
@@ -66,8 +68,8 @@ def _chosen(name: str, structure: Structure, scores: Tensor, count: int) -> Tens
         raise ValueError(f"{name}: {error}") from error
 
 
-def _assembled(name: str, score: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
+def _assembled(name: str, score: Tensor, kept: Mapping[str, Tensor], turned: Collection[str]) -> Tensor:
     if score.ndim == 2:
-        return kept[name].contiguous()
+        return (kept[name].mT if name in turned else kept[name]).contiguous()
     parts = [kept[f"{name}[{expert}]"] for expert in range(len(score))]
     return torch.stack([part if inputs_last(name) else part.mT for part in parts])

@@ -66,8 +66,7 @@ def sparsify(
     "admm", "obs", "exact_obs" and "descent", which change weights while they choose).
     rounds: of "snip" (10) and "synflow" (100), exponential; 1 under "n:m".
     Counts are exact under ties, where the earlier position goes first; weights that are 0 already go before all others.
-    weights: parameter names; None is `prunable_weights`, of GPT-2 its Conv1D. Keep the masks through fine-tuning with
-    `Masks.apply`.
+    weights: parameter names; None is `prunable_weights`. Keep the masks through fine-tuning with `Masks.apply`.
     Raises: ValueError for unknown words, with the nearest; a sparsity outside [0, 1) or at odds with the structure; a
     method that needs calibration without it; two choices that do not go together; a model on the meta device; as the
     method itself."""
@@ -75,7 +74,6 @@ def sparsify(
     if sparsity is not None:
         check_fraction("sparsity", sparsity)
     check_unquantised(model)
-    weights = stored_turned(model) if weights is None else weights
     check_values(prunable_weights(model, weights))
     chosen = default_allocation(method, allocation, structure)
     if method not in CALIBRATED:
@@ -106,10 +104,6 @@ def _scored(
     share, select = resolve_structure(structure, sparsity)
     check_pair(method, allocation, structure, rounds, loss)
     chosen = prunable_weights(model, weights)
-    turned = [name for name in stored_turned(model) or () if name in chosen and structure is not None]
-    if turned:
-        raise ValueError(f"structure={structure!r} with method={method!r} needs matrices stored [out, in], got "
-                         f"{turned[0]} [in, out]: 'n:m' goes with {', '.join(CALIBRATED)}")  # fmt: skip
     held = None if calibration is None else needs("sparsify", calibration)
     rule = make_allocation(allocation, model, chosen, held, loss)
     found = score_weights(
@@ -118,7 +112,7 @@ def _scored(
         calibration=held, loss=loss, generator=generator, progress=progress,
     )  # fmt: skip
     scores = {name: score.masked_fill(chosen[name].detach() == 0, -torch.inf) for name, score in found.scores.items()}
-    masks = select_masks(scores, sparsity=share, allocation=rule, structure=select)
+    masks = select_masks(scores, sparsity=share, allocation=rule, structure=select, turned=stored_turned(model))
     _finish(model, masks, found)
     return masks
 
@@ -242,7 +236,9 @@ class Sparsifier:
             found = self._score(asked, rule)
             scores = averaged(found.scores) if self._apart else found.scores
             scores = {name: score.masked_fill(~self._masks.kept[name], -torch.inf) for name, score in scores.items()}
-            self._masks = select_masks(scores, sparsity=asked, allocation=rule, structure=self.structure)
+            self._masks = select_masks(
+                scores, sparsity=asked, allocation=rule, structure=self.structure, turned=stored_turned(self.model)
+            )
             if self._apart:
                 follow_first(self._masks.kept.values())
             _finish(self.model, self._masks, found)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from pruning.masking import Masks
-from pruning.weights import prunable_weights
+from pruning.weights import default_weights
 
 
 def from_torch_prune(model: nn.Module) -> Masks:
@@ -35,7 +35,7 @@ def from_torch_prune(model: nn.Module) -> Masks:
         kept[name] = mask != 0
     for name, (module, attribute) in found.items():
         _plain(module, attribute, kept[name])
-    whole = {name: torch.ones_like(p, dtype=torch.bool) for name, p in prunable_weights(model).items()}
+    whole = {name: torch.ones_like(p, dtype=torch.bool) for name, p in default_weights(model).items()}
     return Masks(whole | kept)
 
 

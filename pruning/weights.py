@@ -1,6 +1,6 @@
 """Which tensors weight pruning works on, and the matrices they are made of."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from jaxtyping import Shaped
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ STACKS = (*INPUTS_LAST, "experts", "up", "gate", "gate_up", "up_proj", "gate_pro
 
 
 def prunable_weights(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
-    """Name → weight: every nn.Linear weight and every stack of expert matrices (3-D, named as STACKS), a tied one once.
+    """Name → weight: every weight of nn.Linear and of transformers' Conv1D (GPT-2), and every stack of expert matrices
+    (3-D, named as STACKS), a tied one once.
 
     Dense stay embeddings and what is tied to them, the output head (`get_output_embeddings()`, or a Linear named head
     or lm_head), routers (a module named router, or of a class so named), norms and biases. `names` chooses instead,
@@ -21,20 +22,29 @@ def prunable_weights(model: nn.Module, names: Sequence[str] | None = None) -> di
     Raises: ValueError for names that are unknown or have another number of dimensions, and if nothing is left."""
     if names is not None:
         return _named(model, names)
-    dense = {id(parameter) for module in _dense_modules(model) for parameter in module.parameters()}
-    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    found = {name: p for name, p in model.named_parameters() if id(p) not in dense
-             and (id(p) in linear or (p.ndim == 3 and name.rpartition(".")[2] in STACKS))}  # fmt: skip
+    found = default_weights(model)
     if not found:
         raise ValueError(f"{type(model).__name__} must have prunable weights, got none; pass weights=")
     return found
 
 
-def stored_turned(model: nn.Module) -> list[str] | None:
-    """Names of the weights stored [in, out] (transformers' Conv1D, as in GPT-2), which are then the prunable ones; None
-    if the model has none."""
-    names = [f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Conv1D"]
-    return names or None
+def default_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """`prunable_weights`, or {} where there are none."""
+    dense = {id(parameter) for module in _dense_modules(model) for parameter in module.parameters()}
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) or is_conv1d(module)}
+    return {name: p for name, p in model.named_parameters() if id(p) not in dense
+             and (id(p) in linear or (p.ndim == 3 and name.rpartition(".")[2] in STACKS))}  # fmt: skip
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is a Conv1D of transformers: a matrix stored [in, out]."""
+    return type(module).__name__ == "Conv1D"
+
+
+def stored_turned(model: nn.Module) -> frozenset[str]:
+    """Names of the weights stored [in, out]: those of Conv1D, as in GPT-2."""
+    turned = {id(module.weight) for module in model.modules() if is_conv1d(module)}
+    return frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in turned)
 
 
 def check_values(weights: Mapping[str, Tensor]) -> None:
@@ -88,15 +98,16 @@ def inputs_last(name: str) -> bool:
     return name.rpartition(".")[2] in INPUTS_LAST
 
 
-def matrices(tensors: Mapping[str, Tensor]) -> dict[str, Shaped[Tensor, "out in"]]:
+def matrices(tensors: Mapping[str, Tensor], turned: Collection[str] = ()) -> dict[str, Shaped[Tensor, "out in"]]:
     """Each matrix [out, in] as it is; each stack of experts as E matrices [out, in] named "name[e]".
 
-    A stack is laid out [E, in, out] unless its name is in :data:`INPUTS_LAST`: [E, out, in].
+    A stack is laid out [E, in, out] unless its name is in :data:`INPUTS_LAST`: [E, out, in]. turned: names of matrices
+    stored [in, out], from :func:`stored_turned`.
 
     Views, no copies. Selection works on these, so that experts are ranked and counted one by one."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         parts = {} if tensor.ndim == 2 else {f"{name}[{e}]": part for e, part in enumerate(tensor)}
-        turned = {part: matrix if inputs_last(name) else matrix.mT for part, matrix in parts.items()}
-        found |= turned or {name: tensor}
+        laid = {part: matrix if inputs_last(name) else matrix.mT for part, matrix in parts.items()}
+        found |= laid if parts else {name: tensor.mT if name in turned else tensor}
     return found

@@ -46,17 +46,11 @@ class Weights:
 
 
 def check_structure(model: nn.Module, arguments: PruneArguments) -> None:
-    """Raises: ValueError naming the first matrix that n:m or blocks do not fit, and for structures of weights that are
-    stored turned around under a method that does not know it."""
-    text, turned = arguments.structure, stored_turned(model)
+    """Raises: ValueError naming the first matrix that n:m or blocks do not fit."""
+    text = arguments.structure
     if text is None or not arguments.prunes_weights:
         return
-    if turned is not None:
-        if arguments.method not in CALIBRATED:
-            raise ValueError(f"--structure {text} with --method {arguments.method} needs matrices stored [out, in], "
-                             f"got {turned[0]} [in, out]: use one of --method {', '.join(CALIBRATED)}")  # fmt: skip
-        return
-    found, structure = matrices(prunable_weights(model)), named_structure(text)
+    found, structure = matrices(prunable_weights(model), stored_turned(model)), named_structure(text)
     if isinstance(structure, Tiles):
         tile_sizes(structure, found)
     for name, weight in found.items():
@@ -96,21 +90,20 @@ def prune_weights(
     model: nn.Module, arguments: PruneArguments, batches: Sequence[Tensor], *, journal: Journal, progress: Progress
 ) -> Weights:
     """Weights set to zero by --method."""
-    names = stored_turned(model)
     if arguments.method in CALIBRATED:
         allocation = arguments.chosen_allocation or "uniform"
         rule = "loss" if allocation == "loss" else make_allocation(
-            allocation, model, prunable_weights(model, names), batches, None
+            allocation, model, prunable_weights(model), batches, None
         )  # fmt: skip
         report = prune_calibrated(
             model, batches, method=arguments.method, sparsity=arguments.sparsity, structure=arguments.structure,
-            allocation=rule, weights=names, progress=progress, journal=journal,
+            allocation=rule, progress=progress, journal=journal,
         )  # fmt: skip
         return Weights(report.masks, report.matrices)
     device = next(model.parameters()).device
     masks = sparsify(
         model, sparsity=arguments.sparsity, method=arguments.method, allocation=arguments.chosen_allocation,
-        structure=arguments.structure, calibration=batches or None, weights=names,
+        structure=arguments.structure, calibration=batches or None,
         generator=torch.Generator(device).manual_seed(arguments.seed), progress=progress,
     )  # fmt: skip
     return Weights(masks)
@@ -118,7 +111,7 @@ def prune_weights(
 
 def sensitivity(model: nn.Module, batch: Tensor, *, progress: Progress) -> dict[str, list[float]]:
     """How much the loss on one batch rises when one matrix alone loses its smallest weights, at each of LEVELS."""
-    weights = prunable_weights(model, stored_turned(model))
+    weights = prunable_weights(model)
     scores = {name: magnitude(weight.detach()) for name, weight in weights.items()}
     curves = loss_curves(model, scores, [batch], sparsities=LEVELS, progress=progress)
     return {name: curve.tolist() for name, curve in curves.items()}

@@ -25,7 +25,7 @@ from pruning.calibrated.report import CalibratedReport, MatrixReport
 from pruning.calibrated.targets import Inputs, Matrix, find_inputs
 from pruning.masking import Masks
 from pruning.structure import Tiles
-from pruning.weights import check_unquantised, prunable_weights, stored_turned
+from pruning.weights import check_unquantised, prunable_weights
 
 __all__ = ["CALIBRATED", "prune_calibrated"]
 
@@ -66,7 +66,7 @@ def prune_calibrated(
     compete by their cost in all methods but "wanda" and "magnitude". refit: solve the survivors by least squares
     afterwards ("obs" always does). damping: share of the Hessian's mean diagonal that is added to it. block: columns of
     one SparseGPT block. dtype: of the sums and the solvers, float32 or float64.
-    weights: parameter names; None is `prunable_weights`, of GPT-2 its Conv1D. journal: keeps each finished block, and
+    weights: parameter names; None is `prunable_weights`. journal: keeps each finished block, and
     gives back those that an earlier run of the same arguments on the same dense model finished.
 
     Blocks are run one at a time, each on what those already pruned put out; what else holds weights comes last. Each
@@ -76,7 +76,7 @@ def prune_calibrated(
     that its module never multiplied with, and for a journal of another model."""
     plan = make_plan(method, sparsity, structure, allocation, loss, refit, damping, block, dtype)
     check_unquantised(model)
-    chosen = prunable_weights(model, stored_turned(model) if weights is None else weights)
+    chosen = prunable_weights(model, weights)
     inputs = find_inputs(model, chosen)
     check_shapes(inputs, plan)
     batches = list(model_batches(model, calibration))
