@@ -3,8 +3,7 @@
 python -m benchmarks.equal_losses [--steps 300] [--only NAME ...]
 
 Each layout is the command that a user gives, ``torchrun --nproc-per-node N -m training train``, with one config: the
-same global batches, float32, load balanced over all ranks. One more run of a single process has two threads, which add
-up some sums in another order: that is all that ranks change. Records, with all losses, go to
+same global batches, float32, load balanced over all ranks. Records, with all losses, go to
 benchmarks/records/equal-losses.jsonl.
 """
 
@@ -60,14 +59,12 @@ class Layout:
     processes: int = 1
     expert_parallel: int = 1
     shard: str = "none"
-    threads_each: int = 1
 
 
 # largest relative difference of the last loss that the test of the page allows
 TOLERANCE = 2e-3
 LAYOUTS = (
     Layout("1 process"),
-    Layout("1 process, 2 threads", threads_each=2),
     Layout("2 processes, replicated", 2),
     Layout("2 processes, experts over 2", 2, 2),
     Layout("2 processes, FSDP2", 2, 1, "fsdp"),
@@ -81,7 +78,7 @@ def command(layout: Layout, config: Path, out: Path) -> list[str]:
     start = [sys.executable, "-m"]
     if layout.processes > 1:
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(layout.processes), "-m"]
-    flags = ["--out", str(out), "--train.threads", str(layout.threads_each)]
+    flags = ["--out", str(out), "--train.threads", "1"]
     flags += ["--expert-parallel", str(layout.expert_parallel), "--shard", layout.shard]
     return [*start, "training", "train", str(config), *flags]
 

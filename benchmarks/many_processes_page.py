@@ -58,7 +58,7 @@ def equal(lines: list[Line]) -> str:
 
 def arms(lines: list[Line], optimizer: str) -> dict[str, list[Line]]:
     """The records of each arm at its best rate, by seed, in the study's order; only arms whose sweep is whole."""
-    mine = newest([line for line in lines if line["optimizer"] == optimizer], "arm", "lr", "seed", "steps")
+    mine = newest([line for line in lines if line["optimizer"] == optimizer], "arm", "lr", "seed")
     found = {}
     for arm in dict.fromkeys(arm.name for arm in ARMS):
         several = [line for line in mine if line["arm"] == arm and line["lr"] in RATES[optimizer]]
@@ -70,6 +70,11 @@ def arms(lines: list[Line], optimizer: str) -> dict[str, list[Line]]:
     return found
 
 
+def by_length(lines: list[Line]) -> dict[int, list[Line]]:
+    """The records of each number of steps, shortest first."""
+    return {steps: [line for line in lines if line["steps"] == steps] for steps in sorted({x["steps"] for x in lines})}
+
+
 def edge(optimizer: str, rate: float) -> str:
     """A mark where the best rate is the sweep's lowest or highest."""
     return "*" if rate in (min(RATES[optimizer]), max(RATES[optimizer])) else ""
@@ -77,51 +82,58 @@ def edge(optimizer: str, rate: float) -> str:
 
 def gradients(lines: list[Line]) -> str:
     """Held-out loss of each arm at its best rate, against the dense one of its optimiser, and bytes."""
-    cells = []
-    for optimizer, label in OPTIMIZERS.items():
-        found = arms(lines, optimizer)
-        base = [line["loss"] for line in found["dense"]]
-        for arm, several in found.items():
-            losses = [line["loss"] for line in several]
-            one, rate = several[0], several[0]["lr"]
-            mean = statistics.fmean(losses)
-            spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-            sent = one["sent_bytes"] / one["steps"]
-            cells.append(
-                [
-                    f"{label}, {arm}",
-                    f"{rate:g}{edge(optimizer, rate)}",
-                    f"{mean:.4f}{spread} ({len(losses)})",
-                    f"{mean / statistics.fmean(base) - 1:+.2%}",
-                    f"{sent / 1e3:,.1f}",
-                    f"{one['sent_bytes'] / one['dense_bytes']:.2%}",
-                ]
-            )
-    head = ["", "learning rate", "held-out nats a token (seeds)", "against dense", "kB a step and rank", "of dense"]
     one = lines[0]
-    facts = f"{one['parameters']:,} parameters, {one['steps']} steps, {one['ranks']} processes."
+    cells = [
+        [f"{label}, {arm}", *_arm(several, dense)]
+        for same in by_length(lines).values()
+        for optimizer, label in OPTIMIZERS.items()
+        if "dense" in (found := arms(same, optimizer))
+        for dense in [statistics.fmean(line["loss"] for line in found["dense"])]
+        for arm, several in found.items()
+    ]
+    head = ["", "steps", "learning rate", "held-out nats a token (seeds)", "against dense", "kB a step and rank",
+            "of dense"]  # fmt: skip
+    facts = f"{one['parameters']:,} parameters, {one['ranks']} processes."
     return f"{table(head, cells)}\n\n\\* the lowest or highest rate tried. {facts} {made(lines)}"
+
+
+def _arm(several: list[Line], dense: float) -> list[str]:
+    losses, one = [line["loss"] for line in several], several[0]
+    spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+    return [
+        f"{one['steps']:,}",
+        f"{one['lr']:g}{edge(one['optimizer'], one['lr'])}",
+        f"{statistics.fmean(losses):.4f}{spread} ({len(losses)})",
+        f"{statistics.fmean(losses) / dense - 1:+.2%}",
+        f"{one['sent_bytes'] / one['steps'] / 1e3:,.1f}",
+        f"{one['sent_bytes'] / one['dense_bytes']:.2%}",
+    ]
 
 
 def verdict(lines: list[Line]) -> str:
     """Whether what was asked for held: top-k and DGC at 1% within 1% of dense, and error feedback of use."""
     told = []
-    for optimizer, label in OPTIMIZERS.items():
-        found = {arm: [line["loss"] for line in several] for arm, several in arms(lines, optimizer).items()}
-        base = statistics.fmean(found["dense"])
-        for arm in ("top-k 1%", "top-k 1%, warm-up", "DGC 1%"):
-            if arm in found:
-                gap = statistics.fmean(found[arm]) / base - 1
-                held = "held" if gap <= WITHIN else "did not hold"
-                told.append(f"- {arm} within {WITHIN:.0%} of the dense run under {label}: **{held}** ({gap:+.2%}).")
-        bare, remembered = found.get("top-k 1%, no error feedback"), found.get("top-k 1%")
-        if bare and remembered:
-            worse = statistics.fmean(bare) / statistics.fmean(remembered) - 1
-            held = "held" if min(bare) > max(remembered) else "did not hold"
-            told.append(
-                f"- Error feedback off is worse in every seed under {label}: **{held}** ({worse:+.2%} in the mean)."
-            )
+    for steps, same in by_length(lines).items():
+        for optimizer, label in OPTIMIZERS.items():
+            found = {arm: [line["loss"] for line in several] for arm, several in arms(same, optimizer).items()}
+            if "dense" in found:
+                told += _verdicts(found, f"under {label}, {steps:,} steps")
     return "\n".join(told)
+
+
+def _verdicts(found: dict[str, list[float]], where: str) -> list[str]:
+    told = []
+    for arm in ("top-k 1%", "top-k 1%, warm-up", "DGC 1%"):
+        if arm in found:
+            gap = statistics.fmean(found[arm]) / statistics.fmean(found["dense"]) - 1
+            held = "held" if gap <= WITHIN else "did not hold"
+            told.append(f"- {arm} within {WITHIN:.0%} of the dense run {where}: **{held}** ({gap:+.2%}).")
+    bare, remembered = found.get("top-k 1%, no error feedback"), found.get("top-k 1%")
+    if bare and remembered:
+        worse = statistics.fmean(bare) / statistics.fmean(remembered) - 1
+        held = "held" if min(bare) > max(remembered) else "did not hold"
+        told.append(f"- Error feedback off is worse in every seed {where}: **{held}** ({worse:+.2%} in the mean).")
+    return told
 
 
 def bandwidths(lines: list[Line]) -> dict[str, dict[float | None, Line]]:

@@ -87,16 +87,17 @@ def measure(experts: int, shard: str, *, k: int, steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = run_config(Path(folder), k=k)
         if environment is None:
-            line = observe(config, Alone(), steps=steps)
+            line = observe(config, Alone(), experts=1, steps=steps)
         else:
             with joined(environment, device="cpu", expert_parallel=experts) as world:
-                line = observe(config, Ranks(world, shard="fsdp" if shard == "fsdp" else "none"), steps=steps)
+                ranks = Ranks(world, shard="fsdp" if shard == "fsdp" else "none")
+                line = observe(config, ranks, experts=experts, steps=steps)
         if environment is None or environment.rank == 0:
             append(PLANS, {"name": "plan", "expert_parallel": experts, "shard": shard, "k": k, **line})
             print(json.dumps({name: line[name] for name in ("ranks", "sent", "memory", "median_s")}), flush=True)
 
 
-def observe(config: RunConfig, parallel: Alone | Ranks, *, steps: int) -> Line:
+def observe(config: RunConfig, parallel: Alone | Ranks, *, experts: int, steps: int) -> Line:
     """Machine, memory, bytes and time of one layout, means over the ranks."""
     ranks = parallel.ranks
     machine = calibrate(ranks)
@@ -113,8 +114,7 @@ def observe(config: RunConfig, parallel: Alone | Ranks, *, steps: int) -> Line:
         started = time.perf_counter()
         trainer.train_step()
         seconds.append(time.perf_counter() - started)
-    copies = parallel.copies if isinstance(parallel, Ranks) else 1
-    sent = exchanged(trainer, ranks=ranks, copies=copies, width=config.model.dim)
+    sent = exchanged(trainer, ranks=ranks, copies=ranks // experts, width=config.model.dim)
     return {
         "ranks": ranks,
         "tokens": config.train.batch * config.data.length,

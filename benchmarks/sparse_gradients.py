@@ -67,10 +67,10 @@ SGD, ADAMW = family("sgd"), family("adamw")
 ARMS = (
     *(arm for pair in zip(SGD[:3], ADAMW[:3], strict=True) for arm in pair),
     *ADAMW[3:5],
+    ADAMW[6],
     *SGD[5:2:-1],
     ADAMW[5],
     SGD[6],
-    ADAMW[6],
     Arm("dropping 1%", "adamw", "dropping", 0.01),
     Arm("AdaComp, bins of 500", "adamw", "adacomp"),
     Arm("random-k 1%", "adamw", "randomk", 0.01),
@@ -193,9 +193,9 @@ def _is(line: Line, cell: Cell) -> bool:
     return all(line.get(name) == value for name, value in cell.key().items())
 
 
-def wanted(lines: list[Line], steps: int) -> Iterator[Cell]:
+def wanted(lines: list[Line], steps: int, names: list[str]) -> Iterator[Cell]:
     """Cells that have no record, in order: the sweep of an arm, then its other seeds, then the next arm."""
-    for arm in ARMS:
+    for arm in [arm for arm in ARMS if arm.name in names]:
         cells = [Cell(arm, rate, SEEDS[0], steps) for rate in RATES[arm.optimizer]]
         rate = best_rate(lines, arm, steps)
         if rate is not None:
@@ -208,11 +208,11 @@ def grid(steps: int) -> list[Cell]:
     return [Cell(arm, rate, seed, steps) for arm in ARMS for rate in RATES[arm.optimizer] for seed in SEEDS]
 
 
-def agreed(cells: list[Cell], *, rank: int, steps: int, until: float) -> Cell | None:
+def agreed(cells: list[Cell], names: list[str], *, rank: int, steps: int, until: float) -> Cell | None:
     """The next cell, as rank 0 finds it in the records; None at the end of the study or of its time."""
     number = torch.tensor(-1)
     if rank == 0 and time.monotonic() < until:
-        following = next(wanted(read(GRADIENTS), steps), None)
+        following = next(wanted(read(GRADIENTS), steps, names), None)
         number.fill_(-1 if following is None else cells.index(following))
     dist.broadcast(number, 0)
     return None if number < 0 else cells[int(number)]
@@ -222,7 +222,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0, help="start no cell after so many")
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="only these, such as dense 'DGC 1%%'")
     arguments = parser.parse_args()
+    names = arguments.arms or [arm.name for arm in ARMS]
     until = time.monotonic() + 60 * arguments.minutes
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -230,7 +232,7 @@ def main() -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     data = load_data(DataConfig(length=LENGTH, vocab_size=VOCABULARY))
     cells = grid(arguments.steps)
-    while (cell := agreed(cells, rank=rank, steps=arguments.steps, until=until)) is not None:
+    while (cell := agreed(cells, names, rank=rank, steps=arguments.steps, until=until)) is not None:
         line = train(cell, data, rank=rank, ranks=ranks)
         if rank == 0:
             append(GRADIENTS, line | {"ranks": ranks})

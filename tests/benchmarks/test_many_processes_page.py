@@ -1,0 +1,119 @@
+"""The page of measurements with many processes: figures reach their cells, and the committed page is its records'."""
+
+import math
+from xml.etree import ElementTree
+
+import pytest
+
+from benchmarks import many_processes_page as page
+from benchmarks.equal_losses import LAYOUTS, TOLERANCE
+from benchmarks.process_figures import line_figure
+from benchmarks.process_records import EQUAL, GRADIENTS, NETWORKS, PLANS, SPEED, newest
+
+MADE = {"torch": "2.13.0", "cores": 2, "commit": "abc", "load": 1.0, "threads": 1}
+ONE = {**MADE, "steps": 2, "held_out": 3.25, "loads_differ_from": None}
+EQUALS = [
+    {**ONE, "layout": "1 process", "losses": [4.0, 3.0]},
+    {**ONE, "layout": "2 processes", "losses": [4.0, 3.0003], "loads_differ_from": 2},
+]
+
+
+def cell(arm, lr, seed, loss, optimizer="sgd"):
+    return {**MADE, "arm": arm, "optimizer": optimizer, "lr": lr, "seed": seed, "loss": loss, "steps": 10, "ranks": 2,
+            "sent_bytes": 20_000, "dense_bytes": 1_000_000, "parameters": 25_000}  # fmt: skip
+
+
+CELLS = [
+    *(cell("dense", lr, 0, loss) for lr, loss in ((0.08, 4.2), (0.2, 4.0), (0.5, None), (1.25, 4.4))),
+    *(cell("dense", 0.2, seed, 4.0) for seed in (1, 2)),
+    *(cell("top-k 1%", lr, 0, loss) for lr, loss in ((0.08, 4.03), (0.2, 4.2), (0.5, 4.3), (1.25, 9.0))),
+    *(cell("top-k 1%", 0.08, seed, 4.02) for seed in (1, 2)),
+    *(cell("top-k 1%, no error feedback", lr, 0, 4.5) for lr in (0.08, 0.2, 0.5, 1.25)),
+    cell("top-k 1%", 3.0, 0, 1.0),  # no rate of the sweep
+    cell("DGC 1%", 0.2, 0, 3.0),  # its sweep is not whole
+    *(cell("dense", lr, 0, loss, "adamw") for lr, loss in ((2.5e-3, 3.6), (6e-3, 3.5), (1.5e-2, 3.9))),
+    *(cell("DGC 1%", lr, 0, 3.6, "adamw") for lr in (2.5e-3, 6e-3, 1.5e-2)),
+]
+
+
+def speed(contender, mbit, seconds, payload=0):
+    return {**MADE, "contender": contender, "mbit": mbit, "median_s": seconds, "payload": payload, "parameters": 10,
+            "tokens": 8, "wire_bytes": 1.02 * payload}  # fmt: skip
+
+
+# dense: 0.1 s and 8 Mbit a step; sparse: 0.2 s and nothing worth mentioning
+WIRES = [
+    *(speed("dense", mbit, 0.1 + (8 / mbit if mbit else 0), 1000) for mbit in (None, 160, 20)),
+    *(speed("top-k 1%", mbit, 0.2, 20) for mbit in (None, 160, 20)),
+]
+
+
+def test_equal_losses_reach_the_page():
+    text = page.equal(EQUALS)
+    assert "| 1 process | 3.000000 | +0.0e+00 | 0.0e+00 | 3.250000 | never |" in text
+    assert "| 2 processes | 3.000300 | +1.0e-04 | 3.0e-04 | 3.250000 | step 2 |" in text
+
+
+def test_arms_are_taken_at_their_best_rate_once_all_rates_are_tried():
+    text = page.gradients(CELLS)
+    assert "| momentum SGD, dense | 10 | 0.2 | 4.0000 ± 0.0000 (3) | +0.00% | 2.0 | 2.00% |" in text
+    assert "| momentum SGD, top-k 1% | 10 | 0.08* | 4.0233 ± 0.0058 (3) | +0.58% |" in text
+    assert "momentum SGD, DGC" not in text and "| AdamW, DGC 1% | 10 | 0.0025* | 3.6000 (1) | +2.86% |" in text
+
+
+def test_the_verdict_says_what_held():
+    text = page.verdict(CELLS)
+    assert "top-k 1% within 1% of the dense run under momentum SGD, 10 steps: **held** (+0.58%)" in text
+    assert "DGC 1% within 1% of the dense run under AdamW, 10 steps: **did not hold** (+2.86%)" in text
+    assert "Error feedback off is worse in every seed under momentum SGD, 10 steps: **held**" in text
+
+
+def test_the_bandwidth_at_which_both_take_as_long():
+    found = page.bandwidths(WIRES)
+    assert page.break_even(found["dense"], found["top-k 1%"]) == pytest.approx(80)
+    assert page.break_even(found["top-k 1%"], found["dense"]) is None
+    assert "| top-k 1% | 200 | 200 | 200 | 80 |" in page.networks(WIRES)
+    assert "| dense | 1,000 | 1,020 | +2.00% |" in page.wire(WIRES)
+
+
+def test_figures_are_xml_with_a_line_for_each_name():
+    tags = [element.tag.rpartition("}")[2] for element in ElementTree.fromstring(page.draw_networks(WIRES)).iter()]
+    assert tags.count("polyline") == 2 and tags.count("circle") == 2 * 2 + 2
+    with pytest.raises(ValueError, match="lines must hold at least one point"):
+        line_figure({}, title="", across="")
+    with pytest.raises(ValueError, match="points must be positive"):
+        line_figure({"a": [(1.0, 0.0)]}, title="", across="")
+
+
+def test_markers_without_a_table_are_refused():
+    assert "*No record yet.*" in page.fill("<!-- table: equal -->\nstale\n<!-- end -->", {})
+    with pytest.raises(ValueError, match="table must be one of"):
+        page.fill("<!-- table: nonsense -->\n<!-- end -->", {})
+
+
+def test_the_page_is_what_its_records_say():
+    text, found = page.PAGE.read_text(), page.records()
+    assert all(f"<!-- table: {name} -->" in text for name in page.TABLES)
+    assert page.fill(text, found) == text, "run python -m benchmarks.many_processes_page"
+    assert page.FIGURES["losses"].read_text() == page.draw_losses(found[EQUAL])
+    assert page.FIGURES["networks"].read_text() == page.draw_networks(found[NETWORKS])
+    assert all(found[path] for path in (EQUAL, GRADIENTS, NETWORKS, PLANS, SPEED))
+
+
+def test_one_process_equals_many_over_300_steps():
+    found = {line["layout"]: line for line in newest(page.records()[EQUAL], "layout")}
+    base = found["1 process"]["losses"]
+    assert len(base) == 300 and {layout.name for layout in LAYOUTS} == set(found)
+    for line in found.values():
+        assert all(map(math.isfinite, line["losses"]))
+        assert line["losses"][-1] == pytest.approx(base[-1], rel=TOLERANCE)
+
+
+def test_the_plan_counts_the_bytes_that_are_sent():
+    """Exactly, but for rows to experts, whose number the router decides."""
+    from benchmarks.plan_tables import GLOO, KINDS, predicted, rows_of
+
+    for line in rows_of(page.records()[PLANS]):
+        wanted = predicted(line, GLOO).sent
+        for kind in KINDS[:3]:
+            assert line["sent"][kind] == wanted[kind], (line["ranks"], line["expert_parallel"], line["shard"], kind)
