@@ -41,6 +41,7 @@ def sparsify(
     allocation: str | Allocation | None = None,
     structure: str | None = None,
     rounds: int | None = None,
+    order: str | None = None,
     calibration: Iterable[Batch] | None = None,
     loss: Loss | None = None,
     weights: Sequence[str] | None = None,
@@ -64,7 +65,8 @@ def sparsify(
     structure: None; "n:m", n of every m consecutive inputs stay, and sparsity is 1 − n/m; "block HxW", "row" or
     "column": whole ones go, ⌊sparsity · their number⌋ of them, each with the sum of its scores (not for "sparsegpt",
     "admm", "obs", "exact_obs" and "descent", which change weights while they choose).
-    rounds: of "snip" (10) and "synflow" (100), exponential; 1 under "n:m".
+    rounds: of "snip" (10) and "synflow" (100), exponential; 1 under "n:m". order: of the columns that "sparsegpt" goes
+    through: None, as they lie, or "diag", by descending diagonal of the Hessian (not with "n:m").
     Counts are exact under ties, where the earlier position goes first; weights that are 0 already go before all others.
     weights: parameter names; None is `prunable_weights`. Keep the masks through fine-tuning with `Masks.apply`.
     Raises: ValueError for unknown words, with the nearest; a sparsity outside [0, 1) or at odds with the structure; a
@@ -77,13 +79,15 @@ def sparsify(
     check_values(prunable_weights(model, weights))
     chosen = default_allocation(method, allocation, structure)
     if method not in CALIBRATED:
+        if order is not None:
+            raise ValueError(f"method={method!r} has no order of columns: order must be None, got {order!r}")
         return _scored(model, sparsity, method, chosen, structure, rounds, calibration, loss, weights, generator,
                        progress)  # fmt: skip
     batches = _calibrated(method, chosen, rounds, calibration, loss)
     rule = _calibrated_allocation(chosen, model, prunable_weights(model, weights), batches, loss)
     return prune_calibrated(
         model, batches, method=method, sparsity=sparsity, structure=structure, allocation=rule,
-        loss=loss if chosen == "loss" else None, weights=weights, progress=progress,
+        loss=loss if chosen == "loss" else None, order=order, weights=weights, progress=progress,
     ).masks  # fmt: skip
 
 
@@ -174,8 +178,8 @@ class Sparsifier:
     `moe.shard_experts`: masks are chosen as one process would and sharded as the weights are. A saliency given by name
     needs all experts on every rank.
     averages: models that hold running averages of this one's weights, as `AveragedModel.module` does; what is pruned is
-    0 in them too. A sparsity that the schedule asks at step 0 is applied at once. Raises: ValueError if the schedule leaves [0, 1),
-    for unknown names, and for choices that do not go together."""
+    0 in them too. A sparsity that the schedule asks at step 0 is applied at once.
+    Raises: ValueError if the schedule leaves [0, 1), for unknown names, and for choices that do not go together."""
 
     def __init__(
         self,

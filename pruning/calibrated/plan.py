@@ -13,6 +13,7 @@ from pruning.batches import Batch, Loss
 from pruning.calibrated.blocks import without_cache
 from pruning.calibrated.dense import dense_scores, distinct_matrices
 from pruning.calibrated.fisher import fisher_factors, loss_counts
+from pruning.calibrated.reconstruct import check_order
 from pruning.calibrated.selection import Groups
 from pruning.calibrated.targets import Inputs
 from pruning.mask_selection import weight_counts
@@ -39,6 +40,7 @@ class Plan:
     counts: Mapping[str, int] | None = None
     rows: Mapping[str, Tensor] | None = None
     tiles: Tiles | None = None
+    order: str | None = None
 
     def count(self, label: str, size: int) -> int:
         """How many of its ``size`` weights a matrix loses."""
@@ -63,6 +65,7 @@ def make_plan(
     damping: float,
     block: int,
     dtype: torch.dtype,
+    order: str | None = None,
 ) -> Plan:
     """Raises: ValueError for a choice that is unknown, out of bounds, or does not go with another."""
     if method not in CALIBRATED:
@@ -83,10 +86,14 @@ def make_plan(
         raise ValueError(f"block must be >= 1, got {block}")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    check_order(order, groups)
+    if order is not None and method != "sparsegpt":
+        raise ValueError(f"method={method!r} has no order of columns: order must be None, got {order!r}")
     if allocation == "loss" and tiles is not None:
         raise ValueError(f"structure={structure!r} takes whole tiles, and allocation='loss' shares out single weights: "
                          "allocation must be 'uniform' or a function of pruning.allocation")  # fmt: skip
-    return Plan(method, _share(sparsity, structure, groups), groups, refit, damping, block, dtype, tiles=tiles)
+    return Plan(method, _share(sparsity, structure, groups), groups, refit, damping, block, dtype, tiles=tiles,
+                order=order)  # fmt: skip
 
 
 def _structured(method: str, structure: str | None) -> tuple[Groups, Tiles | None]:

@@ -46,6 +46,7 @@ def prune_calibrated(
     refit: bool = False,
     damping: float = 0.01,
     block: int = 128,
+    order: str | None = None,
     dtype: torch.dtype = torch.float32,
     weights: Sequence[str] | None = None,
     progress: Progress = None,
@@ -65,16 +66,17 @@ def prune_calibrated(
     (`fisher_factors`); ⌊sparsity · N⌋ of all N weights go, shared out by `loss_counts`, and the rows of a matrix
     compete by their cost in all methods but "wanda" and "magnitude". refit: solve the survivors by least squares
     afterwards ("obs" always does). damping: share of the Hessian's mean diagonal that is added to it. block: columns of
-    one SparseGPT block. dtype: of the sums and the solvers, float32 or float64.
-    weights: parameter names; None is `prunable_weights`. journal: keeps each finished block, and
-    gives back those that an earlier run of the same arguments on the same dense model finished.
+    one SparseGPT block. order: of its columns, None or "diag" (`sparsegpt`). dtype: of the sums and the solvers,
+    float32 or float64.
+    weights: parameter names; None is `prunable_weights`. journal: keeps each finished block, and gives back those that
+    an earlier run of the same arguments on the same dense model finished.
 
     Blocks are run one at a time, each on what those already pruned put out; what else holds weights comes last. Each
     expert is calibrated on the rows that the router gave it. `pruning.calibrated` says more.
     Raises: ValueError for bad options and empty calibration, before anything changes; for a layer whose inputs are
     not finite or whose Hessian cannot be factorised (it is named; those before it are pruned already), for a weight
     that its module never multiplied with, and for a journal of another model."""
-    plan = make_plan(method, sparsity, structure, allocation, loss, refit, damping, block, dtype)
+    plan = make_plan(method, sparsity, structure, allocation, loss, refit, damping, block, dtype, order)
     check_unquantised(model)
     chosen = prunable_weights(model, weights)
     inputs = find_inputs(model, chosen)
@@ -287,8 +289,9 @@ def _reconstructed(weight: Tensor, hessian: Tensor, count: int, plan: Plan, cost
         new, kept = reconstruct.exact_obs(weight, hessian, count, damping=plan.damping, costs=costs)
     elif plan.method in ("descent", "sparsegpt"):
         new, kept = reconstruct.sparsegpt(
-            weight, hessian, count, groups=plan.groups, block=plan.block, damping=plan.damping, costs=costs
-        )
+            weight, hessian, count, groups=plan.groups, block=plan.block, damping=plan.damping, costs=costs,
+            order=plan.order,
+        )  # fmt: skip
         if plan.method == "descent" and plan.groups is not None:
             new, kept = group_descent(weight, new, hessian, plan.groups, damping=plan.damping)
     else:

@@ -112,13 +112,25 @@ def sparsegpt(
     block: int = 128,
     damping: float = 0.01,
     costs: Float[Tensor, "out"] | None = None,
+    order: str | None = None,
 ) -> Pruned:
     """Columns from left to right; what a column loses, the columns after it make up for (Frantar & Alistarh 2023,
     arXiv:2301.00774, algorithm 1).
 
     With H⁻¹ = UᵀU: the score of a weight is w²/U_jj²; a removed w_j changes its row by −w_j/U_jj · U_j,j:. The mask is
     chosen for a block of columns over all rows when the sweep reaches it, n:m groups when it reaches theirs.
-    Raises: ValueError if the block is not a multiple of m, and as `obs_scores`."""
+    order: None, or "diag": columns by descending H_jj, equal ones from left to right, so that the inputs that weigh
+    most are chosen from while most others can make up for them (`act_order` of Frantar et al. 2023, arXiv:2210.17323);
+    blocks are of columns in that order. Weight and mask come back in their own.
+    Raises: ValueError if the block is not a multiple of m, for another order, for an order with n:m groups, whose
+    columns lie together, and as `obs_scores`."""
+    check_order(order, groups)
+    if order is not None:
+        places = hessian.diagonal().argsort(descending=True, stable=True)
+        back = places.argsort()
+        new, kept = sparsegpt(weight[:, places], hessian[places][:, places], count, block=block, damping=damping,
+                              costs=costs)  # fmt: skip
+        return new[:, back], kept[:, back]
     if groups is not None and block % groups[1]:
         raise ValueError(f"block must be a multiple of m={groups[1]} in {groups[0]}:{groups[1]}, got {block}")
     upper = inverse_upper(hessian, damping)
@@ -134,6 +146,15 @@ def sparsegpt(
         gone[part], errors = _sweep(new[part], upper[part, part], ranks[:, part], taken, groups, costs)
         new[rest].addmm_(upper[part, rest].mT, errors, alpha=-1)
     return new.masked_fill_(gone, 0).mT.contiguous(), ~gone.mT.contiguous()
+
+
+def check_order(order: str | None, groups: Groups) -> None:
+    """Raises: ValueError for an order of columns that `sparsegpt` does not know, and one that n:m groups forbid."""
+    if order not in (None, "diag"):
+        raise ValueError(f"order must be None or 'diag', got {order!r}")
+    if order is not None and groups is not None:
+        raise ValueError(f"order={order!r} takes apart the columns of n:m groups: structure must be None, got "
+                         f"{groups[0]}:{groups[1]}")  # fmt: skip
 
 
 def _sweep(

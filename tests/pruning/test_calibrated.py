@@ -85,6 +85,33 @@ def test_sparsegpt_is_column_by_column_surgery(out, columns, count, block, dtype
     assert (new[~kept] == 0).all()
 
 
+@pytest.mark.parametrize("out, columns, count, block", [(5, 12, 30, 4), (3, 7, 8, 128), (4, 12, 0, 4), (2, 8, 16, 3)])
+def test_columns_by_descending_diagonal_are_those_of_permuted_inputs(out, columns, count, block):
+    weight, x, hessian = fixture(out, columns)
+    # a linear layer of permuted inputs, pruned from left to right by the loops
+    order = sorted(range(columns), key=lambda j: -float(x[:, j].square().sum()))
+    assert order != list(range(columns))
+    permuted = x[:, order]
+    expected, survivors = loop_sparsegpt(weight[:, order], layer_hessian(permuted.mT @ permuted, len(x)), count,
+                                         block=block, damping=0.02)  # fmt: skip
+    new, kept = sparsegpt(weight, hessian, count, block=block, damping=0.02, order="diag")
+    assert kept[:, order].equal(survivors) and int((~kept).sum()) == count
+    close(new[:, order], expected)
+    if (columns, block) == (12, 4) and count:
+        assert not sparsegpt(weight, hessian, count, block=block, damping=0.02)[1].equal(kept)
+    # inputs in that order already: nothing changes
+    again = sparsegpt(weight[:, order], hessian[order][:, order], count, block=block, damping=0.02, order="diag")
+    close(again[0], expected)
+
+
+def test_orders_that_do_not_go():
+    weight, _, hessian = fixture()
+    with pytest.raises(ValueError, match="order must be None or 'diag', got 'diagonal'"):
+        sparsegpt(weight, hessian, 10, order="diagonal")
+    with pytest.raises(ValueError, match="takes apart the columns of n:m groups: structure must be None, got 2:4"):
+        sparsegpt(weight, hessian, 30, order="diag", groups=(2, 4))
+
+
 @pytest.mark.parametrize("groups", [(2, 4), (1, 3), (3, 4)])
 def test_sparsegpt_chooses_each_group_when_its_columns_come(groups):
     weight, _, hessian = fixture(6, 24)

@@ -133,3 +133,29 @@ def test_tiles_that_do_not_fit_change_nothing():
     with pytest.raises(ValueError, match=r"0.weight: block 4x4 needs a matrix .* divisible by 4x4, got \[4, 6\]"):
         sparsify(model, sparsity=0.5, method="wanda", structure="block 4x4", calibration=[torch.randn(3, 6)])
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_order_of_columns_reaches_every_layer():
+    dense = language_model()
+    model = copy.deepcopy(dense)
+    masks = sparsify(model, sparsity=0.5, method="sparsegpt", order="diag", calibration=BATCHES)
+    assert masks.sparsity == 0.5
+    x, weight = inputs_of(dense, FIRST, BATCHES), dense.get_submodule(FIRST).weight.detach()
+    order = x.square().sum(0).argsort(descending=True)
+    moved = x[:, order]
+    expected = sparsegpt(weight[:, order], layer_hessian(moved.mT @ moved, len(x)), weight.numel() // 2)[0]
+    close(model.get_submodule(FIRST).weight[:, order], expected, torch.float32)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"method": "magnitude"}, "method='magnitude' has no order of columns: order must be None, got 'diag'"),
+    ({"method": "wanda", "calibration": BATCHES}, "method='wanda' has no order of columns"),
+    ({"method": "sparsegpt", "structure": "2:4", "calibration": BATCHES}, "structure must be None, got 2:4"),
+    ({"method": "sparsegpt", "order": "act", "calibration": BATCHES}, "order must be None or 'diag', got 'act'"),
+])  # fmt: skip
+def test_an_order_goes_with_sparsegpt_alone(options, message):
+    model = language_model(layers=1)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        sparsify(model, **({"order": "diag", "sparsity": 0.5} | options))
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
