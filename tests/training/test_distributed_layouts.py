@@ -4,6 +4,7 @@ import dataclasses
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -15,12 +16,13 @@ from training.distributed.faults import LostRankError, how_to_go_on
 from training.distributed.fitting import check_model
 from training.distributed.world import check_grid
 from transformer import AttentionConfig, DenseConfig, LayerConfig, Transformer, TransformerConfig
+from transformer.layer_config import DepthConfig
 from transformer.selection_config import TopKKeysConfig
 
 WHOLE = AttentionConfig(6, 3, 4)
 
 
-def model(attention: AttentionConfig | None, **layer: float) -> Transformer:
+def model(attention: AttentionConfig | None, **layer: Any) -> Transformer:
     first = LayerConfig(AttentionConfig(12, 6, 4), DenseConfig(8))
     layers = (
         (first, LayerConfig(attention, DenseConfig(8), **layer)) if attention else (LayerConfig(None, DenseConfig(8)),)
@@ -54,10 +56,11 @@ def test_a_model_needs_attention_and_the_same_layers_on_every_rank() -> None:
     check_model(model(WHOLE), expert_parallel=1, tensor_parallel=3, shard="none")
     with pytest.raises(ValueError, match="distributed.tensor_parallel must be 1 for a model without attention, got 2"):
         check_model(model(None), expert_parallel=1, tensor_parallel=2, shard="none")
+    check_model(model(WHOLE, layer_drop=0.1), expert_parallel=1, tensor_parallel=3, shard="fsdp")
     with pytest.raises(
-        ValueError, match="layers.1.layer_drop: every rank must run the same layers .*LayerDrop may skip"
+        ValueError, match="layers.1.depth: every rank must run the same layers .* tensor_parallel=1 and"
     ):
-        check_model(model(WHOLE, layer_drop=0.1), expert_parallel=1, tensor_parallel=3, shard="none")
+        check_model(model(WHOLE, depth=DepthConfig(0.5)), expert_parallel=1, tensor_parallel=3, shard="none")
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,11 @@ def check_model(model: Transformer, *, expert_parallel: int, tensor_parallel: in
         check_attention(model, tensor_parallel)
     if expert_parallel > 1 or tensor_parallel > 1 or shard == "fsdp":
         for name, module in model.named_modules():
-            if skipping(module):
+            if isinstance(module, MixtureOfDepths):
                 raise ValueError(
                     f"{name}: every rank must run the same layers under expert parallel, tensor parallel or FSDP2, and"
-                    f" a {type(module).__name__} may skip one: distributed.expert_parallel=1, tensor_parallel=1 and"
-                    " shard='none'"
+                    " which tokens pass a layer is each rank's own choice: distributed.expert_parallel=1,"
+                    " tensor_parallel=1 and shard='none'"
                 )
 
 

@@ -1,5 +1,6 @@
 """Data parallel (replicated, or sharded by FSDP2) times expert parallel times tensor parallel, for one model."""
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -84,6 +85,7 @@ class Ranks:
         self.compressor: GradientCompressor | None = None
         self.data_parallel: DistributedDataParallel | None = None
         self.root: FSDPModule | None = None
+        self.skips = False
 
     @property
     def rank(self) -> int:
@@ -107,6 +109,7 @@ class Ranks:
         Raises: ValueError for a model that cannot be trained so: see :func:`check_model`.
         """
         check_model(model, expert_parallel=self.expert_ranks, tensor_parallel=self.tensor_ranks, shard=self.shard)
+        self.skips = any(skipping(module) for module in model.modules())
         if self.expert_ranks > 1:
             names = shard_experts(model, self.world.grid.get_group(EXPERT))
             self._keep(model, names, self.world.grid.get_group(REPLICATE), self.parts // self.expert_ranks)
@@ -123,8 +126,7 @@ class Ranks:
         # buffers are counts that the layers reduce themselves; what a skipped layer holds gets no gradient
         ignored = [f"model.{name}" for name in (*self.own, *(name for name, _ in model.named_buffers()))]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, ignored)
-        skips = any(skipping(module) for module in model.modules())
-        self.data_parallel = DistributedDataParallel(step, find_unused_parameters=skips)
+        self.data_parallel = DistributedDataParallel(step, find_unused_parameters=self.skips)
         if self.compression is not None:
             self.compressor = compress_gradients(
                 self.data_parallel, self.compression, density=self.density, seed=self.seed
@@ -134,7 +136,8 @@ class Ranks:
         """The gradients of these parameters are summed over ``group`` and divided by ``parts``, here alone."""
         kept = {name: model.get_parameter(name) for name in names}
         self.own |= kept
-        self.sums.append((list(kept.values()), group, parts))
+        if kept:
+            self.sums.append((list(kept.values()), group, parts))
 
     def rows(self, batch: Batch) -> Batch:
         """One of ``parts`` equal runs of rows, in the order of the ranks. Raises: ValueError if there are none."""
@@ -145,7 +148,12 @@ class Ranks:
         return batch.rows(part * share, (part + 1) * share)
 
     def forward(self, model: Transformer, batch: Batch, side: SideLosses) -> StepOutput:
-        """:func:`training.step.forward`, through DistributedDataParallel where the parameters are replicated."""
+        """:func:`training.step.forward`, through DistributedDataParallel where the parameters are replicated.
+
+        Raises: ValueError for a batch without noise where layers may be skipped: ranks would skip others.
+        """
+        if self.skips and batch.noise is None:
+            raise ValueError("batch.noise must be given where layers may be skipped, got None: see Batch.keyed")
         if self.data_parallel is None:
             return forward(model, batch, side=side)
         output: StepOutput = self.data_parallel(batch, side)
@@ -292,8 +300,11 @@ class _Step(nn.Module):
 
 
 def _average(parameters: list[nn.Parameter], group: dist.ProcessGroup, parts: int) -> None:
-    """Σ over the group of each gradient, divided by ``parts``."""
-    for parameter in parameters:
+    """Σ over the group of each gradient, divided by ``parts``; none where no rank has one: a layer that is skipped."""
+    present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+    present = present.to(parameters[0].device)
+    dist.all_reduce(present, op=dist.ReduceOp.MAX, group=group)
+    for parameter in itertools.compress(parameters, present.tolist()):
         if parameter.grad is None:  # no token came
             parameter.grad = torch.zeros_like(parameter)
         own = local(parameter.grad)
