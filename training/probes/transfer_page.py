@@ -61,12 +61,22 @@ def _checks(ordered: Mapping[tuple[str, float], Arms]) -> dict[str, bool]:
         for arm in (arm for arm in arms if arm not in ("own", "erk", "shuffled")):
             what = "a mask handed on" if arm == "transferred" else f"a mask {_low(arms[arm].task.label)}"
             checks[f"{what} ahead of chance, {where}"] = outcome(arms[arm].bits, arms["erk"].bits) == "better"
-            checks[f"and no worse than its own, {where}"] = outcome(arms[arm].bits, arms["own"].bits) != "worse"
+            checks[f"{what} no worse than its own, {where}"] = outcome(arms[arm].bits, arms["own"].bits) != "worse"
         first = next(arm for arm in arms if arm not in ("own", "erk"))
         checks[f"no better than the same mask shuffled, {where}"] = (
             outcome(arms[first].bits, arms["shuffled"].bits) != "better"
         )
+    for sparsity in dict.fromkeys(sparsity for _, sparsity in ordered):
+        costs = {target: _cost(ordered[target, sparsity]) for target in ("corpus", "seed")}
+        words = f"another corpus costs less than another seed at {sparsity:.0%}"
+        checks[words] = outcome(costs["corpus"], costs["seed"]) == "better"
     return checks
+
+
+def _cost(arms: Arms) -> dict[int, float]:
+    """Seed → bits a byte that the mask handed on costs beyond the own one."""
+    moved, own = arms["transferred"].bits, arms["own"].bits
+    return {seed: moved[seed] - own[seed] for seed in moved if seed in own}
 
 
 def kept(moved: Mapping[int, float], own: Mapping[int, float], chance: Mapping[int, float], label: str) -> str:
@@ -110,8 +120,8 @@ def _method(probe: Probe, options: Options) -> tuple[str, ...]:
         "with the same initial weights on the same text.",
         "Another seed: the mask of the next seed's dense run, with other weights and another order of the text. "
         f"Another corpus: trained on the text of the interpreter's `{options.other}`, which is also a small part of "
-        "the first text, under the mask of the same seed's run on the first text. A deeper model: "
-        f"{probe.base['model']['layers']} layers stretched over {options.layers}.",
+        "the first text, with a tokenizer learnt from it, under the mask of the same seed's run on the first text. "
+        f"A deeper model: {probe.base['model']['layers']} layers stretched over {options.layers}.",
         "Shuffled: as many weights in each matrix, in places drawn anew: what is left of the mask is its ratios. "
         "Distance: share of the weights in which two masks differ, of the most in which masks of their densities can; "
         "two drawn at random are at 1 less their density.",
