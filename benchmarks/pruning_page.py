@@ -183,7 +183,8 @@ def _encoder(lines: list[Line], key: str) -> str:
     for line in rows:
         label = CHANCE if line["importance"].startswith(CHANCE) else line["importance"]
         by.setdefault(label, {}).setdefault((line["fraction"], "recovered_steps" in line), []).append(line[key])
-    columns = [(fraction, after) for fraction in fractions for after in (False, True)]
+    measured = {at for curve in by.values() for at in curve}
+    columns = [(fraction, after) for fraction in fractions for after in (False, True) if (fraction, after) in measured]
     cells = [
         [label, *(f"{mean(curve[at]):.3f}" if at in curve else "" for at in columns)] for label, curve in by.items()
     ]
