@@ -52,6 +52,7 @@ class Plan:
 
     @property
     def norms_only(self) -> bool:
+        """Whether squared norms of the inputs are all that the method needs."""
         return self.method in BY_SCORE and not self.refit
 
 
@@ -134,6 +135,7 @@ def _share(sparsity: float | None, structure: str | None, groups: Groups) -> flo
 
 
 def check_shapes(inputs: Sequence[Inputs], plan: Plan) -> None:
+    """Raises: ValueError for a matrix that the structure's groups or tiles do not divide."""
     for matrix in distinct_matrices(inputs):
         width = matrix.view(matrix.parameter).shape[1]
         if plan.groups is not None and width % plan.groups[1]:
