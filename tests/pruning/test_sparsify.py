@@ -29,7 +29,6 @@ from pruning import (
 from pruning.recovery import Int8Linear
 from tests.pruning.toy import tokens, toy
 from tests.tolerances import close
-from tests.typecheck import unchecked
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -367,8 +366,3 @@ def test_n_of_m_groups_the_inputs_of_every_expert_matrix():
     sparsify(layer, structure="2:4", weights=["experts.up", "experts.down"])
     assert ((layer.experts.up != 0).unflatten(1, (-1, 4)).sum(2) == 2).all()
     assert ((layer.experts.down != 0).unflatten(2, (-1, 4)).sum(3) == 2).all()
-
-
-def test_a_sparsity_in_words_is_refused():
-    with unchecked(), pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\), got 'half'"):
-        sparsify(toy((2, 1, 3)), sparsity="half")
