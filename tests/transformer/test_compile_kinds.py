@@ -38,7 +38,7 @@ ONE_GRAPH = {
 }
 # what dynamo names: a host-side draw, a generator, a check of ids, a check of scores, a function it must not enter
 BREAKS = {
-    "layer drop": (LayerConfig(ATTENTION, DENSE, layer_drop=0.1), "self.layer_drop.skips()"),
+    "layer drop": (LayerConfig(ATTENTION, DENSE, layer_drop=0.1), "self.layer_drop.skips("),
     "switch with jitter": (mixture("switch", k=1, jitter=0.1), "opaque object"),
     "noisy top-k": (mixture("noisy_top_k"), "opaque object"),
     "top-2": (mixture("top_2"), "opaque object"),
