@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -60,12 +61,11 @@ def main() -> None:
         os.execvp("unshare", ["unshare", "--user", "--map-root-user", "--net", *_again()])
     if arguments.rank == 0:
         with subprocess.Popen(["unshare", "--net", *_again(), "--rank", "1"]) as other:
-            try:
+            with ExitStack() as unless_done:
+                unless_done.callback(other.kill)
                 _join_namespaces(other.pid)
                 measure(0, arguments.mbit, arguments.rounds)
-            except BaseException:
-                other.kill()
-                raise
+                unless_done.pop_all()
     else:
         measure(1, arguments.mbit, arguments.rounds)
 
