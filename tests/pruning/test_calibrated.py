@@ -74,7 +74,10 @@ def loop_sparsegpt(weight, hessian, count, *, block, damping, groups=None):
     return new, ~gone
 
 
-@pytest.mark.parametrize("out, columns, count, block", [(5, 12, 30, 4), (3, 7, 0, 3), (4, 9, 35, 128), (1, 1, 0, 1)])
+@pytest.mark.parametrize("out, columns, count, block", [
+    (5, 12, 30, 4), (3, 7, 0, 3), (4, 9, 35, 128), (1, 1, 0, 1),
+    (3, 45, 70, 40), (2, 37, 30, 128), (2, 33, 40, 17),  # blocks wider than the columns that a sweep passes on together
+])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_sparsegpt_is_column_by_column_surgery(out, columns, count, block, dtype):
     weight, _, hessian = fixture(out, columns)
@@ -300,3 +303,11 @@ def test_bad_values_are_refused():
         layer_hessian(hessian * torch.inf, 3)
     with pytest.raises(ValueError, match="must be finite"):
         wanda_mask(weight, torch.full((4,), torch.nan, dtype=torch.float64), 3)
+
+
+def test_groups_in_blocks_wider_than_what_a_sweep_passes_on_together():
+    weight, _, hessian = fixture(3, 40)
+    new, kept = sparsegpt(weight, hessian, 60, block=40, groups=(2, 4), damping=0.02)
+    expected, survivors = loop_sparsegpt(weight, hessian, 60, block=40, groups=(2, 4), damping=0.02)
+    assert kept.equal(survivors)
+    close(new, expected)
