@@ -89,8 +89,9 @@ class Transformer(nn.Module):
         self._checkpointing = False
         self.register_state_dict_post_hook(storage.shared_once)
         self.register_load_state_dict_pre_hook(storage.shared_everywhere)
-        # 0.02 and depth-scaled outputs: GPT-2's choice (Radford et al. 2019, section 2.3)
-        initialise(self, std=0.02, output_std=0.02 / math.sqrt(2 * max(1, len(config.layers))), generator=generator)
+        # SmallInit, 0.02 at width 1000 (Nguyen & Salazar 2019, arXiv:1910.05895); outputs scaled by depth as in GPT-2
+        std = math.sqrt(2 / (5 * config.dim))
+        initialise(self, std=std, output_std=std / math.sqrt(2 * max(1, len(config.layers))), generator=generator)
 
     def forward(
         self,

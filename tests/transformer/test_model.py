@@ -84,7 +84,7 @@ def test_initial_weights_are_scaled_by_depth_where_they_write_to_the_stream():
     model = Transformer(TransformerConfig.uniform(vocab_size=50, dim=64, num_layers=8, num_heads=4))
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            wanted = 0.02 / 4 if name.split(".")[-2] in ("output", "down") else 0.02
+            wanted = (2 / (5 * 64)) ** 0.5 / (4 if name.split(".")[-2] in ("output", "down") else 1)
             assert abs(parameter.std().item() / wanted - 1) < 0.1, name
 
 
