@@ -32,10 +32,6 @@ def own(feedforward, seed=0):
     config = TransformerConfig.uniform(vocab_size=31, dim=16, num_layers=2, num_heads=4, num_kv_heads=2, max_length=32,
                                        feedforward=feedforward)  # fmt: skip
     model = Transformer(config, generator=torch.Generator().manual_seed(seed)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "embedding" not in name:
-                parameter.mul_(8)
     return model
 
 

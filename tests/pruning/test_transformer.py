@@ -25,7 +25,7 @@ KINDS = ["dense", "moe", "untied"]
 
 
 def build(kind="dense", *, num_kv_heads=2, layers=2, seed=0):
-    """4 heads a layer and weights so large that every head matters; float64, but for experts, which have none."""
+    """4 heads a layer; float64, but for experts, which have none."""
     experts = MoEConfig(hidden=16, num_experts=4, k=2)
     config = TransformerConfig.uniform(
         vocab_size=31, dim=16, num_layers=layers, num_heads=4, num_kv_heads=num_kv_heads, max_length=32,
@@ -33,10 +33,6 @@ def build(kind="dense", *, num_kv_heads=2, layers=2, seed=0):
     )  # fmt: skip
     model = Transformer(config, generator=torch.Generator().manual_seed(seed)).eval()
     model = model if kind == "moe" else model.double()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "embedding" not in name:
-                parameter.mul_(8)
     return model
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.tolerances import close
 from tests.training.distributed_cases import LAYOUTS, ROUTED, RUNS, STEPS, keep_gradients, make_trainer, without_clock
+from tests.training.same_weights import same_weights
 from tests.training.spawning import spawn
 
 EXACT = ("step", "tokens", "lr", "loads", "dropped")
@@ -53,4 +54,4 @@ def compare(file: Path, record: dict[str, Any], tensors: dict[str, Tensor], *, a
     saved = load_file(file.with_suffix(".safetensors"))
     assert saved.keys() == tensors.keys()
     for key, tensor in tensors.items():
-        close(saved[key], tensor)
+        same_weights(key, saved[key], tensor)

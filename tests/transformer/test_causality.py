@@ -20,9 +20,6 @@ def build(router: str, priority: str) -> Transformer:
             vocab_size=50, dim=16, num_layers=2, num_heads=2, feedforward=feedforward, max_length=64
         )
     )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4)
     return model.eval()
 
 

@@ -36,9 +36,10 @@ def unequal():
 
 def model_of(config, dtype=torch.float32):
     model = Transformer(config, generator=torch.Generator().manual_seed(1)).to(dtype)
-    with torch.no_grad():  # larger weights than at initialisation, so that every term shows in the logits
+    with torch.no_grad():  # scales and biases away from one and zero, so that every term shows in the logits
         for parameter in model.parameters():
-            parameter.mul_(10) if parameter.dim() > 1 else parameter.add_(0.3 * torch.randn_like(parameter))
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
     return model
 
 

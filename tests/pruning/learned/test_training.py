@@ -19,7 +19,7 @@ from transformer import Transformer
 ASKED = ["movement", "feedback", "dnw", "iht", "lc", "generalization", "l1", "hoyer_square", "group_lasso",
          "sigmoid_units", "softplus_units", "polarized_units", "dsd"]  # fmt: skip
 STRENGTH = {"soft_movement": 300.0, "l0": 300.0, "l0_units": 30.0, "str": 1.0, "variational": 300.0,
-            "variational_units": 30.0, "proximal": 1.0, "group_proximal": 1.0}  # fmt: skip
+            "variational_units": 30.0, "proximal": 1.0, "group_proximal": 4.0}  # fmt: skip
 EXAMPLES = sorted(Path("examples/configs").glob("learned-*.toml"))
 
 
