@@ -74,7 +74,7 @@ class OptimConfig:
     decay_fraction: float = 0.2
     """Share of the steps in which wsd decays."""
     clip: float = 1.0
-    """Largest L2 norm of the whole gradient."""
+    """Largest L2 norm of the whole gradient; where it is compressed, each rank clips what it adds to it instead."""
     sparse_state: bool = False
     """Keep moments only of weights that are there, under a [sparsify] method that is sparse from the first step."""
 
@@ -147,6 +147,8 @@ class DistributedConfig:
     """Which entries of replicated gradients are sent (see compress_gradients); experts' stay on their ranks."""
     density: float = 0.01
     """Share of the entries that topk, randomk, dropping and dgc send."""
+    compression_warmup: int = 0
+    """Steps in which that share falls from 25 through 6.25, 1.6 and 0.4% to 'density'."""
     async_checkpoints: bool = False
     """Write checkpoints while training goes on, from a copy of the weights and moments on each device."""
     timeout_s: float = 600.0
@@ -220,6 +222,10 @@ def _check(config: RunConfig) -> None:
     positive |= {f"distributed.{name}": getattr(config.distributed, name) for name in counts}
     if not 0 < config.distributed.density <= 1:
         raise ValueError(f"distributed.density must be in (0, 1], got {config.distributed.density}")
+    if config.distributed.compression_warmup < 0:
+        raise ValueError(
+            f"distributed.compression_warmup must be at least 0, got {config.distributed.compression_warmup}"
+        )
     for name, value in positive.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
