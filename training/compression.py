@@ -76,9 +76,9 @@ def compress_gradients(
 
     clip: each rank's gradient is first scaled to at most the norm ``clip``·ranks^-½ (Lin et al. 2018, section 3.2).
     Clip here and not what was reduced: that would lose a part of what the ranks count as sent. It needs the norm of
-    all of it, so that nothing is sent before the backward pass has ended. warmup: steps in which the density falls 25,
-    6.25, 1.6, 0.4% to ``density``, of the methods that have one. error_feedback: False forgets what is not sent, to
-    measure what remembering is worth.
+    all of it, so that nothing is sent before the backward pass has ended (None and ``inf``: not clipped). warmup: steps
+    in which the density falls 25, 6.25, 1.6, 0.4% to ``density``, of the methods that have one. error_feedback: False
+    forgets what is not sent, to measure what remembering is worth.
 
     A bucket of gradients is one exchange: streams of (index, value) are gathered and summed on every rank while the
     backward pass goes on, values alone for "randomk"; where that would take as many bytes as the dense gradient, that
@@ -123,7 +123,8 @@ class GradientCompressor:
     ) -> None:
         self.names, self.method, self.group = names, method, group
         self.density, self.threshold, self.bin_size = density, threshold, bin_size
-        self.momentum, self.clip, self.warmup, self.seed = momentum, clip, warmup, seed
+        self.momentum, self.warmup, self.seed = momentum, warmup, seed
+        self.clip = None if clip == math.inf else clip
         self.error_feedback = error_feedback
         self.step = 0
         self.residuals: dict[str, Tensor] = {}

@@ -64,7 +64,7 @@ class Parallel(Protocol):
         ...
 
     def clip(self, parameters: Iterable[Tensor], norm: Tensor, *, limit: float) -> None:
-        """Scale the gradients in place by min(1, limit/norm)."""
+        """Scale the gradients in place by min(1, limit/norm), but for what was clipped before compression. All."""
         ...
 
     def reduced(self, line: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.tolerances import close
+from tests.training.distributed_cases import make_trainer
 from training import compress_gradients
+from training.distributed import Ranks, make_world
+from training.distributed.export import whole_weights
+from training.step import forward
 
 METHODS = {
     "topk": {"density": 0.2},
@@ -163,6 +168,81 @@ def clipping(rank, world):
     assert norm <= 0.3 * math.sqrt(world) + 1e-9
 
 
+def clipped_by_hand(rank, world):
+    """Gradients (3, 4, 0) of rank 0 and (0, 0, ½) of the others, each at most 1 long: (0.6, 0.8, 0) and (0, 0, ½).
+
+    Of three entries one is sent: 0.8, then 2 · 0.6, then 2 · 0.8, and each time ½ of every other rank. What is clipped
+    away is forgotten, what is not sent is remembered; the sum is clipped by nobody.
+    """
+    model = DistributedDataParallel(nn.Linear(3, 1, bias=False).double())
+    compressor = compress_gradients(model, "topk", density=1 / 3, clip=math.sqrt(world))
+    gradient = torch.tensor([[3.0, 4, 0] if rank == 0 else [0, 0, 0.5]]).double() * world  # divided by the hook
+    others = 0.5 * (world - 1)
+    for sent, rest in (
+        ([0, 0.8, others], [0.6, 0, 0]),
+        ([1.2, 0, others], [0, 0.8, 0]),
+        ([0, 1.6, others], [0.6, 0, 0]),
+    ):
+        model.zero_grad()
+        model(gradient).sum().backward()
+        close(model.module.weight.grad, torch.tensor([sent], dtype=torch.float64))
+        held = torch.tensor(rest if rank == 0 else [0, 0, 0], dtype=torch.float64)
+        close(compressor.residuals["weight"], held)
+
+
+def by_loops(trainer, world, density, clip):
+    """Let a trainer of one process take the gradients that ``world`` ranks would reduce by top-k, from loops."""
+    rest = [{n: torch.zeros_like(p) for n, p in trainer.model.named_parameters()} for _ in range(world)]
+
+    def forward_backward(batch, **_):
+        rows, total = len(batch.inputs) // world, {}
+        for rank in range(world):
+            trainer.model.zero_grad()
+            output = forward(trainer.model, batch.rows(rank * rows, (rank + 1) * rows), side=trainer.side)
+            output.loss.backward()
+            gradients = {n: p.grad / world for n, p in trainer.model.named_parameters()}
+            compressed = {n: g for n, g in gradients.items() if "experts" not in n}
+            norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in compressed.values()))
+            for n, g in gradients.items():
+                if n in compressed:
+                    a = rest[rank][n] + g * min(1.0, clip / math.sqrt(world) / norm)
+                    places = sorted(range(a.numel()), key=lambda i, a=a: -abs(float(a.flatten()[i])))
+                    g = torch.zeros_like(a)
+                    for i in places[: math.ceil(density * a.numel())]:
+                        g.view(-1)[i] = a.view(-1)[i]
+                    rest[rank][n] = a - g
+                total[n] = total.get(n, 0) + g
+        experts = [g for n, g in total.items() if "experts" in n]
+        norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in experts))
+        for g in experts:
+            g.mul_(min(1.0, clip / (norm + 1e-6)))
+        for n, p in trainer.model.named_parameters():
+            p.grad = total[n]
+        return output
+
+    trainer._forward_backward = forward_backward
+    trainer.parallel.clip = lambda parameters, norm, *, limit: None
+    return trainer
+
+
+def trainers(rank, world, folder):
+    """The trainer's steps under compression clip each rank's gradient before it is added to the residual, and nothing
+    that was reduced; the gradients of spread experts, which are not compressed, are clipped by their own norm."""
+    plain = {"aux": 0.0, "aux_scope": "micro_batch", "accumulation": 1}
+    for name, experts in (("dense", 1), ("moe", world)):
+        limits = {"clip": 0.2}  # a fifth to a twelfth of the norms
+        grid = make_world(torch.device("cpu"), expert_parallel=experts)
+        ranks = Ranks(grid, compression="topk", density=0.3, **limits)
+        trainer = make_trainer(name, folder / f"{name}-{world}", parallel=ranks, **limits, **plain)
+        alone = by_loops(make_trainer(name, folder / f"{name}-{rank}-of-{world}", **limits, **plain), world, 0.3, 0.2)
+        for _ in range(3):
+            trainer.train_step()
+            alone.train_step()
+        wanted = alone.model.state_dict()
+        for key, weight in whole_weights(trainer.model).items():
+            close(weight, wanted[key])
+
+
 def many_buckets(rank, world):
     """Each parameter in a bucket of its own, or all in one: the same gradients, and with ``clip`` one norm."""
     for options in ({"method": "topk", "density": 0.2}, {"method": "dgc", "density": 0.2, "clip": 0.05}):
@@ -207,8 +287,9 @@ def main() -> None:
     rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    for case in (methods, nothing_is_lost, clipping, many_buckets, forgetting):
+    for case in (methods, nothing_is_lost, clipping, clipped_by_hand, many_buckets, forgetting):
         case(rank, world)
+    trainers(rank, world, Path(store).parent)
     dist.destroy_process_group()
 
 

@@ -143,8 +143,9 @@ def make_model(name: str) -> Transformer:
 
 
 def make_trainer(
-    name: str, out: Path, *, parallel: Parallel | None = None, sparsifiers: Any = None, **settings: Any
-) -> Trainer:
+    name: str, out: Path, *, parallel: Parallel | None = None, sparsifiers: Any = None, clip: float = 1.0,
+    **settings: Any,
+) -> Trainer:  # fmt: skip
     """A trainer of STEPS steps of 24 sequences; sparsifiers: a function of the placed model."""
     model = make_model(name)
     parallel = parallel or Alone()
@@ -160,7 +161,7 @@ def make_trainer(
     }
     # eps: AdamW would make whole steps of the rounding in gradients of 1e-8
     return Trainer(
-        model, small_data(), out=out, length=16, optim=OptimConfig(lr=0.01, warmup=2, eps=1e-5),
+        model, small_data(), out=out, length=16, optim=OptimConfig(lr=0.01, warmup=2, eps=1e-5, clip=clip),
         train=TrainConfig(**(defaults | RUNS[name].train | settings)), parallel=parallel,
         sparsifiers=[] if sparsifiers is None else sparsifiers(model),
     )  # fmt: skip

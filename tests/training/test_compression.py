@@ -1,3 +1,4 @@
+import math
 import os
 import subprocess
 import sys
@@ -54,6 +55,10 @@ def test_every_method_with_a_density_can_warm_up():
     for made.step in range(6):
         counts.append(len(made.compress("w", torch.randn(100)).index))
     assert counts == [25, 10, 10, 10, 10, 10]
+
+
+def test_a_limit_of_infinity_holds_nothing_back():
+    assert compressor("topk", clip=math.inf).clip is None and compressor("topk", clip=2.0).clip == 2.0
 
 
 def test_random_entries_differ_between_steps_and_parameters_but_not_between_processes():

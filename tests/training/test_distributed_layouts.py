@@ -83,6 +83,11 @@ def test_a_model_needs_attention_and_the_same_layers_on_every_rank() -> None:
             "distributed.compression must be 'none' with distributed.shard='fsdp', got 'topk'",
         ),
         (
+            {"distributed": {"compression": "dgc"}},
+            r"optim.betas must begin with 0 with distributed.compression='dgc', .* got \(0.9, 0.95\)",
+        ),
+        ({"distributed": {"compression": "dgc"}, "optim": {"betas": [0.0, 0.95]}}, ""),
+        (
             {"distributed": {"tensor_parallel": 2}, "train": {"compile": True}},
             "train.compile must be false with distributed.tensor_parallel=2",
         ),
@@ -130,3 +135,8 @@ def test_the_commands_that_go_on() -> None:
     kept = Path("run/checkpoints")
     assert how_to_go_on(kept, ranks=2, variables={}).endswith("start all 2 processes again with --resume")
     assert "torchrun --max-restarts N goes on" in how_to_go_on(kept, ranks=2, variables={"TORCHELASTIC_RUN_ID": "x"})
+
+
+def test_a_negative_warmup_is_refused() -> None:
+    with pytest.raises(ValueError, match="distributed.compression_warmup must be at least 0, got -1"):
+        from_dict(RunConfig, {"distributed": {"compression_warmup": -1}}, where="the test")

@@ -56,6 +56,11 @@ def require_methods(config: RunConfig) -> None:
             f"distributed.compression must be 'none' with distributed.shard='fsdp', got {wanted.compression!r}:"
             " FSDP2 reduces dense gradients"
         )
+    if wanted.compression == "dgc" and config.optim.betas[0] > 0:
+        raise ValueError(
+            "optim.betas must begin with 0 with distributed.compression='dgc', which has a momentum of its own, got"
+            f" {config.optim.betas}"
+        )
 
 
 def require_alike(what: str, mine: str, tell: Tell) -> None:

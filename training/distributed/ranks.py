@@ -55,8 +55,9 @@ class Ranks:
     over all ranks, parameters, gradients and moments alike. With expert_parallel > 1 in ``world`` the experts are
     spread over their own dimension of the grid and replicated over the others, and with tensor_parallel > 1 so are the
     heads, in either case. The ranks that split the heads of one model have the same rows. background: checkpoints
-    are written while training goes on, from a copy. compression, density, seed: of replicated gradients, as
-    :func:`training.compress_gradients` says.
+    are written while training goes on, from a copy. compression, density, warmup, seed: of replicated gradients, as
+    :func:`training.compress_gradients` says. clip: each rank clips what it adds to such a gradient, so that a sum of
+    independent ones has about this norm, and nothing that was sent is clipped later; None: not at all.
     """
 
     def __init__(
@@ -67,9 +68,11 @@ class Ranks:
         background: bool = False,
         compression: Method | None = None,
         density: float = 0.01,
+        clip: float | None = None,
+        warmup: int = 0,
         seed: int = 0,
     ) -> None:
-        self.compression, self.density, self.seed = compression, density, seed
+        self.compression, self.density, self.limit, self.warmup, self.seed = compression, density, clip, warmup, seed
         self.world, self.shard = world, shard
         self.expert_ranks = world.grid.get_group(EXPERT).size()
         self.tensor_ranks = 1 if world.split is None else world.split.get_group(TENSOR).size()
@@ -128,9 +131,12 @@ class Ranks:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, ignored)
         self.data_parallel = DistributedDataParallel(step, find_unused_parameters=self.skips)
         if self.compression is not None:
+            # a sum over parts ≤ ranks: those that split heads add the same gradient
+            clip = None if self.limit is None else self.limit * math.sqrt(self.parts / self.ranks)
             self.compressor = compress_gradients(
-                self.data_parallel, self.compression, density=self.density, seed=self.seed
-            )
+                self.data_parallel, self.compression, density=self.density, clip=clip, warmup=self.warmup,
+                seed=self.seed,
+            )  # fmt: skip
 
     def _keep(self, model: Transformer, names: list[str], group: dist.ProcessGroup, parts: int) -> None:
         """The gradients of these parameters are summed over ``group`` and divided by ``parts``, here alone."""
@@ -190,7 +196,14 @@ class Ranks:
         return squares.sqrt().float()
 
     def clip(self, parameters: Iterable[Tensor], norm: Tensor, *, limit: float) -> None:
-        """Each rank scales what it holds by min(1, limit / (norm + 1e-6)), torch's factor."""
+        """Each rank scales what it holds by min(1, limit / (norm + 1e-6)), torch's factor. All.
+
+        What was compressed stays as it is: the ranks clipped it before they sent it, and count it as sent. Spread
+        experts and split heads, which are not compressed, are then clipped by the norm of their gradients alone.
+        """
+        if self.compressor is not None:
+            parameters = list(self.own.values())
+            norm = self.gradient_norm(parameters)
         factor = (limit / (norm + 1e-6)).clamp(max=1.0)
         for parameter in parameters:
             if parameter.grad is not None:
