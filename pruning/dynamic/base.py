@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,8 +81,11 @@ class DynamicSparsity(ABC):
         return unstructured(noise, removed)
 
     @abstractmethod
-    def update(self, optimizer: Optimizer) -> None:
-        """Drop and grow: change the masks and weights in place. Dense gradients stand in ``weight.grad``."""
+    def update(self, optimizer: Optimizer) -> dict[str, Bool[Tensor, "out in"]]:
+        """Drop and grow: change the masks and weights in place. Dense gradients stand in ``weight.grad``.
+
+        Returns, by the names of :meth:`parts`, which connections begin afresh although they were there before the
+        update (dropped and grown at once): they lose their optimiser state, as those that were absent do anyhow."""
 
     def look(self) -> None:
         """Look at the dense gradients of every step, before those of absent weights are cleared."""
@@ -103,12 +106,7 @@ class DynamicSparsity(ABC):
         self.look()
         due = self.due()
         if due:
-            before = {name: mask.clone() for name, mask in self.own_masks().items()}
-            with self.deciding():
-                self.update(optimizer)
-            self._masks.apply(self.model)
-            for name, mask in self.own_masks().items():
-                reset_state(optimizer, self._weights[name], mask != before[name])
+            self.rewire(optimizer, lambda: self.update(optimizer))
         if isinstance(optimizer, SparseAdamW):
             for name, mask in self.own_masks().items():
                 optimizer.activate(self._weights[name], mask)
@@ -124,6 +122,19 @@ class DynamicSparsity(ABC):
         self.settle(optimizer)
         self._masks.apply(self.model)
         self.step += 1
+
+    def rewire(self, optimizer: Optimizer, change: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Let ``change`` move connections, with every matrix whole. It returns which of them begin afresh; those, what
+        it dropped and what it grew lose every slot of their optimiser state."""
+        before = {name: mask.clone() for name, mask in self.own_masks().items()}
+        afresh = {name: torch.zeros_like(mask) for name, mask in self._masks.kept.items()}
+        with self.deciding(), whole(afresh) as wholes:
+            marks = matrices(wholes)
+            for part, grown in change().items():
+                marks[part].copy_(grown)
+        self._masks.apply(self.model)
+        for name, mask in self.own_masks().items():
+            reset_state(optimizer, self._weights[name], own_part(afresh[name]) | (mask != before[name]))
 
     def due(self) -> bool:
         """Whether the present step updates the connections: every ``every`` steps, not at 0, before ``stop``."""

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import final
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pruning.allocation import Allocation
-from pruning.dynamic.base import DynamicSparsity, highest, reset_state
+from pruning.dynamic.base import DynamicSparsity, highest
 from pruning.sharding import whole
 from pruning.weights import matrices
 
@@ -20,8 +21,8 @@ class DeepR(DynamicSparsity):
 
     After each step of the optimiser, with its learning rate lr, every active θ moves by −lr · alpha (an L1 prior) and
     by √(2 · lr · temperature) · ν, ν standard normal. Where θ < 0 the connection goes dormant, and as many dormant
-    ones of the same matrix wake up, drawn at random, with a random sign and θ = 0. The count of each matrix stays.
-    There is no drop fraction: the walk rewires in every step before ``stop``.
+    ones of the same matrix wake up, drawn at random, with a random sign, θ = 0 and fresh optimiser state. The count of
+    each matrix stays. There is no drop fraction: the walk rewires in every step before ``stop``.
     Raises: as :class:`DynamicSparsity`; ValueError for a negative alpha or temperature.
     """
 
@@ -48,23 +49,22 @@ class DeepR(DynamicSparsity):
             name: torch.where(weight.data < 0, -1, 1).to(torch.int8) for name, weight in self._weights.items()
         }
 
-    def update(self, optimizer: Optimizer) -> None:
+    def update(self, optimizer: Optimizer) -> dict[str, Bool[Tensor, "out in"]]:
         """Nothing before the step: the walk follows it."""
+        return {}
 
     def settle(self, optimizer: Optimizer) -> None:
         """Walk, put to sleep what changed its sign, wake up as many."""
         if self.stop is not None and self.step >= self.stop:
             return
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-        before = {name: mask.clone() for name, mask in self.own_masks().items()}
-        with self.deciding(), whole(self.wholes(self._signs)) as signs:
-            self._walk(rates, signs)
-        for name, mask in self.own_masks().items():
-            reset_state(optimizer, self._weights[name], mask != before[name])
+        with whole(self.wholes(self._signs)) as signs:
+            self.rewire(optimizer, lambda: self._walk(rates, signs))
 
-    def _walk(self, rates: Mapping[int, float], held: Mapping[str, Tensor]) -> None:
+    def _walk(self, rates: Mapping[int, float], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Walk; the connections that woke up, of which some had only just fallen asleep."""
         owners = {part: name for name, sign in held.items() for part in matrices({name: sign})}
-        signs = matrices(held)
+        signs, afresh = matrices(held), {}
         for part, (weight, _, mask) in self.parts().items():
             rate = rates.get(id(self._weights[owners[part]]), 0.0)
             noise = torch.randn(weight.shape, generator=self.generator).to(weight.device, weight.dtype)
@@ -76,6 +76,8 @@ class DeepR(DynamicSparsity):
             coin = torch.where(self._uniform(weight) < 0.5, -1, 1).to(torch.int8)
             signs[part].copy_(torch.where(woken, coin, signs[part]))
             mask.copy_(kept | woken)
+            afresh[part] = woken
+        return afresh
 
     def extra_state(self) -> dict[str, Tensor]:
         """The sign of every connection."""

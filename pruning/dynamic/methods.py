@@ -54,8 +54,9 @@ class StaticSparsity(DynamicSparsity):
         """Never."""
         return False
 
-    def update(self, optimizer: Optimizer) -> None:
+    def update(self, optimizer: Optimizer) -> dict[str, Bool[Tensor, "out in"]]:
         """Nothing moves."""
+        return {}
 
 
 @final
@@ -63,17 +64,21 @@ class SET(DynamicSparsity):
     """Drop the active weights of least magnitude, grow as many at random in the same matrix, from 0.
 
     Mocanu et al. 2018 (Nature Communications 9:2383; arXiv:1707.04780), which drops a constant share (``stop=None``)
-    after each epoch: those closest to zero of either sign. A connection dropped now may be drawn again, with value 0.
+    after each epoch: those closest to zero of either sign. A connection dropped now may be drawn again; it
+    begins afresh like the others, with value 0 and every slot of its optimiser state 0.
     """
 
-    def update(self, optimizer: Optimizer) -> None:
-        """Drop and grow the same number in each matrix."""
-        for weight, _, mask in self.parts().values():
+    def update(self, optimizer: Optimizer) -> dict[str, Bool[Tensor, "out in"]]:
+        """Drop and grow the same number in each matrix; all that grows begins afresh."""
+        afresh = {}
+        for name, (weight, _, mask) in self.parts().items():
             count = min(int(self.drop_share() * int(mask.sum())), int((~mask).sum()))
             kept = lowest_active(weight, mask, count)
             grown = highest(self._uniform(weight), ~kept, count)
             weight.masked_fill_(~kept, 0)
             mask.copy_(kept | grown)
+            afresh[name] = grown
+        return afresh
 
 
 @final
@@ -82,8 +87,10 @@ class RigL(DynamicSparsity):
 
     Evci et al. 2020 (arXiv:1911.11134): share and schedule as :class:`DynamicSparsity`, ``stop`` at three quarters of
     the training and ``fraction`` 0.3 in the paper. The gradient is the dense one of this step's batch; the update takes
-    the place of the optimiser's step. A weight that is dropped and grown at once keeps its value and its optimiser
-    state; every other grown weight starts at 0 with fresh state.
+    the place of the optimiser's step. Growth is among all that the drop left absent (the paper's i ∉ θ_active \\
+    I_drop). A weight that is dropped and grown at once keeps its value and its optimiser state, as in the authors' code
+    (`reinit_when_same=False`: new is what the mask did not have before); every other grown weight starts at 0 with
+    fresh state.
     """
 
     @property
@@ -91,14 +98,15 @@ class RigL(DynamicSparsity):
         """An update takes the place of the optimiser's step."""
         return True
 
-    def update(self, optimizer: Optimizer) -> None:
-        """Drop and grow the same number in each matrix."""
+    def update(self, optimizer: Optimizer) -> dict[str, Bool[Tensor, "out in"]]:
+        """Drop and grow the same number in each matrix; what is grown at once goes on as it was."""
         for weight, gradient, mask in self.parts().values():
             count = min(int(self.drop_share() * int(mask.sum())), int((~mask).sum()))
             kept = lowest_active(weight, mask, count)
             grown = highest(gradient.abs(), ~kept, count)
             weight.masked_fill_(grown & ~mask, 0)
             mask.copy_(kept | grown)
+        return {}
 
 
 @final
@@ -107,7 +115,8 @@ class SNFS(DynamicSparsity):
 
     Dettmers & Zettlemoyer 2019 (arXiv:1907.04840). The momentum is an exponential mean of the dense gradients with
     decay ``momentum``. After the drop, matrix i gets a share of all the dropped connections in proportion to the mean
-    of abs(momentum) over its active weights; a full matrix passes the rest on.
+    of abs(momentum) over its active weights; a full matrix passes the rest on. As in the authors' code, whose mask is
+    put on the weights only after the growth, a weight that is dropped and grown at once goes on as it was.
     Raises: as :class:`DynamicSparsity`; ValueError for momentum outside [0, 1).
     """
 
@@ -140,8 +149,8 @@ class SNFS(DynamicSparsity):
                 mean = own_part(self._means[name])
                 mean.lerp_(own_part(weight.grad).to(mean.dtype), 1 - self.momentum)
 
-    def update(self, optimizer: Optimizer) -> None:
-        """Drop in each matrix, grow wherever the momentum is."""
+    def update(self, optimizer: Optimizer) -> dict[str, Bool[Tensor, "out in"]]:
+        """Drop in each matrix, grow wherever the momentum is; what is grown at once goes on as it was."""
         parts, means = self.parts(), matrices(gathered(self.wholes(self._means)))
         kept, total = {}, 0
         for name, (weight, _, mask) in parts.items():
@@ -154,6 +163,7 @@ class SNFS(DynamicSparsity):
             grown = highest(means[name].abs(), ~kept[name], count)
             weight.masked_fill_(grown & ~mask, 0)
             mask.copy_(kept[name] | grown)
+        return {}
 
     def extra_state(self) -> dict[str, Tensor]:
         """The momentum of every weight."""
@@ -198,9 +208,10 @@ class DSR(DynamicSparsity):
                 raise ValueError(f"{name} must be > 0, got {value}")
         self.threshold, self.tolerance = threshold, tolerance
 
-    def update(self, optimizer: Optimizer) -> None:
-        """Drop below the threshold, grow in proportion to what survives, adapt the threshold."""
-        parts = self.parts()
+    def update(self, optimizer: Optimizer) -> dict[str, Bool[Tensor, "out in"]]:
+        """Drop below the threshold, grow in proportion to what survives, adapt the threshold; all that grows begins
+        afresh."""
+        parts, afresh = self.parts(), {}
         kept = {name: mask & (weight.abs() >= self.threshold) for name, (weight, _, mask) in parts.items()}
         active = sum(int(mask.sum()) for _, _, mask in parts.values())
         left = [int(k.sum()) for k in kept.values()]
@@ -208,12 +219,14 @@ class DSR(DynamicSparsity):
         counts = apportion(dropped, [float(n) for n in left], [int((~k).sum()) for k in kept.values()])
         for (name, (weight, _, mask)), count in zip(parts.items(), counts, strict=True):
             weight.masked_fill_(~kept[name], 0)
-            mask.copy_(kept[name] | highest(self._uniform(weight), ~kept[name], count))
+            afresh[name] = highest(self._uniform(weight), ~kept[name], count)
+            mask.copy_(kept[name] | afresh[name])
         wanted = self.fraction * active
         if dropped < (1 - self.tolerance) * wanted:
             self.threshold *= 2
         elif dropped > (1 + self.tolerance) * wanted:
             self.threshold /= 2
+        return afresh
 
     def extra_state(self) -> dict[str, Any]:
         """The threshold as it is now."""

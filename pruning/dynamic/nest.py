@@ -85,8 +85,8 @@ class NeST(DynamicSparsity):
         """Every ``every`` steps, not at 0, until all growths and prunings are done."""
         return 0 < self.step <= self.every * (self.growths + self.prunings) and self.step % self.every == 0
 
-    def update(self, optimizer: Optimizer) -> None:
-        """Grow neurons and connections, or prune connections."""
+    def update(self, optimizer: Optimizer) -> dict[str, Bool[Tensor, "out in"]]:
+        """Grow neurons and connections, or prune connections: no update drops and grows, so nothing does both."""
         number = self.step // self.every
         if number <= self.growths:
             for bridge in self._bridges:
@@ -101,6 +101,7 @@ class NeST(DynamicSparsity):
             grown = highest(gradient.abs(), free, min(max(0, change), int(free.sum())))
             weight.masked_fill_(grown, 0)
             mask.copy_(mask | grown)
+        return {}
 
     def live(self) -> dict[str, Bool[Tensor, "size"]]:
         """Axis name → which of its neurons have been born."""

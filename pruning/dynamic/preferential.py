@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,7 +20,8 @@ class PreferentialAttachment(DynamicSparsity):
     where k counts the connections that are left after the drop; as many are drawn as were dropped, without
     replacement, the degrees being those before the first draw. This is the attachment between present nodes of
     Barabási et al. 2002 (arXiv:cond-mat/0104162), which Hou & Kwok 2018 (arXiv:1805.01891) find between the neurons of
-    pruned networks. offset > 0 lets a neuron without connections get one. Drop, share and schedule are SET's.
+    pruned networks. offset > 0 lets a neuron without connections get one. Drop, share and schedule are SET's, fresh
+    state for all that grows included.
     Raises: as :class:`DynamicSparsity`; ValueError unless offset > 0.
     """
 
@@ -45,15 +46,18 @@ class PreferentialAttachment(DynamicSparsity):
             raise ValueError(f"offset must be > 0, got {offset}")
         self.offset = offset
 
-    def update(self, optimizer: Optimizer) -> None:
-        """Drop and grow the same number in each matrix."""
-        for weight, _, mask in self.parts().values():
+    def update(self, optimizer: Optimizer) -> dict[str, Bool[Tensor, "out in"]]:
+        """Drop and grow the same number in each matrix; all that grows begins afresh."""
+        afresh = {}
+        for name, (weight, _, mask) in self.parts().items():
             count = min(int(self.drop_share() * int(mask.sum())), int((~mask).sum()))
             kept = lowest_active(weight, mask, count)
             keys = attachment(kept, offset=self.offset).log() + _gumbel(self._uniform(weight))
             grown = highest(keys, ~kept, count)
             weight.masked_fill_(~kept, 0)
             mask.copy_(kept | grown)
+            afresh[name] = grown
+        return afresh
 
 
 def attachment(mask: Tensor, *, offset: float = 1.0) -> Float[Tensor, "out in"]:

@@ -5,12 +5,13 @@ from contextlib import contextmanager
 from typing import Any, final
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pruning.allocation import Allocation
 from pruning.dynamic.adversarial import Attack, input_embedding
-from pruning.dynamic.base import DynamicSparsity, apportion, highest, reset_state
+from pruning.dynamic.base import DynamicSparsity, apportion, highest
 from pruning.sharding import gathered, put, sharded_as, whole
 from pruning.weights import matrices
 
@@ -21,9 +22,9 @@ class RobustRewiring(DynamicSparsity):
 
     w = s · θ with a sign s that is drawn once and stays, active while θ ≥ 0. After each step of the optimiser with its
     learning rate lr, every active θ moves by lr · noise · ν, ν standard normal. Where θ < 0 the connection goes
-    dormant, and as many wake up at θ = 0: each in a matrix drawn in proportion to its size, there at random. So the
-    count of all matrices together stays, and that of each follows the objective (in DeepR that of each stays, and the
-    sign is drawn again). There is no L1 prior: decay is the optimiser's.
+    dormant, and as many wake up at θ = 0 with fresh optimiser state: each in a matrix drawn in proportion to its size,
+    there at random. So the count of all matrices together stays, and that of each follows the objective (in DeepR that
+    of each stays, and the sign is drawn again). There is no L1 prior: decay is the optimiser's.
 
     The objective is the loss at the worst perturbation of the input embeddings. Forward and backward run inside
     ``parametrise()``, where each training pass is attacked by ``attack`` on the pass's own tokens; a loop of your own
@@ -60,8 +61,9 @@ class RobustRewiring(DynamicSparsity):
         signs = {name: self._drawn_sign(masks[name], weight) for name, weight in gathered(views).items()}
         self._signs = {name: sharded_as(sign, views[name]) for name, sign in signs.items()}
 
-    def update(self, optimizer: Optimizer) -> None:
+    def update(self, optimizer: Optimizer) -> dict[str, Bool[Tensor, "out in"]]:
         """Nothing before the step: the walk follows it."""
+        return {}
 
     @contextmanager
     def parametrise(self) -> Iterator[None]:
@@ -80,14 +82,8 @@ class RobustRewiring(DynamicSparsity):
         """Walk, put to sleep what changed its sign, wake up as many anywhere."""
         if self.stop is not None and self.step >= self.stop:
             return
-        before = {name: mask.clone() for name, mask in self.own_masks().items()}
-        with self.deciding(), whole(self._signs) as signs:
-            parts, kept = self.parts(), self._walk(optimizer, signs)
-            lost = sum(int(mask.sum()) for _, _, mask in parts.values()) - sum(int(k.sum()) for k in kept.values())
-            for (name, (weight, _, mask)), count in zip(parts.items(), self._places(kept, lost), strict=True):
-                mask.copy_(kept[name] | highest(self._uniform(weight), ~kept[name], count))
-        for name, mask in self.own_masks().items():
-            reset_state(optimizer, self._weights[name], mask != before[name])
+        with whole(self._signs) as signs:
+            self.rewire(optimizer, lambda: self._sampled(optimizer, signs))
 
     def extra_state(self) -> dict[str, Tensor]:
         """The sign of every connection."""
@@ -97,6 +93,15 @@ class RobustRewiring(DynamicSparsity):
         """Take the signs back."""
         for name, sign in self._signs.items():
             put(sign, state[name])
+
+    def _sampled(self, optimizer: Optimizer, signs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Walk and wake up as many as fell asleep; those that woke up, of which some had only just fallen asleep."""
+        parts, kept, afresh = self.parts(), self._walk(optimizer, signs), {}
+        lost = sum(int(mask.sum()) for _, _, mask in parts.values()) - sum(int(k.sum()) for k in kept.values())
+        for (name, (weight, _, mask)), count in zip(parts.items(), self._places(kept, lost), strict=True):
+            afresh[name] = highest(self._uniform(weight), ~kept[name], count)
+            mask.copy_(kept[name] | afresh[name])
+        return afresh
 
     def _walk(self, optimizer: Optimizer, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Move every active θ; the connections that are still there, by matrix."""

@@ -25,6 +25,8 @@ class TopKAST:
     (inside ``parametrise()``); B ⊇ A: the (1 − backward_sparsity) largest, which the optimiser moves. Every ``every``
     steps both are chosen again, so that a weight of B \\ A that grows enters A. The exploration penalty
     penalty/2 · (Σ_A θ² + Σ_{B∖A} θ² / (1 − sparsity)) keeps those of B ∖ A from staying for their first value alone.
+    Nothing grows afresh: a weight that comes back into B goes on from its value and from its optimiser state, whose
+    moments have decayed meanwhile.
 
     >>> method = TopKAST(model, sparsity=0.9, backward_sparsity=0.8)
     >>> with method.parametrise():

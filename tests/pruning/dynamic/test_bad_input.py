@@ -93,8 +93,9 @@ def test_masks_of_another_shape(method):
 
 def test_a_method_of_ones_own_is_checked_too():
     class Rest(DynamicSparsity):
-        def update(self, optimizer: torch.optim.Optimizer) -> None:
+        def update(self, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
             """Nothing."""
+            return {}
 
     model = net().requires_grad_(False)
     with pytest.raises(ValueError, match="requires_grad=False"):
