@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from training.folders import MARKER
 
 STDLIB = "stdlib"
@@ -122,6 +124,11 @@ def read_stdlib(*, skipped: list[str] | None = None) -> Iterator[str]:
     for path in sorted(root.rglob("*.py")):
         if NOT_LIBRARY.isdisjoint(path.relative_to(root).parts):
             yield from _read_text(path, skipped=skipped)
+
+
+def torch_headers() -> str:
+    """A glob of the C++ headers that torch brings: text that shares nothing with the interpreter's library."""
+    return str(Path(torch.__file__).parent / "include" / "c10" / "**" / "*.h")
 
 
 def read_files(name: str, *, field: str = "text", skipped: list[str] | None = None) -> Iterator[str]:

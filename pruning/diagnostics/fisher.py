@@ -118,17 +118,19 @@ def low_fisher_first(
     batches: Iterable[Batch],
     *,
     weights: Sequence[str] | None = None,
+    masks: Masks | None = None,
     draws: int = 1,
     generator: torch.Generator | None = None,
 ) -> FisherCurriculum:
     """The trace of each sample of ``batches`` under the present model, and their order: low ones first, so that early
-    training, which fixes the basin, is not led by the samples of steepest predictions."""
+    training, which fixes the basin, is not led by the samples of steepest predictions. masks: count only the weights
+    that are there."""
     chosen, traces = _chosen(model, weights), []
     for batch in model_batches(model, batches):
         for sample in range(batch_size(batch)):
             one = _sample(batch, sample)
             diagonal = hessian_diagonal(model, chosen, [one], estimator="fisher", draws=draws, generator=generator)
-            traces.append(sum(_sums(diagonal, None).values()))
+            traces.append(sum(_sums(diagonal, masks).values()))
     found = torch.tensor(traces, dtype=torch.float64)
     return FisherCurriculum(found.argsort(stable=True), found)
 
@@ -138,6 +140,7 @@ def fisher_penalty(
     batch: Batch,
     *,
     weights: Sequence[str] | None = None,
+    masks: Masks | None = None,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, ""]:
     """T/B · ‖∇ Σ_b mean_t −log p(ŷ_bt | x_b)‖², ŷ drawn from the model: an estimate of tr F that can be minimised.
@@ -145,7 +148,8 @@ def fisher_penalty(
     The Fisher penalty of Jastrzebski et al. 2021 (arXiv:2012.14193), there on every tenth batch: add λ times it to the
     loss. Differentiable twice; attention must be so too (scaled_dot_product_attention under
     ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``), and this library's experts are not: through them torch raises
-    RuntimeError. In expectation over ŷ it is :func:`fisher_trace`.
+    RuntimeError. In expectation over ŷ it is :func:`fisher_trace`, under masks too: the gradients of absent weights
+    count for nothing.
     Raises: ValueError for padding, labels of one's own or fewer than two tokens."""
     ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
     if not isinstance(batch, Tensor) and set(batch) != {"input_ids"}:
@@ -158,9 +162,15 @@ def fisher_penalty(
         chances = logits[:, :-1].float().softmax(-1).flatten(0, 1).cpu()
         drawn = torch.multinomial(chances, 1, generator=generator).view(len(ids), -1).to(ids.device)
     loss = next_token_loss(model, {"input_ids": ids, "labels": torch.cat([ids[:, :1], drawn], dim=1)})
-    chosen = list(_chosen(model, weights).values())
-    found = torch.autograd.grad(loss, chosen, create_graph=True, allow_unused=True, materialize_grads=True)
-    return torch.stack([g.square().sum() for g in found]).sum() * (drawn.shape[1] / len(ids))
+    chosen, kept = _chosen(model, weights), {} if masks is None else masks.kept
+    found = torch.autograd.grad(
+        loss, list(chosen.values()), create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    squares = [
+        (g.square() * kept[name].to(g.device) if name in kept else g.square()).sum()
+        for name, g in zip(chosen, found, strict=True)
+    ]
+    return torch.stack(squares).sum() * (drawn.shape[1] / len(ids))
 
 
 def _chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Parameter]:

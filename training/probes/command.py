@@ -14,6 +14,7 @@ from training.probes.topology import Topology
 from training.probes.transfer import Transfer
 from training.records import Line
 from training.study import StudyArguments, find_study
+from training.study.pool import cores
 from training.study.records import FOLDER, open_records
 
 EXPERIMENTS: dict[Kind, Callable[[Lab], Experiment]] = {
@@ -27,18 +28,27 @@ FINDINGS: dict[Kind, Callable[[Probe, list[Line]], Findings]] = {
 def probe_command(arguments: StudyArguments, console: Console) -> Path:
     """Run what the arguments ask for; returns the page's path. Stopped, the same command goes on cell by cell.
 
-    Raises: ValueError for a wrong probe, for --jobs and --speed-only, which a probe has not, and when the budget is
-    spent.
+    As many cells at once as --jobs, else one for each core over the probe's own threads. Raises: ValueError for a
+    wrong probe, for --speed-only, which a probe has not, for more jobs than cores, and when the budget is spent.
     """
     probe = load_probe(find_study(arguments.study))
-    if arguments.jobs not in (None, 1) or arguments.speed_only:
-        raise ValueError(
-            "a probe runs its cells one after another and times nothing: leave out --jobs and --speed-only"
-        )
+    if arguments.speed_only:
+        raise ValueError("a probe times nothing: leave out --speed-only")
+    if arguments.jobs is not None and not 1 <= arguments.jobs <= cores():
+        raise ValueError(f"jobs must be in [1, cores={cores()}], got {arguments.jobs}")
+    jobs = arguments.jobs or max(1, cores() // probe.base["train"].get("threads", cores()))
     out = FOLDER / probe.name
     records = arguments.records or out / "records.jsonl"
     if not arguments.page_only:
-        run_probe(probe, EXPERIMENTS[probe.probe], out=out, records=records, budget=arguments.budget, console=console)
+        run_probe(
+            probe,
+            EXPERIMENTS[probe.probe],
+            out=out,
+            records=records,
+            budget=arguments.budget,
+            jobs=jobs,
+            console=console,
+        )
     return write_probe_page(probe, open_records(records), folder=records.parent)
 
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from pruning import Masks
 from pruning.diagnostics import FisherCurriculum, fisher_penalty, low_fisher_first
 from pruning.saliency.products import twice_differentiable
 from training.data import Batch, Batches
@@ -18,7 +19,7 @@ class Admitted:
 
     The pool is ranked once, with the model as it is at step ``begin``; the lowest share ``start`` of it is open then,
     and more each step, all of it just before ``end``. lowest=False opens it in a random order: the control, with as
-    few samples and as many repetitions."""
+    few samples and as many repetitions. masks: the weights that the trace is of."""
 
     def __init__(
         self,
@@ -31,11 +32,12 @@ class Admitted:
         start: float,
         lowest: bool,
         weights: list[str],
+        masks: Masks,
         seed: int,
     ) -> None:
         if not 0 <= begin < end:
             raise ValueError(f"begin must be in [0, end={end}), got {begin}")
-        self.stream, self.model, self.pool, self.weights = stream, model, pool, weights
+        self.stream, self.model, self.pool, self.weights, self.masks = stream, model, pool, weights, masks
         self.begin, self.end, self.start, self.lowest = begin, end, start, lowest
         self._draw = torch.Generator().manual_seed(seed)
         self._order: FisherCurriculum | None = None
@@ -59,22 +61,31 @@ class Admitted:
         count = len(self.pool)
         if not self.lowest:
             return FisherCurriculum(torch.randperm(count, generator=self._draw), torch.zeros(count, dtype=torch.double))
-        return low_fisher_first(self.model, [self.pool], weights=self.weights, generator=self._draw)
+        return low_fisher_first(self.model, [self.pool], weights=self.weights, masks=self.masks, generator=self._draw)
 
 
 class Penalised:
     """λ · :func:`pruning.diagnostics.fisher_penalty` in every ``every``-th step, on batches of a stream of its own.
 
-    A :class:`training.moments.Sparsifier` that adds to the gradients, before masks clear those of absent weights."""
+    Of the weights that the masks keep. A :class:`training.moments.Sparsifier` that adds to the gradients."""
 
     def __init__(
-        self, model: Transformer, batches: Batches, *, strength: float, every: int, weights: list[str], seed: int
+        self,
+        model: Transformer,
+        batches: Batches,
+        *,
+        strength: float,
+        every: int,
+        weights: list[str],
+        masks: Masks,
+        seed: int,
     ) -> None:
         if not strength > 0:
             raise ValueError(f"strength must be > 0, got {strength}")
         if every < 1:
             raise ValueError(f"every must be >= 1, got {every}")
-        self.model, self.batches, self.strength, self.every, self.weights = model, batches, strength, every, weights
+        self.model, self.batches, self.strength, self.every = model, batches, strength, every
+        self.weights, self.masks = weights, masks
         self._draw = torch.Generator().manual_seed(seed)
         self._step = 0
 
@@ -83,7 +94,7 @@ class Penalised:
         if self._step % self.every == 0:
             with twice_differentiable(self.model):
                 ids = self.batches.next().inputs
-                value = fisher_penalty(self.model, ids, weights=self.weights, generator=self._draw)
+                value = fisher_penalty(self.model, ids, weights=self.weights, masks=self.masks, generator=self._draw)
                 (self.strength * value).backward()
         self._step += 1
         return True

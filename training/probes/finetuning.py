@@ -66,10 +66,10 @@ class Finetuning:
         begun = self._sparse_start(model, masks)
         if task.arm == "finetune":
             put(model, self.lab.state(DENSE, seed))
-        trainer = make_trainer(model, config, self.lab.data, masks=masks, extra=self._extra(task, model, config))
-        if task.arm in ("curriculum", "shuffled"):
+        trainer = make_trainer(model, config, self.lab.data, masks=masks, extra=self._extra(task, model, config, masks))
+        if task.arm in ("curriculum", "shuffled") and masks is not None:
             # Trainer asks its stream of batches for nothing but the next one
-            trainer.batches = cast(Batches, self._admitted(task, trainer.batches, model, seed))
+            trainer.batches = cast(Batches, self._admitted(task, trainer.batches, model, masks, seed))
         traces: list[tuple[int, float]] = []
         result = fit(trainer, watch=self._watch(model, masks, traces, seed))
         end = state_of(model)
@@ -131,20 +131,21 @@ class Finetuning:
 
         return watch
 
-    def _extra(self, task: Task, model: Transformer, config: RunConfig) -> list[Sparsifier]:
-        if not task.arm.startswith("penalty"):
+    def _extra(self, task: Task, model: Transformer, config: RunConfig, masks: Masks | None) -> list[Sparsifier]:
+        if not task.arm.startswith("penalty") or masks is None:
             return []
         strength = float(task.arm.split()[1])
         stream = Batches(self.lab.data.train, batch=config.train.batch, length=config.data.length,
                          seed=config.seed + 1000)  # fmt: skip
         return [Penalised(model, stream, strength=strength, every=self.options.penalty_every,
-                          weights=list(prunable_weights(model)), seed=config.seed)]  # fmt: skip
+                          weights=list(prunable_weights(model)), masks=masks, seed=config.seed)]  # fmt: skip
 
-    def _admitted(self, task: Task, stream: Batches, model: Transformer, seed: int) -> Admitted:
+    def _admitted(self, task: Task, stream: Batches, model: Transformer, masks: Masks, seed: int) -> Admitted:
         options = self.options
         pool = sequences(self.lab.data.train, length=stream.length, count=options.pool, seed=seed + 2000)
         return Admitted(stream, model, pool, begin=options.begin, end=options.end, start=options.start,
-                        lowest=task.arm == "curriculum", weights=list(prunable_weights(model)), seed=seed)  # fmt: skip
+                        lowest=task.arm == "curriculum", weights=list(prunable_weights(model)), masks=masks,
+                        seed=seed)  # fmt: skip
 
 
 def sparse_tasks(options: Options, sparsity: float) -> list[Task]:

@@ -1,8 +1,10 @@
-"""Runs a probe cell by cell in this process; what has a record is not run again."""
+"""Runs a probe cell by cell, several at once in processes of their own; what has a record is not run again."""
 
 import json
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,26 +109,24 @@ def run_probe(
     out: Path,
     records: Path,
     budget: float | None = None,
+    jobs: int = 1,
     console: Console | None = None,
 ) -> list[Line]:
     """Run every cell that has no record, stage by stage, then what needs several of them; returns the records.
 
     out: folder of the trained models. budget: processor minutes of all records together, the probe's own if left out.
+    jobs: cells of a stage that train at once, each in a process with as many threads as the probe's ``train.threads``.
     Raises: ValueError if the budget is spent before all is done: the records stay, a larger budget goes on.
     """
     console = console or Console(quiet=True)
     with only_user(out):
-        keep_freed_memory()
-        lab = Lab(probe, out=out, records=records)
-        if (threads := probe.base["train"].get("threads")) is not None:
-            torch.set_num_threads(threads)
-        made = lab.experiment = experiment(lab)
+        lab = _make_lab(probe, experiment, out=out, records=records)
+        made = lab.experiment
+        assert made is not None
         limit = probe.budget_minutes if budget is None else budget
         for stage in made.stages():
-            for cell in sweep_cells(probe, stage):
-                _do(lab, cell, limit, console)
-            for cell in seed_cells(lab, stage):
-                _do(lab, cell, limit, console)
+            _do(lab, experiment, sweep_cells(probe, stage), jobs, limit, console)
+            _do(lab, experiment, seed_cells(lab, stage), jobs, limit, console)
         for key, measure in made.extras():
             if key not in lab.known():
                 _require_budget(lab, limit)
@@ -148,13 +148,47 @@ def seed_cells(lab: Lab, stage: tuple[Task, ...]) -> list[Cell]:
     return [Cell(task, lr, seed) for seed in lab.probe.seeds for task, lr in rates if lr is not None]
 
 
-def _do(lab: Lab, cell: Cell, limit: float, console: Console) -> None:
-    key = cell_key(lab.probe, cell)
-    if key in lab.known():
+def _make_lab(probe: Probe, experiment: Callable[[Lab], Experiment], *, out: Path, records: Path) -> Lab:
+    keep_freed_memory()
+    if (threads := probe.base["train"].get("threads")) is not None:
+        torch.set_num_threads(threads)
+    lab = Lab(probe, out=out, records=records)
+    lab.experiment = experiment(lab)
+    return lab
+
+
+def _do(
+    lab: Lab, experiment: Callable[[Lab], Experiment], cells: list[Cell], jobs: int, limit: float, console: Console
+) -> None:
+    left = [cell for cell in cells if cell_key(lab.probe, cell) not in lab.known()]
+    if jobs == 1 or len(left) < 2:
+        for cell in left:
+            _require_budget(lab, limit)
+            _keep(lab, _trained(lab, cell), limit, console)
         return
     _require_budget(lab, limit)
+    # spawn: a forked torch that has used its threads hangs
+    with ProcessPoolExecutor(min(jobs, len(left)), mp_context=multiprocessing.get_context("spawn")) as pool:
+        places = {"out": lab.out, "records": lab.records}
+        running = [pool.submit(_train_apart, lab.probe, experiment, cell, **places) for cell in left]
+        try:
+            for done in as_completed(running):
+                _keep(lab, done.result(), limit, console)
+                _require_budget(lab, limit)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _train_apart(
+    probe: Probe, experiment: Callable[[Lab], Experiment], cell: Cell, *, out: Path, records: Path
+) -> Line:
+    return _trained(_make_lab(probe, experiment, out=out, records=records), cell)
+
+
+def _trained(lab: Lab, cell: Cell) -> Line:
+    """Train a cell and keep its parameters; its record."""
     assert lab.experiment is not None
-    started, task = time.process_time(), cell.task
+    started, task, key = time.process_time(), cell.task, cell_key(lab.probe, cell)
     try:
         result, state = lab.experiment.train(task, cell.lr, cell.seed)
     except NonFiniteError as error:
@@ -164,10 +198,14 @@ def _do(lab: Lab, cell: Cell, limit: float, console: Console) -> None:
         save_state(lab.out / "states", key, state)
     facts = {"kind": "cell", "key": key, "arm": task.arm, "group": task.group, "sparsity": task.sparsity,
              "lr": cell.lr, "seed": cell.seed}  # fmt: skip
-    lab.add(facts | result | _conditions(lab) | {"processor_seconds": time.process_time() - started})
-    bits = result["bits_per_byte"]
+    return facts | result | _conditions(lab) | {"processor_seconds": time.process_time() - started}
+
+
+def _keep(lab: Lab, line: Line, limit: float, console: Console) -> None:
+    lab.add(line)
+    bits = line["bits_per_byte"]
     console.print(
-        f"{task.group} {task.label}, rate {cell.lr:g}, seed {cell.seed}: "
+        f"{line['group']} {line['arm']}, rate {line['lr']:g}, seed {line['seed']}: "
         f"{'not finite' if bits is None else f'{bits:.4f} bits per byte'}; {lab.minutes:.1f} of {limit:g} minutes",
         highlight=False, soft_wrap=True,
     )  # fmt: skip

@@ -26,12 +26,13 @@ SCHEDULES = ("cosine", "constant")
 @dataclass(frozen=True)
 class Options:
     """sparsities: of the masks. snapshot_every: steps between rankings. samples: weights of a kind that are ranked.
-    expert_layer: the ``[[model.layer]]`` table that makes one layer a mixture, for the rankings alone."""
+    ranking_model: changes to the ``[model]`` table for the rankings alone: layers of experts among dense ones, at the
+    same mean depth, so that a kind is no other word for a place."""
 
     sparsities: tuple[float, ...]
     snapshot_every: int
     samples: int
-    expert_layer: dict
+    ranking_model: dict
 
 
 class Topology:
@@ -79,7 +80,7 @@ class Topology:
 
     def _ranking(self, task: Task, lr: float, seed: int) -> tuple[Line, State]:
         changes: dict[str, dict[str, Any]] = {
-            "model": {"layer": [self.options.expert_layer]}, "optim": {"schedule": task.arm},
+            "model": self.options.ranking_model, "optim": {"schedule": task.arm},
         }  # fmt: skip
         config = self.lab.config(lr=lr, seed=seed, changes=changes)
         model = fresh(config, self.lab.data)

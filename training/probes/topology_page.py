@@ -218,12 +218,16 @@ def _method(probe: Probe, options: Options) -> tuple[str, ...]:
         f"A dense run of {probe.steps} steps ranks the weights by magnitude. Its initial weights are then trained for "
         f"{probe.steps} steps under each mask. Ratios: uniform; ERK; and those that one ranking over all matrices "
         "gives. Places: the largest trained weights of each matrix, or as many shuffled inside it.",
-        f"Rankings: in runs of their own, with one layer of experts ({_expert(options)}), at the dense arm's best "
+        f"Rankings: in runs of their own ({_changes(options)}), at the dense arm's best "
         f"rate; magnitudes every {options.snapshot_every} steps, {options.samples} weights of each kind, one draw. "
         "A ranking near the end agrees with the last one because it is near, and under a cosine also because the "
         "rate has fallen: the constant rate is beside it for that.",
     )
 
 
-def _expert(options: Options) -> str:
-    return ", ".join(f"{name} {value}" for name, value in options.expert_layer.items())
+def _changes(options: Options) -> str:
+    plain = {name: value for name, value in options.ranking_model.items() if name != "layer"}
+    layers = options.ranking_model.get("layer", [])
+    said = [f"{name} {value}" for name, value in plain.items()]
+    said += ["layer " + ", ".join(f"{name} {value}" for name, value in layer.items()) for layer in layers]
+    return "; ".join(said)

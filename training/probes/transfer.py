@@ -1,6 +1,5 @@
 """Masks that transfer: to another seed, another corpus, a deeper model."""
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,6 +10,7 @@ import torch
 from pruning import Masks, erk, global_ranking, magnitude, prunable_weights, select_masks, shuffle_masks
 from pruning.lottery import mask_distance, stretched, transferred
 from training.config import RunConfig, from_dict
+from training.corpora import torch_headers
 from training.data import Data
 from training.probes.lab import State, fit, fresh, make_trainer, put, state_of
 from training.probes.runner import Lab
@@ -37,12 +37,12 @@ STRETCHED = {
 
 @dataclass(frozen=True)
 class Options:
-    """sparsities: of the masks. other: a module of the interpreter's library whose text is the other corpus. layers: of
-    the deeper model."""
+    """sparsities: of the masks. layers: of the deeper model. other: the other corpus, as ``data.corpus`` names one; the
+    C++ headers that torch brings if left out."""
 
     sparsities: tuple[float, ...]
-    other: str
     layers: int
+    other: str | None = None
 
 
 class Transfer:
@@ -114,11 +114,10 @@ class Transfer:
 
     @cached_property
     def _other(self) -> Data:
-        found = importlib.util.find_spec(self.options.other)
-        if found is None or found.origin is None:
-            raise ValueError(f"options.other must name a module with a file, got {self.options.other!r}")
         config = self.lab.config(lr=self.lab.probe.lrs[0], seed=self.lab.probe.seeds[0]).data
-        return load_data(replace(config, corpus=found.origin))
+        if config.corpus == self.options.other:
+            raise ValueError(f"options.other must be another corpus than data.corpus, got {self.options.other!r}")
+        return load_data(replace(config, corpus=self.options.other or torch_headers()))
 
 
 def sparse_tasks(sparsity: float) -> tuple[Task, ...]:

@@ -119,8 +119,8 @@ def _method(probe: Probe, options: Options) -> tuple[str, ...]:
         f"under it a model trains from its own initial weights for {probe.steps} steps. Own: the mask of the dense run "
         "with the same initial weights on the same text.",
         "Another seed: the mask of the next seed's dense run, with other weights and another order of the text. "
-        f"Another corpus: trained on the text of the interpreter's `{options.other}`, which is also a small part of "
-        "the first text, with a tokenizer learnt from it, under the mask of the same seed's run on the first text. "
+        f"Another corpus: trained on {options.other or 'the C++ headers that torch brings'}, with a tokenizer learnt "
+        "from it, under the mask of the same seed's run on the first text. "
         f"A deeper model: {probe.base['model']['layers']} layers stretched over {options.layers}.",
         "Shuffled: as many weights in each matrix, in places drawn anew: what is left of the mask is its ratios. "
         "Distance: share of the weights in which two masks differ, of the most in which masks of their densities can; "

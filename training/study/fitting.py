@@ -21,7 +21,11 @@ class HeldZeros:
         self.model, self._masks = model, Masks.of(model)
 
     def before_step(self, optimizer: Any) -> bool:
-        """True: the optimiser takes every step."""
+        """Clear the gradients of absent weights, which would count in the norm that clips."""
+        own = dict(self.model.named_parameters())
+        for name, kept in self._masks.kept.items():
+            if (gradient := own[name].grad) is not None:
+                gradient.masked_fill_(~kept, 0)
         return True
 
     def after_step(self, optimizer: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pruning import Masks
 from pruning.diagnostics import adversarial_robustness, data_hunger, mean_loss, memorisation, transfer_curve
 from training.config import RunConfig
-from training.corpora import load_corpus
+from training.corpora import load_corpus, torch_headers
 from training.data import Batches, Data, held_out_batches, tokenise
 from training.records import Line
 from training.run import load_data, make_model, seed_everything
@@ -25,8 +25,8 @@ from transformer import Transformer
 
 SAMPLE = 32  # batches that losses are measured on
 FEW = 8  # batches in memorisation, and in the attacks
-COUNTS = (8,)  # batches of the runs with less data
-RETRAINING = 80  # batches that retraining goes through
+COUNTS = (4, 8, 32)  # batches of the runs with less data
+RETRAINING = 320  # batches that retraining goes through
 RADII = (0.03, 0.1)
 TRANSFER_STEPS = 60
 Ids = Int[Tensor, "B L"]
@@ -100,8 +100,7 @@ def random_labels(ended: Ended) -> Line:
 
 def transfer(ended: Ended) -> Line:
     """Loss on C++, the headers that torch brings: of the model as it is, and after training there, its zeros held."""
-    headers = Path(torch.__file__).parent / "include" / "c10" / "**" / "*.h"
-    corpus = load_corpus(str(headers), held_out=0.1)
+    corpus = load_corpus(torch_headers(), held_out=0.1)
     cache, tokenizer = ended.config.data.cache, ended.data.tokenizer
     train, held = (tokenise(texts, tokenizer, cache=cache) for texts in (corpus.train, corpus.held_out))
     stream = Batches(train, batch=ended.config.train.batch, length=ended.config.data.length, seed=ended.config.seed)

@@ -15,7 +15,7 @@ from transformer import Transformer
 
 CRITERIA = {"magnitude": "Magnitude", "obd": "OBD", "woodfisher": "WoodFisher", "sparsegpt": "SparseGPT"}
 SPARSITIES = (0.5, 0.9)
-BUDGETS = (8, 80)
+BUDGETS = (8, 320)
 FACTORS = (0.3, 1.0)
 CALIBRATION = 8  # batches
 

@@ -120,6 +120,19 @@ def test_the_penalty_is_the_trace_in_expectation_and_has_its_gradient():
     torch.testing.assert_close(slope, numeric, rtol=1e-4, atol=1e-6)
 
 
+def test_a_mask_and_its_complement_share_the_penalty_and_the_traces():
+    model, batch = Tiny(), draw(batch=2, length=4)
+    kept = torch.rand_like(model.out) < 0.5
+    parts = [Masks({"out": kept}), Masks({"out": ~kept}), None]
+    seeded = [torch.Generator().manual_seed(5) for _ in range(6)]
+    values = [fisher_penalty(model, batch, weights=["out"], masks=m, generator=seeded.pop()) for m in parts]
+    torch.testing.assert_close(values[0] + values[1], values[2])
+    (slope,) = torch.autograd.grad(values[0], model.out)
+    assert slope.any() and 0 < values[0] < values[2]
+    traces = [low_fisher_first(model, [batch], weights=["out"], masks=m, generator=seeded.pop()).traces for m in parts]
+    torch.testing.assert_close(traces[0] + traces[1], traces[2])
+
+
 def test_a_transformer_is_penalised_with_the_mathematical_attention_and_one_with_experts_says_that_it_cannot_be():
     model = build("dense").train()
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):

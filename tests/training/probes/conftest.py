@@ -50,9 +50,8 @@ penalty_every = 2""",
     "topology": """sparsities = [0.5]
 snapshot_every = 2
 samples = 50
-expert_layer = { at = 1, feedforward = "moe", hidden = 8, num_experts = 2, k = 1 }""",
+ranking_model = { layer = [{ at = 1, feedforward = "moe", hidden = 8, num_experts = 2, k = 1 }] }""",
     "transfer": """sparsities = [0.5]
-other = "colorsys"
 layers = 4""",
 }
 

@@ -17,13 +17,17 @@ from training.study.panels import Point
 from training.study.summary import compare_values
 
 
+def some_of(model):
+    draw = torch.Generator().manual_seed(0)
+    return Masks({name: torch.rand(w.shape, generator=draw) < 0.3 for name, w in prunable_weights(model).items()})
+
+
 def test_held_masks_hold_weights_gradients_and_the_norm_that_clips(lab):
     made = lab("finetuning")
     config = made.config(lr=1e-2, seed=0)
     model = fresh(config, made.data)
     weights = prunable_weights(model)
-    draw = torch.Generator().manual_seed(0)
-    masks = Masks({name: torch.rand(w.shape, generator=draw) < 0.3 for name, w in weights.items()})
+    masks = some_of(model)
     held = Held(model, masks)
     for weight in weights.values():
         weight.grad = torch.ones_like(weight)
@@ -41,11 +45,13 @@ def test_a_curriculum_opens_low_samples_first_and_its_control_any(lab):
     config = made.config(lr=1e-2, seed=0)
     model = fresh(config, made.data)
     pool = torch.stack([torch.randint(200, (16,), generator=torch.Generator().manual_seed(n)) for n in range(10)])
-    names = list(prunable_weights(model))
+    names, masks = list(prunable_weights(model)), some_of(model)
 
     def admitted(lowest):
         stream = Batches(made.data.train, batch=64, length=16, seed=0)
-        return Admitted(stream, model, pool, begin=1, end=3, start=0.4, lowest=lowest, weights=names, seed=0)
+        return Admitted(
+            stream, model, pool, begin=1, end=3, start=0.4, lowest=lowest, weights=names, masks=masks, seed=0
+        )
 
     plain = Batches(made.data.train, batch=64, length=16, seed=0)
     one = admitted(True)
@@ -61,15 +67,16 @@ def test_a_curriculum_opens_low_samples_first_and_its_control_any(lab):
     control.next()
     assert {tuple(row) for row in control.next().inputs.tolist()} != lowest
     with pytest.raises(ValueError, match=r"begin must be in \[0, end=1\), got 1"):
-        Admitted(plain, model, pool, begin=1, end=1, start=0.4, lowest=True, weights=names, seed=0)
+        Admitted(plain, model, pool, begin=1, end=1, start=0.4, lowest=True, weights=names, masks=masks, seed=0)
 
 
 def test_the_penalty_adds_its_gradient_in_every_second_step_in_proportion_to_its_strength(lab):
     made = lab("finetuning")
     model = fresh(made.config(lr=1e-2, seed=0), made.data)
     names, optimizer = list(prunable_weights(model)), torch.optim.SGD(model.parameters())
+    masks = some_of(model)
     stream = Batches(made.data.train, batch=2, length=16, seed=0)
-    penalty = Penalised(model, stream, strength=0.1, every=2, weights=names, seed=0)
+    penalty = Penalised(model, stream, strength=0.1, every=2, weights=names, masks=masks, seed=0)
     found = []
     for _ in range(3):
         model.zero_grad()
@@ -77,17 +84,17 @@ def test_the_penalty_adds_its_gradient_in_every_second_step_in_proportion_to_its
         found.append([w.grad is not None and bool(w.grad.any()) for w in prunable_weights(model).values()])
     assert all(found[0]) and not any(found[1]) and all(found[2])
     double = Penalised(model, Batches(made.data.train, batch=2, length=16, seed=0), strength=0.2, every=2,
-                       weights=names, seed=0)  # fmt: skip
+                       weights=names, masks=masks, seed=0)  # fmt: skip
     model.zero_grad()
     double.before_step(optimizer)
     twice = [w.grad.clone() for w in prunable_weights(model).values()]
     model.zero_grad()
     Penalised(model, Batches(made.data.train, batch=2, length=16, seed=0), strength=0.1, every=2, weights=names,
-              seed=0).before_step(optimizer)  # fmt: skip
+              masks=masks, seed=0).before_step(optimizer)  # fmt: skip
     for grad, weight in zip(twice, prunable_weights(model).values(), strict=True):
         torch.testing.assert_close(grad, 2 * weight.grad, rtol=1e-4, atol=1e-7)
     with pytest.raises(ValueError, match="strength must be > 0, got 0"):
-        Penalised(model, stream, strength=0.0, every=1, weights=names, seed=0)
+        Penalised(model, stream, strength=0.0, every=1, weights=names, masks=masks, seed=0)
 
 
 def test_comparisons_follow_the_stated_rule():

@@ -84,8 +84,19 @@ def test_a_loss_that_is_not_finite_is_a_result(toy, tmp_path, monkeypatch):
 
 def test_the_command_refuses_what_a_probe_has_not(toy, tmp_path):
     toy("topology")
-    with pytest.raises(ValueError, match="leave out --jobs and --speed-only"):
-        probe_command(StudyArguments(str(tmp_path / "toy.toml"), jobs=2), Console(quiet=True))
+    with pytest.raises(ValueError, match="leave out --speed-only"):
+        probe_command(StudyArguments(str(tmp_path / "toy.toml"), speed_only=True), Console(quiet=True))
+    with pytest.raises(ValueError, match=r"jobs must be in \[1, cores=\d+\], got 0"):
+        probe_command(StudyArguments(str(tmp_path / "toy.toml"), jobs=0), Console(quiet=True))
+
+
+def test_cells_in_two_processes_give_the_records_of_one(toy, tmp_path):
+    probe, found = toy("topology"), []
+    for jobs in (1, 2):
+        place = {"out": tmp_path / f"out-{jobs}", "records": tmp_path / f"{jobs}.jsonl"}
+        lines = run_probe(probe, EXPERIMENTS["topology"], jobs=jobs, **place)
+        found.append({line["key"]: {n: v for n, v in line.items() if n != "processor_seconds"} for line in lines})
+    assert found[0] == found[1] and len(found[0]) > 8
 
 
 @pytest.mark.parametrize(
@@ -215,8 +226,9 @@ def test_the_committed_pages_are_what_their_records_give(path, tmp_path):
     assert "Unfinished" not in (tmp_path / f"{path.stem}.md").read_text()
 
 
-def test_transfer_names_a_module_that_is_not_there(toy, tmp_path):
-    probe = toy("transfer", options=OPTIONS["transfer"].replace("colorsys", "no_such_module"))
+def test_transfer_refuses_the_corpus_that_it_has(toy, tmp_path):
+    probe = toy("transfer")
+    probe = replace(probe, options=probe.options | {"other": probe.base["data"]["corpus"]})
     experiment = Transfer(Lab(probe, out=tmp_path / "out", records=tmp_path / "records.jsonl"))
-    with pytest.raises(ValueError, match="options.other must name a module with a file, got 'no_such_module'"):
+    with pytest.raises(ValueError, match="options.other must be another corpus than data.corpus, got "):
         experiment._data("corpus")
