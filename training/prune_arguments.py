@@ -1,5 +1,6 @@
 """What `prune` is asked for, and whether it can be: everything that needs no model is checked here."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,11 @@ from pruning.criteria import (
 )
 from pruning.structure import check_fraction, named_structure, parse_structure
 from training.folders import MARKER
+from training.prune_importance import IMPORTANCES
 
 UNITS = ("layers", "experts", "heads", "neurons", "width")  # in the order in which they go
 PARTIAL = ".partial"
+BUDGETS = ("params", "flops", "latency")
 COLUMNS_OF_SPARSEGPT = 128
 
 
@@ -31,12 +34,13 @@ class PruneArguments:
 
     Whole units go first (layers, experts, heads, neurons, width: the model gets smaller), each by its importance on
     calibration text, then single weights are set to zero by --method. Loss and perplexity are measured before and
-    after on text that is not the calibration text.
+    after on text that is not the calibration text; of an encoder, which predicts no next token, how alike its
+    embeddings of passages stay, and how many passages it finds.
     """
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """A run's folder, a checkpoint, a saved model, or a folder of Hugging Face transformers with a causal language
-    model and its tokenizer (config.json and weights, or one .gguf file)."""
+    model or a text encoder and its tokenizer (config.json and weights, or one .gguf file)."""
     target: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="OUT")] = None
     """Folder for the result; new or empty."""
     out: Path | None = None
@@ -63,6 +67,19 @@ class PruneArguments:
     """Share of the layers to remove."""
     width: float = 0.0
     """Share of the embedding's channels to remove."""
+    budget: str | None = None
+    """In place of shares: params=0.7, flops=0.5 or latency=0.6 removes the fewest units that bring the model to that
+    share of its parameters, of the FLOPs of a token, or of the time of a pass measured here."""
+    budget_units: str | None = None
+    """Which units the budget takes, an equal share of each: heads,neurons (or experts, layers, width); experts, heads
+    and neurons, those that the model has, if left out."""
+    importance: str = "gradient"
+    """How heads and neurons are ranked. By the loss: gradient (of a gate on each), taylor, sensitivity, leave-one-out
+    (slow); by what they put out: confidence (heads), energy, variance, active, firing; without text: magnitude,
+    random."""
+    normalize: Literal["layer", "none"] | None = None
+    """Whether scores of a layer are divided by their norm before layers are compared; as the importance's paper does
+    if left out."""
     layerwise: bool = False
     """Remove the same share of heads, neurons or experts from every layer, so that layers stay alike."""
     data: Annotated[str | None, tyro.conf.arg(aliases=["--corpus"])] = None
@@ -71,7 +88,7 @@ class PruneArguments:
     calibration_sequences: int = 64
     """Sequences that importance is measured on, and that calibrated methods see."""
     calibration_length: int | None = None
-    """Tokens in each; 512, or the model's longest if that is shorter."""
+    """Tokens in each; 512 (of an encoder 128), or the model's longest if that is shorter."""
     batches: int | None = None
     """An older name: so many times --batch sequences, in place of --calibration-sequences."""
     eval_sequences: int = 64
@@ -106,6 +123,29 @@ class PruneArguments:
         return {kind: share for kind in UNITS if (share := getattr(self, kind))}
 
     @property
+    def parsed_budget(self) -> tuple[str, float]:
+        """What --budget bounds, and the share. Raises: ValueError unless it is NAME=SHARE, the share in (0, 1)."""
+        name, _, text = (self.budget or "").partition("=")
+        share = float(text) if re.fullmatch(r"\d*\.?\d+", text) else 0.0
+        if name not in BUDGETS or not 0 < share < 1:
+            raise ValueError(f"--budget must be {', '.join(f'{one}=SHARE' for one in BUDGETS)}, with a share in (0, 1) "
+                             f"of what the model takes now, got {self.budget!r}")  # fmt: skip
+        return name, share
+
+    @property
+    def budget_kinds(self) -> tuple[str, ...]:
+        """The kinds that --budget-units names."""
+        return () if self.budget_units is None else tuple(self.budget_units.replace(",", " ").split())
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of units that are known to go; of a budget without --budget-units heads and neurons, if the model has
+        them."""
+        if self.budget is None:
+            return tuple(self.units)
+        return self.budget_kinds or ("heads", "neurons")
+
+    @property
     def prunes_weights(self) -> bool:
         """Whether weights are set to zero."""
         return bool(self.sparsity) or (self.structure is not None and ":" in self.structure)
@@ -124,20 +164,52 @@ class PruneArguments:
 
 def check_arguments(arguments: PruneArguments) -> None:
     """Raises: ValueError or OSError for what can be seen without the model: name, bound, value, and what to do."""
-    if not arguments.units and not arguments.prunes_weights and arguments.sparsity is None:
+    _check_budget(arguments)
+    if not arguments.kinds and not arguments.prunes_weights and arguments.sparsity is None:
         raise ValueError("say what to prune: --sparsity 0.5, --structure 2:4, --heads 0.3, --neurons, --experts, "
-                         "--layers or --width")  # fmt: skip
+                         "--layers, --width, or --budget params=0.7")  # fmt: skip
     for name, value in {**{f"--{kind}": getattr(arguments, kind) for kind in UNITS},
                         "--sparsity or --weights": arguments.sparsity or 0.0}.items():  # fmt: skip
         check_fraction(name, value)
-    if not arguments.units and not arguments.prunes_weights:
+    if not arguments.kinds and not arguments.prunes_weights:
         raise ValueError(f"--sparsity must be above 0 where nothing else is pruned, got {arguments.sparsity}")
     check_name("--method", arguments.method, METHODS)
     if arguments.allocation is not None:
         check_name("--allocation", arguments.allocation, ALLOCATIONS)
+    _check_importance(arguments)
     _check_numbers(arguments)
     _check_weights(arguments)
     _check_folder(arguments)
+
+
+def _check_budget(arguments: PruneArguments) -> None:
+    if arguments.budget is None:
+        if arguments.budget_units is not None:
+            raise ValueError(f"--budget-units goes with --budget params=0.7, got {arguments.budget_units!r} alone")
+        return
+    _ = arguments.parsed_budget
+    for kind in arguments.budget_kinds:
+        check_name("--budget-units", kind, UNITS)
+    given: dict[str, object] = {f"--{kind}": share for kind, share in arguments.units.items()}
+    given |= {} if arguments.sparsity is None else {"--sparsity": arguments.sparsity}
+    given |= {"--structure": arguments.structure} if arguments.prunes_weights and arguments.structure else {}
+    given |= {"--layerwise": True} if arguments.layerwise else {}
+    for name, value in given.items():
+        raise ValueError(f"--budget {arguments.budget} says itself how much goes: leave out {name}, got {value}; "
+                         "prune the result again for both")  # fmt: skip
+
+
+def _check_importance(arguments: PruneArguments) -> None:
+    check_name("--importance", arguments.importance, IMPORTANCES)
+    ranked = [kind for kind in ("heads", "neurons") if kind in arguments.kinds]
+    if not ranked and (arguments.importance != "gradient" or arguments.normalize is not None):
+        raise ValueError("--importance and --normalize rank heads and neurons: give --heads 0.3 or --neurons 0.3 with "
+                         "them")  # fmt: skip
+    able = IMPORTANCES[arguments.importance].kinds
+    for kind in ranked:
+        if kind not in able:
+            raise ValueError(f"--importance {arguments.importance} ranks {', '.join(able)}, got {kind}: give "
+                             "--budget-units heads, or rank neurons in a run of their own")  # fmt: skip
 
 
 def _check_numbers(arguments: PruneArguments) -> None:
@@ -154,9 +226,10 @@ def _check_numbers(arguments: PruneArguments) -> None:
 
 def needs_text(arguments: PruneArguments) -> str | None:
     """The option that looks at calibration text; None if none does."""
-    units = [f"--{kind}" for kind in arguments.units if kind != "width"]
-    if units:
-        return units[0]
+    looking = [kind for kind in arguments.kinds if kind in ("layers", "experts")
+               or (kind in ("heads", "neurons") and IMPORTANCES[arguments.importance].text)]  # fmt: skip
+    if looking:
+        return f"--{looking[0]}" if arguments.budget is None else "--budget"
     if arguments.sensitivity:
         return "--sensitivity"
     if not arguments.prunes_weights:
@@ -164,6 +237,17 @@ def needs_text(arguments: PruneArguments) -> str | None:
     if arguments.method in CALIBRATED or CRITERIA[arguments.method].data:
         return f"--method {arguments.method}"
     return f"--allocation {arguments.allocation}" if arguments.allocation in ("owl", "sensitivity") else None
+
+
+def check_encoder(arguments: PruneArguments) -> None:
+    """Raises: ValueError for fewer passages than an encoder needs to be scored, or judged by."""
+    if arguments.eval_sequences < 2:
+        raise ValueError("--eval-sequences of an encoder must be at least 2, among which passages are found, got "
+                         f"{arguments.eval_sequences}")  # fmt: skip
+    needing = needs_text(arguments)
+    if needing is not None and arguments.sequences < 2:
+        raise ValueError(f"{needing} of an encoder is scored by which of several passages it finds: "
+                         f"--calibration-sequences must be at least 2, got {arguments.sequences}")  # fmt: skip
 
 
 def _check_weights(arguments: PruneArguments) -> None:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from rich.console import Console
 from torch import nn
 
 from pruning import save_compact
+from pruning.batches import Loss
 from training.allocator import keep_freed_memory
 from training.commands import PROGRAM
 from training.conditions import conditions, device_name
 from training.durable import sync_folder, write_durably
 from training.folders import only_user
-from training.prune_arguments import PruneArguments, check_arguments
-from training.prune_measure import bytes_of, forward_speed, size_of
+from training.prune_arguments import PruneArguments, check_arguments, check_encoder, needs_text
+from training.prune_encoder import Likeness, encoder_weights, finding_loss, likeness
+from training.prune_measure import bytes_of, forward_speed, size_of, timed
 from training.prune_models import (
     Coder,
     Source,
@@ -36,20 +39,13 @@ from training.prune_models import (
     load_model,
     longest,
 )
+from training.prune_numbers import numbers_table
 from training.prune_partial import Partial
 from training.prune_progress import Passes
-from training.prune_report import RECORD, numbers_table, prune_report_html
-from training.prune_stages import (
-    LEVELS,
-    Weights,
-    check_structure,
-    prune_weights,
-    recovery_scope,
-    remove_again,
-    remove_units,
-    sensitivity,
-)
+from training.prune_report import RECORD, prune_report_html
+from training.prune_stages import LEVELS, Weights, check_structure, prune_weights, recovery_scope, sensitivity
 from training.prune_text import Quality, Texts, hash_of_model, quality, read_texts
+from training.prune_units import Scoring, budget_kinds, remove_again, remove_to_budget, remove_units
 from training.run import seed_everything
 from training.trainer import choose_device
 
@@ -71,6 +67,18 @@ class Job:
     console: Console
 
     @property
+    def names(self) -> list[str] | None:
+        """The weights that may go: all, or those inside an encoder's layers."""
+        return None if self.coder.encoder is None else encoder_weights(self.model)
+
+    @property
+    def loss(self) -> Loss | None:
+        """What importance is taken of: the next-token loss (None), or whether the encoder as it is finds passages."""
+        if self.coder.encoder is None or needs_text(self.arguments) is None:
+            return None
+        return finding_loss(self.coder.encoder, self.model, self.texts.calibration, batch=self.arguments.batch)
+
+    @property
     def passes(self) -> Passes:
         """Progress of the passes."""
         return Passes(self.console)
@@ -90,14 +98,16 @@ def prune_command(arguments: PruneArguments, console: Console, *, command: str =
     """
     check_arguments(arguments)
     source = find_source(arguments.model)
-    check_units(source, list(arguments.units))
+    if source.encodes:
+        check_encoder(arguments)
+    check_units(source, ["budget"] if arguments.budget else list(arguments.units))
     keep_freed_memory()
     with only_user(arguments.folder), _kept_for_later(Partial(arguments.folder), command, console) as partial:
         job = _prepared(arguments, source, partial, console)
         record = {**_pruned(job), "command": command}
         _publish(job, record)
     console.print(numbers_table(record))
-    for line in _closing(arguments, record):
+    for line in _closing(arguments, record, own=source.own):
         job.say(line)
     if arguments.json:
         print(json.dumps(record, allow_nan=False))
@@ -126,9 +136,12 @@ def _prepared(arguments: PruneArguments, source: Source, partial: Partial, conso
     device = choose_device(arguments.device)
     coder = load_coder(source)
     model = load_model(source, dtype=arguments.dtype, device=device)
-    check_model(model, list(arguments.units))
+    check_model(model, arguments.budget_kinds if arguments.budget else list(arguments.units))
+    if arguments.budget is not None and not budget_kinds(model, arguments):
+        raise ValueError(f"--budget takes experts, heads and neurons, {type(model).__name__} has none: say which units "
+                         "by --budget-units layers")  # fmt: skip
     check_vocabulary(model, coder)
-    check_structure(model, arguments)
+    check_structure(model, arguments, None if coder.encoder is None else encoder_weights(model))
     texts = read_texts(arguments, source, coder, most=longest(model))
     own = {field.name: str(getattr(arguments, field.name)) for field in fields(arguments)}
     began = {f"--{name}": value for name, value in own.items() if name not in NOT_OF_THE_RUN}
@@ -143,22 +156,28 @@ def _pruned(job: Job) -> dict[str, Any]:
     """Everything done and measured; the result lies in the partial folder."""
     started, resumed = time.monotonic(), job.partial.blocks
     size = size_of(job.model)
-    before = _quality(job, "before")
+    before = _before(job)
     job.say(f"before: {describe(before)}")
     notes: list[str] = []
-    units = []
-    for kind, share in job.arguments.units.items():
+    units: list[dict[str, Any]] = []
+    budget = None
+    for kind in ("budget",) if job.arguments.budget is not None else tuple(job.arguments.units):
         fresh: list[str] = []
         with _noted(fresh):
-            units.append(_units(job, kind, share))
+            found = _units(job, kind)
         notes = fresh or notes  # the last warning about sizes says all
+        if kind == "budget":
+            units, budget = found.pop("units"), found
+        else:
+            units.append(found)
     rises = _sensitivity(job)
     weights = None
     if job.arguments.prunes_weights:
         with _noted(notes):
             weights = _weights(job)
     pruning_seconds = time.monotonic() - started
-    after = _quality(job, "after")
+    dense = load_model(job.source, dtype=job.arguments.dtype, device=next(job.model.parameters()).device)
+    after = _quality(job, "after", dense)
     job.say(f"after: {describe(after)}")
     for note in notes:
         job.say(f"note: {note}")
@@ -171,10 +190,11 @@ def _pruned(job: Job) -> dict[str, Any]:
         "before": _as_record(before),
         "after": _as_record(after),
         "sizes": {"before": asdict(size), "after": asdict(size_of(job.model)), **result},
+        "budget": budget,
         "units": units,
         "weights": None if weights is None else _weights_record(weights),
         "sensitivity": None if rises is None else {"levels": list(LEVELS), "rises": rises},
-        "speed": _speed(job),
+        "speed": asdict(forward_speed(dense, job.model, job.texts.inputs[:1].to(next(dense.parameters()).device))),
         "notes": notes,
         "recover": _recovery(job, weights),
         "stock": not any(getattr(getattr(job.model, "config", None), name, None)
@@ -187,28 +207,42 @@ def _pruned(job: Job) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _quality(job: Job, name: str) -> Quality:
-    kept = job.partial.kept(f"{name}.json") if name == "before" else None
+def _before(job: Job) -> Quality | Likeness:
+    kept = job.partial.kept("before.json")
     if kept is not None:
-        return Quality(**kept)
-    found = quality(job.model, job.texts.held_out, job.coder.token_bytes, batch=job.arguments.batch,
-                    progress=job.passes.over(f"held-out loss {name}"))  # fmt: skip
-    job.partial.keep(f"{name}.json", asdict(found))
+        return Quality(**kept) if job.coder.encoder is None else Likeness(**kept)
+    found = _quality(job, "before", job.model)
+    job.partial.keep("before.json", asdict(found))
     return found
 
 
-def _units(job: Job, kind: str, share: float) -> dict[str, Any]:
+def _quality(job: Job, when: str, whole: nn.Module) -> Quality | Likeness:
+    """Of the model on held-out text; an encoder's beside the whole one."""
+    batch, texts, encoder = job.arguments.batch, job.texts, job.coder.encoder
+    if encoder is not None:
+        return likeness(encoder, job.model, whole, texts.held_out, batch=batch,
+                        progress=job.passes.over(f"held-out embeddings {when}"))  # fmt: skip
+    return quality(job.model, texts.held_out, job.coder.token_bytes, batch=batch,
+                   progress=job.passes.over(f"held-out loss {when}"))  # fmt: skip
+
+
+def _units(job: Job, kind: str) -> dict[str, Any]:
+    """Units of a kind go, or those of the budget; what an earlier run decided, or anew."""
     name = f"{kind}.json"
     kept = job.partial.kept(name)
     if kept is not None:
-        report = remove_again(job.model, kind, kept)
+        remove_again(job.model, kept.get("units", [kept]))
+        job.say(kept.pop("said"))
+        return kept
+    scoring = Scoring(job.arguments, job.texts.batches(job.arguments.batch), job.loss, job.passes)
+    if kind == "budget":
+        inputs = job.texts.inputs[:1].to(next(job.model.parameters()).device)
+        found, said = remove_to_budget(job.model, scoring, length=inputs.shape[1], run=partial(timed, ids=inputs))
     else:
-        report = remove_units(job.model, kind, share, job.texts.batches(job.arguments.batch),
-                              layerwise=job.arguments.layerwise,
-                              progress=job.passes.over(f"importance of {kind}"))  # fmt: skip
-        job.partial.keep(name, asdict(report))
-    job.say(str(report))
-    return asdict(report)
+        found, said = remove_units(job.model, kind, getattr(job.arguments, kind), scoring)
+    job.partial.keep(name, {**found, "said": said})
+    job.say(said)
+    return found
 
 
 def _sensitivity(job: Job) -> dict[str, list[float]] | None:
@@ -217,7 +251,7 @@ def _sensitivity(job: Job) -> dict[str, list[float]] | None:
     kept = job.partial.kept("sensitivity.json")
     if kept is None:
         few = job.texts.calibration[:SENSITIVITY_SEQUENCES]
-        kept = sensitivity(job.model, few, progress=job.passes.over("sensitivity"))
+        kept = sensitivity(job.model, few, names=job.names, loss=job.loss, progress=job.passes.over("sensitivity"))
         job.partial.keep("sensitivity.json", kept)
     return kept
 
@@ -226,8 +260,8 @@ def _weights(job: Job) -> Weights:
     method = job.arguments.method
     if job.partial.blocks:
         job.say(f"going on behind {job.partial.blocks} finished blocks")
-    found = prune_weights(job.model, job.arguments, job.texts.batches(job.arguments.batch), journal=job.partial,
-                          progress=job.passes.over(method))  # fmt: skip
+    found = prune_weights(job.model, job.arguments, job.texts.batches(job.arguments.batch), names=job.names,
+                          loss=job.loss, journal=job.partial, progress=job.passes.over(method))  # fmt: skip
     job.say(f"{found.masks.zeros:,} of {found.masks.total:,} weights are zero ({found.masks.sparsity:.2%}) by {method}")
     return found
 
@@ -271,20 +305,16 @@ def _publish(job: Job, record: Mapping[str, Any]) -> None:
     job.partial.remove()
 
 
-def _speed(job: Job) -> dict[str, Any]:
-    dense = load_model(job.source, dtype=job.arguments.dtype, device=next(job.model.parameters()).device)
-    ids = job.texts.held_out[:1, :-1].to(next(job.model.parameters()).device)
-    return asdict(forward_speed(dense, job.model, ids))
-
-
 def _text(job: Job) -> dict[str, Any]:
     sequences, length = job.texts.calibration.shape
-    windows, longer = job.texts.held_out.shape
+    windows, held_out_length = job.texts.inputs.shape
     return {"corpus": job.texts.corpus, "sequences": sequences, "asked": job.arguments.sequences, "length": length,
-            "held_out_windows": windows, "held_out_length": longer - 1}  # fmt: skip
+            "held_out_windows": windows, "held_out_length": held_out_length}  # fmt: skip
 
 
-def _as_record(found: Quality) -> dict[str, float | int | None]:
+def _as_record(found: Quality | Likeness) -> dict[str, float | int | None]:
+    if isinstance(found, Likeness):
+        return asdict(found)
     perplexity = found.perplexity if math.isfinite(found.perplexity) else None
     return {**asdict(found), "perplexity": perplexity}
 
@@ -299,16 +329,20 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def describe(found: Quality) -> str:
+def describe(found: Quality | Likeness) -> str:
     """One line."""
+    if isinstance(found, Likeness):
+        shown = {"agreement": found.agreement, "cosine": found.cosine, "error of the states": found.error}
+        parts = [f", {name} {value:.4f}" for name, value in shown.items() if value is not None]
+        return f"{found.found:.1%} of {found.passages:,} passages found" + "".join(parts)
     bits = "" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f} bits per byte, "
     return f"{bits}{found.loss:.4f} nats per token, perplexity {found.perplexity:,.2f}, over {found.tokens:,} tokens"
 
 
 def _recovery(job: Job, weights: Weights | None) -> str | None:
     """The command that trains this library's model on, into another folder, and holds its zeros where one scope finds
-    them again: they are the smallest weights there are. None for models of transformers."""
-    if not job.source.own:
+    them again: they are the smallest weights there are. None for models of transformers and encoders."""
+    if not job.source.own or job.source.encodes:
         return None
     out = job.arguments.folder
     command = [
@@ -329,11 +363,13 @@ def _recovery(job: Job, weights: Weights | None) -> str | None:
     return shlex.join(command)
 
 
-def _closing(arguments: PruneArguments, record: Mapping[str, Any]) -> list[str]:
+def _closing(arguments: PruneArguments, record: Mapping[str, Any], *, own: bool) -> list[str]:
     """Where the result is, and what to do with it."""
     out = arguments.folder
     saved = f"saved in {out}, with {out / REPORT}"
     if record["recover"] is not None:
         return [f"{saved}; recover with:", f"  {record['recover']}"]
     reader = "transformers' from_pretrained" if record["stock"] else "pruning.load_pruned"
+    if own:
+        reader = "transformer.Transformer.from_pretrained"
     return [f"{saved}; {reader} loads it"]

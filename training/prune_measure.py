@@ -53,12 +53,12 @@ def forward_speed(before: nn.Module, after: nn.Module, ids: Int[Tensor, "B L"]) 
     passes more often, until SECONDS have gone by."""
     models = {"before": before, "after": after}
     for model in models.values():
-        _seconds(model, ids)
+        timed(model, ids)
     times: dict[str, list[float]] = {name: [] for name in models}
     began, rounds = time.monotonic(), 0
     while rounds < ROUNDS or (time.monotonic() - began < SECONDS and rounds < MOST_ROUNDS):
         for name in sorted(models, reverse=rounds % 2 == 0):
-            times[name].append(_seconds(models[name], ids))
+            times[name].append(timed(models[name], ids))
         rounds += 1
     medians = {name: statistics.median(values) for name, values in times.items()}
     spreads = {name: _spread(values) for name, values in times.items()}
@@ -66,7 +66,8 @@ def forward_speed(before: nn.Module, after: nn.Module, ids: Int[Tensor, "B L"]) 
                  (ids.shape[0], ids.shape[1]), rounds)  # fmt: skip
 
 
-def _seconds(model: nn.Module, ids: Int[Tensor, "B L"]) -> float:
+def timed(model: nn.Module, ids: Int[Tensor, "B L"]) -> float:
+    """Seconds of a pass, with all that a GPU does of it."""
     if ids.device.type == "cuda":
         torch.cuda.synchronize(ids.device)
     start = time.perf_counter()

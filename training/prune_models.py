@@ -12,6 +12,7 @@ from torch import nn
 
 from pruning import load_pruned, prunable_axes
 from pruning.adapters import SUPPORTED
+from training.prune_encoder import Encoder, copy_parts, pooling_of
 from training.run import model_folder, read_record
 from training.tokenizer import FILE_NAME, load_tokenizer
 from transformer import Transformer
@@ -25,31 +26,34 @@ UNIT = {"layers": "layer", "experts": "expert", "heads": "head", "neurons": "neu
 @dataclass(frozen=True)
 class Source:
     """A folder with a model. file: its .gguf file, if it is one; architecture: the class of transformers, None for
-    this library's own."""
+    this library's own; encodes: whether it predicts no next token, but makes vectors of text."""
 
     folder: Path
     own: bool
     file: str | None = None
     architecture: str | None = None
+    encodes: bool = False
 
 
 @dataclass(frozen=True)
 class Coder:
     """A model's tokenizer. separator: the id between documents, if it has one; token_bytes: bytes of text in each id
-    [V], where they are exact; save: writes its files into a folder."""
+    [V], where they are exact; save: writes its files into a folder; encoder: of an encoder, how it embeds text."""
 
     encode: Callable[[Sequence[str]], list[np.ndarray]]
     vocab_size: int
     separator: int | None
     token_bytes: torch.Tensor | None
     save: Callable[[Path], None]
+    encoder: Encoder | None = None
 
 
 def find_source(path: Path) -> Source:
     """The model in a folder, unread.
 
     Raises: FileNotFoundError or ValueError for a folder without a model or its tokenizer, an architecture that
-    transformers does not know, one that is no causal language model, and quantised weights."""
+    transformers does not know, one that is neither a causal language model nor an encoder of text, and quantised
+    weights."""
     if not path.is_dir():
         raise FileNotFoundError(f"MODEL must be a folder, {path} does not exist or is a file")
     packed = sorted(file.name for file in path.glob("*.gguf"))
@@ -63,10 +67,14 @@ def find_source(path: Path) -> Source:
     own = record.get("model_type") == OWN
     if not any((folder / name).is_file() for name in ((FILE_NAME,) if own else TOKENIZERS)):
         raise FileNotFoundError(f"no tokenizer in {folder}: copy the model's {FILE_NAME} into it")
-    return Source(folder, own, architecture=None if own else _architecture(folder, record))
+    if own:
+        return Source(folder, own, encodes=record.get("causal") is False)
+    name, encodes = _architecture(folder, record)
+    return Source(folder, own, architecture=name, encodes=encodes)
 
 
-def _architecture(folder: Path, record: dict[str, Any]) -> str | None:
+def _architecture(folder: Path, record: dict[str, Any]) -> tuple[str | None, bool]:
+    """The class that the config names, and whether it is an encoder."""
     transformers = _transformers()
     kind, names = record.get("model_type"), record.get("architectures") or [None]
     known = f"whole units can be removed from {', '.join(SUPPORTED)}, weights from every causal language model there"
@@ -76,12 +84,14 @@ def _architecture(folder: Path, record: dict[str, Any]) -> str | None:
     if "quantization_config" in record:
         raise ValueError(f"{folder} must hold plain weights, got quantised ones: prune the model before quantising it")
     found = getattr(transformers, names[0] or "", None)
-    if record.get("is_encoder_decoder") or (found is not None and not found.can_generate()):
-        raise ValueError(f"{folder}: prune measures next-token loss and needs a causal language model, got {names[0]}: "
-                         "use pruning.sparsify and the like with loss= from Python")  # fmt: skip
+    encodes = found is not None and not found.can_generate()
+    if record.get("is_encoder_decoder") or (encodes and found.main_input_name != "input_ids"):
+        raise ValueError(f"{folder}: prune measures next-token loss or the embeddings of text, and needs a causal "
+                         f"language model or a text encoder, got {names[0]}: use pruning.sparsify and the like with "
+                         "loss= from Python")  # fmt: skip
     if names[0] is not None and found is None:
         raise ValueError(f"{folder}: architectures must name a class of transformers, got {names[0]!r}; {known}")
-    return names[0]
+    return names[0], encodes
 
 
 def check_units(source: Source, units: Sequence[str]) -> None:
@@ -94,8 +104,6 @@ def check_units(source: Source, units: Sequence[str]) -> None:
 
 def check_model(model: nn.Module, units: Sequence[str]) -> None:
     """Raises: ValueError if the model has no units of a kind that is to go."""
-    if getattr(getattr(model, "config", None), "causal", True) is False:
-        raise ValueError("prune measures next-token loss and needs a causal model, got an encoder (causal=False)")
     if not units:
         return
     kinds = sorted({axis.kind for axis in prunable_axes(model)})
@@ -120,9 +128,10 @@ def load_model(source: Source, *, dtype: str, device: torch.device) -> nn.Module
     elif _pruned_before(source.folder):
         model = load_pruned(source.folder, dtype=asked)
     else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=asked or "auto", local_files_only=True
-        )
+        kind = transformers.AutoModelForCausalLM
+        if source.encodes:
+            kind = getattr(transformers, str(source.architecture))
+        model = kind.from_pretrained(source.folder, dtype=asked or "auto", local_files_only=True)
     return model.to(device).eval()
 
 
@@ -136,7 +145,7 @@ def load_coder(source: Source) -> Coder:
     if source.own:
         tokenizer = load_tokenizer(source.folder)
         return Coder(tokenizer.encode_documents, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.token_bytes(),
-                     tokenizer.save)  # fmt: skip
+                     tokenizer.save, Encoder() if source.encodes else None)  # fmt: skip
     options = {"gguf_file": source.file} if source.file is not None else {}
     peer = _transformers().AutoTokenizer.from_pretrained(source.folder, local_files_only=True, **options)
 
@@ -144,7 +153,20 @@ def load_coder(source: Source) -> Coder:
         found = peer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [np.asarray(ids, dtype=np.int64) for ids in found]
 
-    return Coder(encode, len(peer), peer.eos_token_id, None, lambda folder: peer.save_pretrained(folder))
+    def save(folder: Path) -> None:
+        peer.save_pretrained(folder)
+        if source.encodes:
+            copy_parts(source.folder, folder)
+
+    encoder = Encoder(pooling_of(source.folder), *_frame(peer)) if source.encodes else None
+    return Coder(encode, len(peer), peer.eos_token_id, None, save, encoder)
+
+
+def _frame(peer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What a tokenizer of transformers puts before and after a text."""
+    bare, whole = (peer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    start = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    return tuple(whole[:start]), tuple(whole[start + len(bare) :])
 
 
 def check_vocabulary(model: Any, coder: Coder) -> None:

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from training.commands import run_config_of
 from training.corpora import STDLIB, Corpus, load_corpus
 from training.prune_arguments import PruneArguments
+from training.prune_encoder import LENGTH, Encoder
 from training.prune_models import Coder, Source
 from training.run import read_corpus
 
 DEFAULT_LENGTH = 512
+APART = 32  # times the tokens needed that an encoder's held-out passages are spread over
 POOL = 4  # times the tokens needed are encoded, and windows drawn from them
 DOCUMENTS_AT_ONCE = 32
 LOGITS_AT_ONCE = 2**26
@@ -27,11 +29,17 @@ LOGITS_AT_ONCE = 2**26
 @dataclass(frozen=True)
 class Texts:
     """calibration: windows drawn from the training documents; held_out: windows of the others, each with the token
-    after it, which overlap by that one."""
+    after it, which overlap by that one; of an encoder, passages without it."""
 
     corpus: str
     calibration: Int[Tensor, "S L"]
     held_out: Int[Tensor, "W M"]
+    ahead: int = 1
+
+    @property
+    def inputs(self) -> Int[Tensor, "W L"]:
+        """What the model sees of the held-out windows."""
+        return self.held_out[:, : self.held_out.shape[1] - self.ahead]
 
     def batches(self, size: int) -> list[Tensor]:
         """Calibration batches."""
@@ -60,28 +68,50 @@ def read_texts(arguments: PruneArguments, source: Source, coder: Coder, *, most:
     """--data, a run's own text, or 'stdlib', split by documents and cut into windows. most: tokens the model takes.
 
     Raises: ValueError for a length beyond the model, and text shorter than one sequence."""
-    length = sequence_length(arguments.calibration_length, most)
+    encoder = coder.encoder
+    length = sequence_length(arguments.calibration_length, most, DEFAULT_LENGTH if encoder is None else LENGTH)
+    body, ahead = _body(length, encoder), int(encoder is None)
     corpus = _corpus(arguments, source)
     draw = np.random.default_rng(arguments.seed)
     order = [corpus.train[index] for index in draw.permutation(len(corpus.train))]
-    calibration = np.empty((0, length), dtype=np.int64)
-    if arguments.sequences:
-        tokens = encoded(order, coder, enough=POOL * arguments.sequences * length)
-        windows = len(tokens) // length
-        if not windows:
-            raise ValueError(f"the calibration text of {corpus.name!r} has {len(tokens)} tokens, fewer than one "
-                             f"sequence of --calibration-length={length}: give more text by --data, or a smaller "
-                             "length")  # fmt: skip
-        chosen = draw.permutation(windows)[: arguments.sequences]
-        calibration = tokens[: windows * length].reshape(windows, length)[chosen]
-    return Texts(corpus.name, torch.from_numpy(calibration), _held_out(corpus, coder, length, arguments.eval_sequences))
+    calibration = _drawn(order, coder, body, arguments.sequences, draw)
+    if arguments.sequences and not len(calibration):
+        raise ValueError(f"the calibration text of {corpus.name!r} has fewer tokens than one sequence of "
+                         f"--calibration-length={length}: give more text by --data, or a smaller length")  # fmt: skip
+    held_out = _held_out(corpus, coder, body, arguments.eval_sequences, ahead)
+    if encoder is not None:
+        calibration, held_out = encoder.framed(calibration), encoder.framed(held_out)
+    return Texts(corpus.name, calibration, held_out, ahead)
 
 
-def sequence_length(asked: int | None, most: int | None) -> int:
+def _drawn(
+    documents: Sequence[str], coder: Coder, length: int, count: int, draw: np.random.Generator
+) -> Int[Tensor, "S M"]:
+    """`count` windows at random, or all there are, of the first documents that make POOL times as many tokens."""
+    if not count:
+        return torch.empty(0, length, dtype=torch.int64)
+    tokens = encoded(documents, coder, enough=POOL * count * length)
+    windows = len(tokens) // length
+    chosen = draw.permutation(windows)[:count]
+    return torch.from_numpy(tokens[: windows * length].reshape(windows, length)[chosen])
+
+
+def _body(length: int, encoder: Encoder | None) -> int:
+    """Tokens of text in a sequence."""
+    if encoder is None:
+        return length
+    special = len(encoder.before) + len(encoder.after)
+    if length < special + 2:
+        raise ValueError(f"--calibration-length of an encoder must be at least {special + 2}, {special} special tokens "
+                         f"and two to cut between, got {length}")  # fmt: skip
+    return length - special
+
+
+def sequence_length(asked: int | None, most: int | None, default: int = DEFAULT_LENGTH) -> int:
     """Tokens of a sequence. Raises: ValueError beyond what the model takes."""
     if asked is not None and most is not None and asked > most:
         raise ValueError(f"--calibration-length must be at most the model's {most} tokens, got {asked}")
-    return asked or min(DEFAULT_LENGTH, most or DEFAULT_LENGTH)
+    return asked or min(default, most or default)
 
 
 def _corpus(arguments: PruneArguments, source: Source) -> Corpus:
@@ -105,13 +135,16 @@ def encoded(documents: Sequence[str], coder: Coder, *, enough: int) -> np.ndarra
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
-def _held_out(corpus: Corpus, coder: Coder, length: int, most: int) -> Int[Tensor, "W M"]:
-    tokens = encoded(corpus.held_out, coder, enough=most * length + 1)
+def _held_out(corpus: Corpus, coder: Coder, length: int, most: int, ahead: int) -> Int[Tensor, "W M"]:
+    tokens = encoded(corpus.held_out, coder, enough=(1 if ahead else APART) * most * length + 1)
     if len(tokens) < 2:
         raise ValueError(f"the held-out text of {corpus.name!r} has {len(tokens)} tokens, and 2 are needed: give more")
-    length = min(length, len(tokens) - 1)
-    windows = min(most, (len(tokens) - 1) // length)
-    return torch.from_numpy(np.stack([tokens[at * length : (at + 1) * length + 1] for at in range(windows)]))
+    length = min(length, len(tokens) - ahead)
+    held = (len(tokens) - ahead) // length
+    windows = min(most, held)
+    # passages of an encoder lie apart: neighbours would be alike, and one's half no worse a find than the other's
+    starts = [at * length if ahead else at * held // windows * length for at in range(windows)]
+    return torch.from_numpy(np.stack([tokens[start : start + length + ahead] for start in starts]))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from training.tokenizer import byte_tokenizer
 from transformer import DenseConfig, MoEConfig, Transformer, TransformerConfig
@@ -13,18 +14,22 @@ HF = {
     "gpt2": ("GPT2", "GPT2LMHeadModel", {"n_embd": 16, "n_layer": 2, "n_head": 4}),
     "bert": ("Bert", "BertForMaskedLM", {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
                                          "num_attention_heads": 4}),
+    "minilm": ("Bert", "BertModel", {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+                                     "num_attention_heads": 4}),
+    "t5": ("T5", "T5ForConditionalGeneration", {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4,
+                                                "decoder_start_token_id": 256}),
     "bloom": ("Bloom", "BloomForCausalLM", {"hidden_size": 16, "n_layer": 2, "n_head": 4}),
 }  # fmt: skip
 COMMON = {"vocab_size": 257, "max_position_embeddings": 32, "initializer_range": 0.3, "bos_token_id": 256,
           "eos_token_id": 256}  # fmt: skip
 
 
-def own_folder(folder: Path, *, experts: int = 0, layers: int = 3) -> Path:
-    """A dense model, or a mixture of experts."""
+def own_folder(folder: Path, *, experts: int = 0, layers: int = 3, causal: bool = True) -> Path:
+    """A dense model, or a mixture of experts; an encoder if not `causal`."""
     torch.manual_seed(0)
     feedforward = MoEConfig(hidden=16, num_experts=experts, k=2) if experts else DenseConfig(hidden=24)
     config = TransformerConfig.uniform(vocab_size=257, dim=16, num_layers=layers, num_heads=4, num_kv_heads=2,
-                                       feedforward=feedforward, max_length=32)  # fmt: skip
+                                       feedforward=feedforward, max_length=32, causal=causal)  # fmt: skip
     Transformer(config).save_pretrained(folder)
     byte_tokenizer().save(folder)
     return folder
@@ -38,6 +43,9 @@ def hf_folder(folder: Path, name: str) -> Path:
     torch.manual_seed(0)
     getattr(transformers, kind)(getattr(transformers, f"{family}Config")(**COMMON, **sizes)).save_pretrained(folder)
     backend = byte_tokenizer().backend
+    if family == "Bert":
+        end = "<|endoftext|>"
+        backend.post_processor = TemplateProcessing(single=f"{end} $A {end}", special_tokens=[(end, 256)])
     transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(folder)
     return folder
 

@@ -294,7 +294,7 @@ def test_ctrl_c_says_how_to_go_on_and_errors_leave_nothing(
         ("unknown", ["--heads", "0.5"], "LlamaForCausalLM, LlamaForSequenceClassification"),
         ("quantised", ["--heads", "0.5"], "must hold plain weights, got quantised ones"),
         ("packed", ["--heads", "0.5"], "must hold one .gguf file, got a.gguf, b.gguf"),
-        ("bert", ["--sparsity", "0.5"], "needs a causal language model, got BertForMaskedLM"),
+        ("t5", ["--sparsity", "0.5"], "a causal language model or a text encoder, got T5ForConditionalGeneration"),
         ("bloom", ["--heads", "0.5"], "got BloomForCausalLM: prune its weights by --sparsity"),
         ("gpt2", ["--experts", "0.5"], "--experts needs a model that has them"),
     ],
