@@ -46,6 +46,21 @@ def num_parameters(model: "Transformer", *, active: bool = False) -> int:
     return total
 
 
+def used_shares(model: "Transformer") -> dict[str, float]:
+    """Parameter's name → share of the tokens whose products use a weight of it, where it is not 1.
+
+    k/E for the weights of experts, times the capacity of a layer that only some tokens pass. Capacity may drop more."""
+    shares: dict[str, float] = {}
+    for index, layer in enumerate(model.config.layers):
+        passing = 1.0 if layer.depth is None else layer.depth.capacity
+        for name, _ in model.layers[index].named_parameters():
+            of_expert = name.startswith("feedforward.experts.") and isinstance(layer.feedforward, MoEConfig)
+            chosen = layer.feedforward.k / layer.feedforward.num_experts if of_expert else 1.0
+            if passing * chosen < 1 and not name.startswith("depth."):
+                shares[f"layers.{index}.{name}"] = passing * chosen
+    return shares
+
+
 def flops_per_token(config: TransformerConfig, length: int, *, active: bool = True) -> float:
     """Forward FLOPs of matrix products a token (2 for each multiply-add), averaged over a sequence of ``length``.
 

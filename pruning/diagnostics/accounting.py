@@ -85,6 +85,7 @@ def run_cost(
     other_weights: int,
     weight_bytes: int = 4,
     index_bytes: int = 0,
+    attack_steps: int = 0,
 ) -> RunCost:
     """The cost of ``steps`` steps of ``tokens`` tokens each.
 
@@ -97,17 +98,21 @@ def run_cost(
         weights moved = 2 d (both passes) + 2 w (gradient out and in) + 6 m (two moments and the weight, in and out)
 
     times weight_bytes, and index_bytes more for every sparse weight read (2 d). Activations are not counted.
+    attack_steps: passes to the inputs and back that look for the worst embeddings before each step, each of them
+    d f + o forward and backward, and 2 d weights moved.
     Raises: ValueError for counts below 0 (steps, tokens below 1), and a density outside [0, 1]."""
     for name, value, least in (("steps", steps, 1), ("tokens", tokens, 1), ("prunable_flops", prunable_flops, 0),
                                ("other_flops", other_flops, 0), ("prunable_weights", prunable_weights, 0),
                                ("other_weights", other_weights, 0), ("weight_bytes", weight_bytes, 1),
-                               ("index_bytes", index_bytes, 0)):  # fmt: skip
+                               ("index_bytes", index_bytes, 0), ("attack_steps", attack_steps, 0)):  # fmt: skip
         if value < least:
             raise ValueError(f"{name} must be >= {least}, got {value}")
     d, w, m = (_table(name, rule, steps) for name, rule in vars(densities).items())
-    forward = tokens * (d * prunable_flops + other_flops)
-    backward = tokens * ((d + w) * prunable_flops + 2 * other_flops)
+    once = tokens * (d * prunable_flops + other_flops)
+    forward = (1 + attack_steps) * once
+    backward = tokens * ((d + w) * prunable_flops + 2 * other_flops) + attack_steps * once
     moved = weight_bytes * ((2 * d + 2 * w + 6 * m) * prunable_weights + 10 * other_weights)
+    moved = moved + weight_bytes * attack_steps * 2 * (d * prunable_weights + other_weights)
     moved = moved + index_bytes * 2 * d * prunable_weights
     dense_moved = weight_bytes * 10.0 * (prunable_weights + other_weights) * steps
     return RunCost(forward, backward, moved, 3.0 * tokens * (prunable_flops + other_flops) * steps, dense_moved)
@@ -150,6 +155,11 @@ def gradual_run(schedule: Callable[[int], float]) -> Densities:
         return 1 - schedule(step)
 
     return Densities(density, density, lambda step: 1.0)
+
+
+def feedback_run(schedule: Callable[[int], float]) -> Densities:
+    """A masked forward pass whose gradient reaches every weight: feedback, discovered wirings, movement."""
+    return Densities(lambda step: 1 - schedule(step), lambda step: 1.0, lambda step: 1.0)
 
 
 def _table(name: str, rule: Callable[[int], float], steps: int) -> Float[Tensor, "steps"]:

@@ -97,6 +97,10 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(runner_module, "completed", completed)
 
 
+FACTS = {"parameters": 2, "active_parameters": 1, "prunable_weights": 1, "prunable_flops": 0.5, "shares": {},
+         "flops_per_token": 1.0}  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch):
     monkeypatch.setattr(speed_module, "WARM_UP", 0)
@@ -129,7 +133,7 @@ def test_a_killed_cell_goes_on_from_its_checkpoint_and_its_record_is_as_if_it_ha
     records = []
     for name in ("whole", "killed"):
         config = run_config(study, Cell(study.arm[1], 1e-3, 0), out=tmp_path / name, threads=1)
-        job = write_job(config, {"kind": "cell", "flops_per_token": 1.0, "parameters": 2, "active_parameters": 1})
+        job = write_job(config, {"kind": "cell"} | FACTS)
         worker = _start(job)
         if name == "killed":
             _wait_for(config.out / "checkpoints" / "latest")

@@ -8,15 +8,17 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from pruning import prunable_weights
 from tests.training.models import small_data, small_model
 from training.config import RunConfig, from_dict
+from training.sparsity import make_sparsifiers
 from training.study import load_study, page_text, run_study, write_page
 from training.study import measures as measures_module
 from training.study import retraining as retraining_module
 from training.study import runner as runner_module
 from training.study.answers import answers
 from training.study.cell import run_cell
-from training.study.cost import run_densities
+from training.study.cost import run_densities, sparse_cost
 from training.study.fitting import Fit, HeldZeros
 from training.study.panels import Panel, Point, panels_svg
 from training.study.progress import cells_left
@@ -25,6 +27,7 @@ from training.study.retraining import retraining_part
 from training.study.spec import Cell, cell_key, measures_of, sweep_cells
 from training.study.summary import best_rates, results
 from training.trainer import Outcome
+from transformer.accounting import used_shares
 
 STEPS = 8
 TOML = """
@@ -161,11 +164,15 @@ def outcome(*sparsifiers):
         ({"method": "magnitude", "begin": 30, "end": 30}, {29: 1.0, 30: 0.2}, {29: 1.0, 30: 0.2}),
         ({"method": "lottery", "begin": 10, "rounds": 2}, {39: 1.0, 40: 0.2**0.5, 70: 0.2}, {39: 1.0, 99: 0.2}),
         ({"method": "early_bird", "every": 1, "end": 9}, {5: 1.0, 6: 0.2}, {5: 1.0, 6: 0.2}),
+        ({"method": "dnw"}, {0: 0.2, 99: 0.2}, {0: 1.0, 99: 1.0}),
+        ({"method": "feedback", "begin": 10, "end": 10}, {9: 1.0, 10: 0.2}, {9: 1.0, 10: 1.0}),
+        ({"method": "dsd", "begin": 20, "end": 60}, {19: 1.0, 20: 0.2, 60: 1.0}, {19: 1.0, 59: 0.2, 60: 1.0}),
+        ({"method": "iht", "every": 10}, {0: 0.2, 9: 0.2, 10: 1.0, 20: 0.2}, {9: 0.2, 10: 1.0}),
+        ({"method": "l1"}, {0: 1.0, 99: 1.0}, {0: 1.0, 99: 1.0}),
+        ({"method": "robust_rewiring"}, {0: 0.2}, {0: 0.2}),
     ],
 )  # fmt: skip
 def test_the_densities_of_each_method(settings, forward, gradient):
-    from training.sparsity import make_sparsifiers
-
     run = config(**settings)
     model = small_model(experts=0)
     (method,) = make_sparsifiers(run.sparsify, model, steps=100)
@@ -176,9 +183,30 @@ def test_the_densities_of_each_method(settings, forward, gradient):
     assert {step: found.gradient(step) for step in gradient} == pytest.approx(gradient)
 
 
+def test_the_zeros_of_experts_save_what_their_tokens_cost():
+    run, model = config("static", sparsity=0.5), small_model()
+    (method,) = make_sparsifiers(run.sparsify, model, steps=100)
+    weights, shares = prunable_weights(model), used_shares(model)
+    experts = [name for name in weights if ".experts." in name]
+    assert experts and all(shares[name] == 0.5 for name in experts) and set(shares) >= set(experts)
+    facts = {
+        "parameters": model.num_parameters(),
+        "prunable_weights": sum(w.numel() for w in weights.values()),
+        "prunable_flops": sum(2 * w.numel() * shares.get(name, 1.0) for name, w in weights.items()),
+        "shares": shares,
+        "flops_per_token": model.flops_per_token(16),
+    }
+    zeros = sum(2 * int((w == 0).sum()) * (0.5 if name in experts else 1.0) for name, w in weights.items())
+    found = sparse_cost(run, outcome(method), facts)["cost"]
+    assert found["inference_flops"] == facts["flops_per_token"] - zeros
+    tokens = 100 * run.train.batch * run.data.length
+    assert found["training_flops"] == pytest.approx(3 * tokens * found["inference_flops"])
+    assert found["dense_flops"] == pytest.approx(3 * tokens * facts["flops_per_token"])
+
+
 def test_a_dense_run_has_all_weights_and_an_unknown_method_no_cost():
     assert run_densities(config("static"), outcome()).forward(3) == 1.0
-    assert run_densities(config("dnw"), outcome(HeldZeros(small_model()))) is None
+    assert run_densities(config("generalization"), outcome(HeldZeros(small_model()))) is None
 
 
 def test_measures_are_of_whole_runs_and_part_of_the_cells_key(toy):

@@ -1,8 +1,11 @@
 """What a cell's training and its model cost, were zeros free: :func:`pruning.diagnostics.run_cost`."""
 
+from collections.abc import Callable
+
 from pruning.diagnostics import (
     Densities,
     dense_run,
+    feedback_run,
     gradual_run,
     momentum_run,
     rigl_run,
@@ -10,7 +13,11 @@ from pruning.diagnostics import (
     static_run,
     top_kast_run,
 )
+from pruning.dynamic import RobustRewiring
+from pruning.learned.base import LearnedSparsity
+from pruning.learned.chosen import ChosenMasks
 from pruning.retraining import EarlyBirdPruning, Rewinding
+from pruning.retraining.phases import Phases
 from pruning.schedules import one_shot
 from training.config import RunConfig
 from training.moments import Masked
@@ -18,43 +25,59 @@ from training.records import Line
 from training.sparsity import last_update, pruning_schedule
 from training.trainer import Outcome
 
-STATIC = ("static", "set", "dsr", "deep_r", "preferential")
+STATIC = ("static", "set", "dsr", "deep_r", "preferential", "robust_rewiring")
 
 
 def sparse_cost(config: RunConfig, outcome: Outcome, facts: Line) -> Line:
     """``{"cost": …}``: training FLOPs, those of a dense run of as many steps, energy proxy in joules, forward FLOPs a
     token of the model that it ends with, its sparsity, and the step at which an early bird was found.
 
-    The dense passes that find a mask are counted. Nothing for a method whose densities are not known, and for a model
-    with experts or memories, whose active weights are not all.
+    The dense passes that find a mask are counted, and those that look for an attack. A weight of an expert counts for
+    the tokens that use it. What a method that settles its masks at the end trains is counted as dense. Nothing for
+    NeST and for what follows the held-out loss, whose densities no rule gives.
     """
     densities = run_densities(config, outcome)
-    if densities is None or facts["parameters"] != facts["active_parameters"]:
+    if densities is None:
         return {}
     method = next(iter(outcome.sparsifiers), None)
     masks = method.masks() if isinstance(method, Masked) else None
-    prunable = facts["prunable_weights"]
+    zeros = 0.0 if masks is None else sum(
+        2 * int((~kept).sum()) * facts["shares"].get(name, 1.0) for name, kept in masks.kept.items()
+    )  # fmt: skip
+    sparsity, prunable = 0.0 if masks is None else masks.sparsity, facts["prunable_weights"]
+    weight = 1.0 if not sparsity else zeros / (sparsity * facts["prunable_flops"])
     cost = run_cost(
-        densities,
+        in_flops(densities, weight),
         steps=config.train.steps,
         tokens=config.train.batch * config.data.length,
-        prunable_flops=2 * prunable,
-        other_flops=facts["flops_per_token"] - 2 * prunable,
+        prunable_flops=facts["prunable_flops"],
+        other_flops=facts["flops_per_token"] - facts["prunable_flops"],
         prunable_weights=prunable,
         other_weights=facts["parameters"] - prunable,
+        attack_steps=method.attack.steps if isinstance(method, RobustRewiring) and method.attack is not None else 0,
     )
-    sparsity = 0.0 if masks is None else masks.sparsity
     found = {"found": method.found} if isinstance(method, EarlyBirdPruning) else {}
     return {
         "cost": {
             "training_flops": cost.flops,
             "dense_flops": cost.dense_flops,
             "energy": cost.energy,
-            "inference_flops": facts["flops_per_token"] - 2 * prunable * sparsity,
+            "inference_flops": facts["flops_per_token"] - zeros,
             "sparsity": sparsity,
             **found,
         }
     }
+
+
+def in_flops(densities: Densities, weight: float) -> Densities:
+    """Densities of weights as densities of FLOPs, where a zero saves ``weight`` times the mean weight's FLOPs."""
+    if weight == 1:
+        return densities
+
+    def of(rule: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: min(1.0, max(0.0, 1 - weight * (1 - rule(step))))
+
+    return Densities(of(densities.forward), of(densities.gradient), densities.moments)
 
 
 def run_densities(config: RunConfig, outcome: Outcome) -> Densities | None:
@@ -77,4 +100,8 @@ def run_densities(config: RunConfig, outcome: Outcome) -> Densities | None:
         return gradual_run(method.share)
     if isinstance(method, EarlyBirdPruning) and method.found is not None:
         return gradual_run(one_shot(sparsify.sparsity, step=method.found))
-    return None
+    if isinstance(method, Phases):
+        return gradual_run(lambda step: sparsify.sparsity if method.sparse_at(step) else 0.0)
+    if isinstance(method, ChosenMasks):
+        return feedback_run(method.schedule)
+    return dense_run() if isinstance(method, LearnedSparsity) and sparsify.method != "generalization" else None

@@ -32,6 +32,7 @@ from training.study.spec import (
 from training.study.speed import measure_speeds, speed_key
 from training.study.summary import best_rates
 from training.trainer import choose_device
+from transformer.accounting import used_shares
 
 Facts = dict[str, Line]
 
@@ -123,10 +124,13 @@ def check_arms(study: Study, *, out: Path) -> Facts:
             vocab_sizes[data] = load_data(config.data).tokenizer.vocab_size
         with torch.device("meta"):
             model = make_model(config, vocab_size=vocab_sizes[data])
+        sizes, shares = {name: w.numel() for name, w in prunable_weights(model).items()}, used_shares(model)
         facts[arm.name] = {
             "parameters": model.num_parameters(),
             "active_parameters": model.num_parameters(active=True),
-            "prunable_weights": sum(weight.numel() for weight in prunable_weights(model).values()),
+            "prunable_weights": sum(sizes.values()),
+            "prunable_flops": sum(2 * size * shares.get(name, 1.0) for name, size in sizes.items()),
+            "shares": {name: share for name, share in shares.items() if name in sizes},
             "flops_per_token": model.flops_per_token(config.data.length),
         }
     require_equal_flops(study, {name: line["flops_per_token"] for name, line in facts.items()})

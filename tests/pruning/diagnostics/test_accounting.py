@@ -7,6 +7,7 @@ from pruning import cubic
 from pruning.diagnostics import (
     Densities,
     dense_run,
+    feedback_run,
     gradual_run,
     momentum_run,
     rigl_run,
@@ -49,6 +50,20 @@ def test_the_formulas_of_the_paper(density, every):
     assert snfs.flops == pytest.approx(10 * (2 * sparse + dense))
     top = run_cost(top_kast_run(density, backward_density=2 * density), steps=10, **sizes)
     assert top.flops == pytest.approx(10 * 4 * sparse)
+
+
+def test_attacks_are_passes_to_the_inputs_and_back():
+    rule = Densities(lambda step: 0.2, lambda step: 0.5, lambda step: 0.3)
+    plain, attacked = (run_cost(rule, steps=1, **SIZES, attack_steps=n) for n in (0, 3))
+    assert attacked.forward.tolist() == [pytest.approx(4 * 7 * (20 + 30))]
+    assert attacked.backward.tolist() == [pytest.approx(7 * (20 + 30 + 50 + 30) + 3 * 7 * (20 + 30))]
+    assert float(attacked.moved - plain.moved) == pytest.approx(4 * 3 * 2 * (0.2 * 50 + 15))
+    assert attacked.dense_flops == plain.dense_flops
+
+
+def test_feedback_reaches_every_weight():
+    cost = run_cost(feedback_run(lambda step: 0.8), steps=5, **SIZES | {"other_flops": 0.0})
+    assert cost.flops == pytest.approx(5 * 7 * 100 * (0.2 + 0.2 + 1.0))
 
 
 def test_gradual_pruning_pays_for_its_dense_start():
