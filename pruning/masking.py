@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pruning.formats.bits import pack_flags, unpack_flags
 from pruning.sharding import as_wholes, gathered, own_part, sharded_as, spread_layouts
-from pruning.weights import prunable_weights
+from pruning.weights import matrices, prunable_weights
 
 SHAPES = "shapes"  # of the packed masks, in the file's metadata; files without it hold one byte a weight
 
@@ -108,6 +108,26 @@ class Masks:
             raise ValueError(f"{path} is damaged or cut short ({error}); copy or save it again") from error
         unpacked = {name: unpack_flags(tensors[name], math.prod(shape)).view(shape) for name, shape in shapes.items()}
         return cls.from_state_dict({**tensors, **unpacked})
+
+
+def clear_gradients(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Set the gradients of absent weights to 0: what is not there must not count in the norm by which training clips.
+
+    masks: by parameter name, of shards where the parameters are."""
+    for name, mask in masks.items():
+        gradient = model.get_parameter(name).grad
+        if gradient is not None:
+            own_part(gradient).masked_fill_(~own_part(mask), 0)
+
+
+def check_kept(masks: Mapping[str, Tensor], sparsity: float) -> None:
+    """Raises: ValueError naming a matrix of which nothing is left."""
+    for name, mask in matrices(gathered(masks)).items():
+        if mask.numel() and not mask.any():
+            raise ValueError(
+                f"a sparsity of {sparsity:g} leaves nothing of {name!r} {list(mask.shape)}: lower it, or pass"
+                " allocation=min_density(...) around the present one"
+            )
 
 
 def check_shapes(masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:

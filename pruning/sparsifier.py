@@ -25,7 +25,7 @@ from pruning.criteria import (
     score_weights,
 )
 from pruning.mask_selection import select_masks
-from pruning.masking import Masks
+from pruning.masking import Masks, check_kept, clear_gradients
 from pruning.saliency.data_free import magnitude
 from pruning.schedules import Schedule
 from pruning.sharding import as_wholes, sharded_as, spread_layouts
@@ -179,7 +179,9 @@ class Sparsifier:
     needs all experts on every rank.
     averages: models that hold running averages of this one's weights, as `AveragedModel.module` does; what is pruned is
     0 in them too. A sparsity that the schedule asks at step 0 is applied at once.
-    Raises: ValueError if the schedule leaves [0, 1), for unknown names, and for choices that do not go together."""
+    Raises: ValueError if the schedule leaves [0, 1), for unknown names, and for choices that do not go together; when
+    it prunes, for a matrix of which nothing would be left (one ranking: pass allocation=guarded_ranking of
+    `pruning.allocation`)."""
 
     def __init__(
         self,
@@ -222,7 +224,8 @@ class Sparsifier:
         self._advance()
 
     def before_step(self, optimizer: Optimizer) -> bool:
-        """True: the optimiser takes every step."""
+        """Clear the gradients of pruned weights, which would count where gradients are clipped. True: step."""
+        clear_gradients(self.model, self._masks.kept if self.sparsity else {})
         return True
 
     def after_step(self, optimizer: Optimizer) -> None:
@@ -243,6 +246,7 @@ class Sparsifier:
             self._masks = select_masks(
                 scores, sparsity=asked, allocation=rule, structure=self.structure, turned=stored_turned(self.model)
             )
+            check_kept(self._masks.kept, asked)
             if self._apart:
                 follow_first(self._masks.kept.values())
             _finish(self.model, self._masks, found)

@@ -66,7 +66,7 @@ class SparsifyConfig:
     """How magnitude, movement and feedback go from 'begin' to 'end': along a cubic (Zhu & Gupta 2017), evenly, with
     the same share of what is left in equal times, or in rounds of 'every' steps of retraining."""
     scope: Literal["layerwise", "global"] = "layerwise"
-    """Whether weights are compared inside each matrix or over all of them."""
+    """Whether weights are compared inside each matrix or over all of them, of which each then keeps at least one."""
     rate: Literal["keep", "rewarm", "rewind"] = "keep"
     """What each pruning of magnitude, movement or feedback does to the learning rate: nothing, a warm-up of
     optim.warmup steps again, or the rate's schedule starting again after its warm-up (Renda et al. 2020)."""

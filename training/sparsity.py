@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from pruning import Sparsifier, erk, global_ranking, prunable_axes, uniform
+from pruning import Sparsifier, erk, prunable_axes, uniform
+from pruning.allocation import guarded_ranking
 from pruning.axes import Axis
 from pruning.dynamic import (
     DSR,
@@ -88,7 +89,7 @@ def make_sparsifiers(config: SparsifyConfig, model: Transformer, *, steps: int, 
     if config.sparsity == 0:
         return []
     if config.method == "magnitude":
-        allocation = global_ranking if config.scope == "global" else uniform
+        allocation = guarded_ranking if config.scope == "global" else uniform
         return [Sparsifier(model, schedule=pruning_schedule(config, config.end), allocation=allocation)]
     if config.method in FROM_THE_START:
         return [_sparse_from_the_start(config, model, steps, seed)]
@@ -172,7 +173,7 @@ def _finding(config: SparsifyConfig, model: Transformer, seed: int) -> Method:
 
 def _asked(config: SparsifyConfig, model: Transformer, steps: int) -> Method:
     strong: Options = {} if config.strength is None else {"strength": config.strength}
-    spread: Options = {"allocation": global_ranking if config.scope == "global" else uniform}
+    spread: Options = {"allocation": guarded_ranking if config.scope == "global" else uniform}
     asked: Options = {"sparsity": config.sparsity, **spread}
     shrinking: Options = {**asked, **strong}
     gates: Options = {"sparsity": config.sparsity, "gate_lr": config.gate_lr, **strong}

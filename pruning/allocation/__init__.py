@@ -1,7 +1,7 @@
 """One sparsity for the whole → how many weights each matrix loses."""
 
 from pruning.allocation.counts import Allocation, erk, global_ranking, lamp_of_magnitudes, lamp_ranking, uniform
-from pruning.allocation.guards import fixed_counts, keep_dense, min_density
+from pruning.allocation.guards import fixed_counts, guarded_ranking, keep_dense, min_density
 from pruning.allocation.outliers import owl
 from pruning.allocation.search import Evolved, evolve, least_error
 from pruning.allocation.sensitivity import equal_loss, loss_curves
@@ -14,6 +14,7 @@ __all__ = [
     "evolve",
     "fixed_counts",
     "global_ranking",
+    "guarded_ranking",
     "keep_dense",
     "lamp_of_magnitudes",
     "lamp_ranking",

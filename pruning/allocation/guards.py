@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from pruning.allocation.counts import Allocation, whole_counts
+from pruning.allocation.counts import Allocation, global_ranking, whole_counts
 from pruning.structure import removal_count
 
 
@@ -59,6 +59,11 @@ def min_density(allocation: Allocation, density: float = 0.0) -> Allocation:
         return {name: held.get(name, counts.get(name, 0)) for name in scores}
 
     return guarded
+
+
+guarded_ranking = min_density(global_ranking)
+"""One ranking over all matrices, in which each keeps at least its highest weight: what training with one ranking uses,
+where an empty matrix would pass nothing on and get no gradient by which to come back."""
 
 
 def _spread(

@@ -178,11 +178,12 @@ class SNFS(DynamicSparsity):
 class DSR(DynamicSparsity):
     """Dynamic sparse reparameterisation: one threshold for all matrices, growth where weights survive.
 
-    Mostafa & Wang 2019 (arXiv:1902.05967). All active weights with abs(w) < threshold go. If fewer than
-    (1 − tolerance) · fraction of the active weights went the threshold doubles for the next time, if more than
-    (1 + tolerance) · fraction it halves. As many connections grow, at random and from 0, each matrix in proportion to
-    the weights that survive in it. The fraction stays as it is given. Raises: as :class:`DynamicSparsity`; ValueError
-    for a threshold or tolerance that is not positive.
+    Mostafa & Wang 2019 (arXiv:1902.05967). All active weights with abs(w) < threshold go, except that every
+    matrix keeps its largest one: growth follows survival, so a matrix without a survivor would stay empty for good. If
+    fewer than (1 − tolerance) · fraction of the active weights went the threshold doubles for the next time, if more
+    than (1 + tolerance) · fraction it halves. As many connections grow, at random and from 0, each matrix in proportion
+    to the weights that survive in it. The fraction stays as it is given. Raises: as :class:`DynamicSparsity`;
+    ValueError for a threshold or tolerance that is not positive.
     """
 
     def __init__(
@@ -212,7 +213,7 @@ class DSR(DynamicSparsity):
         """Drop below the threshold, grow in proportion to what survives, adapt the threshold; all that grows begins
         afresh."""
         parts, afresh = self.parts(), {}
-        kept = {name: mask & (weight.abs() >= self.threshold) for name, (weight, _, mask) in parts.items()}
+        kept = {name: self._survivors(weight, mask) for name, (weight, _, mask) in parts.items()}
         active = sum(int(mask.sum()) for _, _, mask in parts.values())
         left = [int(k.sum()) for k in kept.values()]
         dropped = active - sum(left)
@@ -227,6 +228,11 @@ class DSR(DynamicSparsity):
         elif dropped > (1 + self.tolerance) * wanted:
             self.threshold /= 2
         return afresh
+
+    def _survivors(self, weight: Tensor, mask: Tensor) -> Bool[Tensor, "out in"]:
+        """The active weights from the threshold on; the largest one where none reaches it."""
+        kept = mask & (weight.abs() >= self.threshold)
+        return kept if kept.any() else lowest_active(weight, mask, max(0, int(mask.sum()) - 1))
 
     def extra_state(self) -> dict[str, Any]:
         """The threshold as it is now."""

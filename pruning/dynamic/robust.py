@@ -22,9 +22,10 @@ class RobustRewiring(DynamicSparsity):
 
     w = s · θ with a sign s that is drawn once and stays, active while θ ≥ 0. After each step of the optimiser with its
     learning rate lr, every active θ moves by lr · noise · ν, ν standard normal. Where θ < 0 the connection goes
-    dormant, and as many wake up at θ = 0 with fresh optimiser state: each in a matrix drawn in proportion to its size,
-    there at random. So the count of all matrices together stays, and that of each follows the objective (in DeepR that
-    of each stays, and the sign is drawn again). There is no L1 prior: decay is the optimiser's.
+    dormant, and as many wake up at θ = 0 with fresh optimiser state: one in each matrix that lost all, so that none
+    stays empty, the others each in a matrix drawn in proportion to its size; there at random. So the count of all
+    matrices together stays, and that of each follows the objective (in DeepR that of each stays, and the sign is drawn
+    again). There is no L1 prior: decay is the optimiser's.
 
     The objective is the loss at the worst perturbation of the input embeddings. Forward and backward run inside
     ``parametrise()``, where each training pass is attacked by ``attack`` on the pass's own tokens; a loop of your own
@@ -120,15 +121,18 @@ class RobustRewiring(DynamicSparsity):
         return kept
 
     def _places(self, kept: Mapping[str, Tensor], count: int) -> list[int]:
-        """How many wake up in each matrix: drawn in proportion to its size; what a full one cannot take is shared."""
-        sizes, free = [k.numel() for k in kept.values()], [int((~k).sum()) for k in kept.values()]
-        if not count:
-            return [0] * len(sizes)
+        """How many wake up in each matrix: one in each that is empty, the others drawn in proportion to its size; what
+        a full one cannot take is shared."""
+        sizes, empty = [k.numel() for k in kept.values()], [int(not k.any()) for k in kept.values()]
+        free = [int((~k).sum()) - one for k, one in zip(kept.values(), empty, strict=True)]
+        left = count - sum(empty)
+        if left <= 0:
+            return empty if count else [0] * len(sizes)
         chances = torch.tensor(sizes, dtype=torch.float64)
-        drawn = torch.multinomial(chances, count, replacement=True, generator=self.generator)
+        drawn = torch.multinomial(chances, left, replacement=True, generator=self.generator)
         places = torch.bincount(drawn, minlength=len(sizes)).minimum(torch.tensor(free)).tolist()
-        rest = apportion(count - sum(places), sizes, [f - p for f, p in zip(free, places, strict=True)])
-        return [p + r for p, r in zip(places, rest, strict=True)]
+        rest = apportion(left - sum(places), sizes, [f - p for f, p in zip(free, places, strict=True)])
+        return [e + p + r for e, p, r in zip(empty, places, rest, strict=True)]
 
     def _drawn_sign(self, mask: Tensor, weight: Tensor) -> Tensor:
         # a dormant weight is 0 and shows no sign: its own is drawn

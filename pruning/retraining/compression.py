@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pruning.allocation import Allocation, global_ranking
+from pruning.allocation import Allocation, guarded_ranking
 from pruning.learned.base import LearnedSparsity
 from pruning.sparsifier import select_masks
 from pruning.structure import check_fraction
@@ -19,9 +19,9 @@ class LearningCompression(LearnedSparsity):
 
     L step: ``every`` optimiser steps on L(w) + μ/2 ‖w − c − λ/μ‖². C step: c = top-κ(w − λ/μ); then λ ← λ − μ (w − c)
     with ``multipliers`` (augmented Lagrangian; without them λ = 0, the quadratic penalty) and μ ← growth · μ. κ is
-    counted by ``allocation``, over all matrices together as in the paper. Evaluation and ``finish()`` take c of the
-    present w. Raises: as :class:`LearnedSparsity`; ValueError for mu ≤ 0, growth < 1, every < 1 or a sparsity outside
-    [0, 1).
+    counted by ``allocation``, over all matrices together as in the paper, each of which keeps at least one. Evaluation
+    and ``finish()`` take c of the present w. Raises: as :class:`LearnedSparsity`; ValueError for mu ≤ 0, growth < 1,
+    every < 1 or a sparsity outside [0, 1).
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class LearningCompression(LearnedSparsity):
         growth: float = 1.1,
         every: int = 50,
         multipliers: bool = True,
-        allocation: Allocation = global_ranking,
+        allocation: Allocation = guarded_ranking,
         weights: Sequence[str] | None = None,
     ) -> None:
         super().__init__(model, weights=weights)

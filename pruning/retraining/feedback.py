@@ -5,7 +5,7 @@ from typing import final
 
 from torch import Tensor, nn
 
-from pruning.allocation import Allocation, global_ranking, uniform
+from pruning.allocation import Allocation, guarded_ranking, uniform
 from pruning.learned.chosen import ChosenMasks
 from pruning.schedules import Schedule, one_shot
 
@@ -49,11 +49,12 @@ class NeuralWirings(ChosenMasks):
     one ranking over all matrices, k fixed from the first step; the backward pass moves every edge, θ_uv ← θ_uv +
     ⟨Z_u, −lr ∂L/∂I_v⟩, which is ∂L/∂w of the sparse pass, while only real edges carry the gradient further back.
     An edge outside that grows past the weakest one inside takes its place: :class:`Feedback` with a constant sparsity,
-    a choice in every step and a global ranking. A matrix may end empty. Raises: as :class:`Feedback`.
+    a choice in every step and one ranking, in which every matrix keeps at least its strongest edge (in the paper a
+    layer may end empty). Raises: as :class:`Feedback`.
     """
 
     def __init__(self, model: nn.Module, *, sparsity: float, weights: Sequence[str] | None = None) -> None:
-        super().__init__(model, schedule=one_shot(sparsity), allocation=global_ranking, weights=weights)
+        super().__init__(model, schedule=one_shot(sparsity), allocation=guarded_ranking, weights=weights)
         self.choose()
 
     def scores(self) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pruning.allocation import Allocation, global_ranking
+from pruning.allocation import Allocation, guarded_ranking
 from pruning.learned.base import LearnedSparsity
 from pruning.masking import Masks
 from pruning.sparsifier import select_masks
@@ -57,7 +57,7 @@ class GeneralizationDriven(LearnedSparsity):
         alpha: float = 2.0,
         when: Literal["low", "high"] = "high",
         begin: int = 0,
-        allocation: Allocation = global_ranking,
+        allocation: Allocation = guarded_ranking,
         weights: Sequence[str] | None = None,
     ) -> None:
         super().__init__(model, weights=weights)

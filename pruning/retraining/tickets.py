@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from pruning.allocation import Allocation, uniform
 from pruning.lottery import EarlyBird, Ticket, tensors_to_rewind
 from pruning.mask_selection import select_masks
-from pruning.masking import Masks
+from pruning.masking import Masks, check_kept, clear_gradients
 from pruning.saliency.data_free import magnitude
 from pruning.structure import check_fraction
 from pruning.weights import check_values, prunable_weights
@@ -51,7 +51,8 @@ class Rewinding:
         self._values = {} if rewind else self._now()
 
     def before_step(self, optimizer: Optimizer) -> bool:
-        """True: the optimiser takes every step."""
+        """Clear the gradients of pruned weights, which would count where gradients are clipped. True: step."""
+        clear_gradients(self.model, self._masks.kept)
         return True
 
     @torch.no_grad()
@@ -93,6 +94,7 @@ class Rewinding:
         kept = self._masks.kept
         scores = {n: magnitude(w.detach()).masked_fill(~kept[n], -torch.inf) for n, w in self._weights.items()}
         self._masks = select_masks(scores, sparsity=sparsity, allocation=self.allocation)
+        check_kept(self._masks.kept, sparsity)
 
 
 @final
@@ -127,7 +129,9 @@ class EarlyBirdPruning:
         self._weights = prunable_weights(model, weights)
 
     def before_step(self, optimizer: Optimizer) -> bool:
-        """True: the optimiser takes every step."""
+        """Once it pruned, clear the gradients of what went: they would count where training clips. True: step."""
+        if self.found is not None:
+            clear_gradients(self.model, self.bird.masks().kept)
         return True
 
     @torch.no_grad()

@@ -26,6 +26,7 @@ from pruning import (
     uniform,
     unstructured,
 )
+from pruning.allocation import guarded_ranking
 from pruning.recovery import Int8Linear
 from tests.pruning.toy import tokens, toy
 from tests.tolerances import close
@@ -213,7 +214,7 @@ def test_quantised_weights_are_refused_by_name(method):
 
 
 @settings(max_examples=10)
-@given(st.integers(0, 95), st.sampled_from([uniform, global_ranking]), st.sampled_from([1, 3]))
+@given(st.integers(0, 95), st.sampled_from([uniform, guarded_ranking]), st.sampled_from([1, 3]))
 def test_zeros_stay_zero_through_adamw_decay_momentum_and_accumulation(percent, allocation, accumulate):
     torch.manual_seed(0)
     model, ids = Mixed(), torch.randint(11, (4, 6))
