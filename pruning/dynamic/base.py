@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from pruning.allocation import Allocation, erk
 from pruning.dynamic.sparse_adamw import SparseAdamW
-from pruning.masking import Masks
+from pruning.masking import Masks, clear_gradients
 from pruning.sharding import as_wholes, gathered, own_part, put, sharded_as, spread_layouts, whole
 from pruning.structure import check_fraction, unstructured
 from pruning.weights import check_values, matrices, prunable_weights
@@ -110,10 +110,7 @@ class DynamicSparsity(ABC):
         if isinstance(optimizer, SparseAdamW):
             for name, mask in self.own_masks().items():
                 optimizer.activate(self._weights[name], mask)
-        for name, mask in self.own_masks().items():
-            gradient = self._weights[name].grad
-            if gradient is not None:
-                own_part(gradient).masked_fill_(~mask, 0)
+        clear_gradients(self.model, self._masks.kept)
         return not (due and self.skips_step)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from pruning.masking import Masks, check_shapes
+from pruning.masking import Masks, check_shapes, clear_gradients
 from pruning.weights import check_values, prunable_weights
 
 
@@ -104,8 +104,11 @@ class LearnedSparsity(ABC):
                 self._weights[name].data = value
 
     def before_step(self, optimizer: Optimizer) -> bool:
-        """∂L/∂w in ``.grad`` becomes ∂L/∂θ, and the gates get their gradients. True: every step is taken."""
+        """∂L/∂w in ``.grad`` becomes ∂L/∂θ, and the gates get their gradients. True: every step is taken.
+
+        Once finished, the gradients of what is held at 0 are cleared."""
         if self.finished:
+            clear_gradients(self.model, {} if self._held is None else self._held.kept)
             return True
         self._draw()
         for name, weight in self._weights.items():

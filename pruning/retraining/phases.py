@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from pruning.allocation import Allocation, uniform
 from pruning.dynamic.base import reset_state
 from pruning.learned.base import LearnedSparsity
-from pruning.masking import Masks
+from pruning.masking import Masks, clear_gradients
 from pruning.sparsifier import select_masks
 from pruning.structure import check_fraction
 
@@ -57,11 +57,8 @@ class Phases(LearnedSparsity):
 
     def before_step(self, optimizer: Optimizer) -> bool:
         """Clear the gradients of what is held at 0."""
-        if self._now is not None and not self.finished:
-            for name, mask in self._now.kept.items():
-                gradient = self._weights[name].grad
-                if gradient is not None:
-                    gradient.masked_fill_(~mask, 0)
+        held = self._held if self.finished else self._now
+        clear_gradients(self.model, {} if held is None else held.kept)
         return True
 
     def settle(self, optimizer: Optimizer) -> None:
