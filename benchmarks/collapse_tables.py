@@ -21,7 +21,7 @@ def cells(lines: list[Line]) -> Cell:
 
 
 def collapse(lines: list[Line]) -> str:
-    """Mean loss over the seeds, half its range, and the seeds in which a matrix kept nothing."""
+    """Mean loss over the seeds, half its range, and the seeds in which a matrix kept nothing or nothing got through."""
     found = cells(lines)
     compressions = sorted({compression for _, method, compression in found if method != "dense"})
     pairs = dict.fromkeys((model, method) for model, method, _ in found if method != "dense")
@@ -37,21 +37,25 @@ def collapse(lines: list[Line]) -> str:
     seeds = len({line["seed"] for line in lines if line["name"] == "collapse"})
     return table(["one weight of … stays", *(f"{compression:,.1f}" for compression in compressions)], rows) + (
         f"\n\nHeld-out nats a byte of {one['text']} after {one['steps']} steps, mean of {seeds} seeds and half their "
-        f"range. † in so many of them a matrix kept nothing. Dense: {dense}. The best constant: "
+        f"range. † in so many of them a matrix kept nothing, or no path was left. Dense: {dense}. The best constant: "
         f"{one['constant_nats']:.2f}. Torch {one['torch']}, commit `{one['commit']}`."
     )
+
+
+def _collapsed(some: list[Line]) -> int:
+    return sum(line["empty"] > 0 or line["cut"] for line in some)
 
 
 def _cell(some: list[Line] | None) -> str:
     if not some:
         return ""
     nats = [line["nats"] for line in some]
-    gone = sum(line["empty"] > 0 for line in some)
+    gone = _collapsed(some)
     return f"{mean(nats):.2f} ± {(max(nats) - min(nats)) / 2:.2f}" + (f" †{gone}" if gone else "")
 
 
 def collapse_figure(lines: list[Line]) -> str:
-    """A panel for each model: a line a method, a cross where a matrix was empty in most seeds, grey levels for the
+    """A panel for each model: a line a method, a cross where most seeds had collapsed, grey levels for the
     dense model and for the best constant."""
     found = cells(lines)
     models = sorted({model for model, _, _ in found})
@@ -72,7 +76,7 @@ def collapse_figure(lines: list[Line]) -> str:
     return "\n".join([head, f"<style>{STYLE}</style>", *parts, "</svg>\n"])
 
 
-Curve = list[tuple[float, float, bool]]  # compression, mean nats, whether a matrix is empty in most seeds
+Curve = list[tuple[float, float, bool]]  # compression, mean nats, whether most seeds had collapsed
 
 
 def _curve(found: Cell, model: str, method: str) -> Curve:
@@ -80,8 +84,7 @@ def _curve(found: Cell, model: str, method: str) -> Curve:
     curve = []
     for compression in at:
         seeds = found[model, method, compression]
-        empty = sum(line["empty"] > 0 for line in seeds)
-        curve.append((compression, mean(line["nats"] for line in seeds), 2 * empty > len(seeds)))
+        curve.append((compression, mean(line["nats"] for line in seeds), 2 * _collapsed(seeds) > len(seeds)))
     return curve
 
 
@@ -123,7 +126,8 @@ def _drawn(colour: str, points: list[tuple[float, float, bool]]) -> list[str]:
 
 
 def _legend(methods: list[str]) -> list[str]:
-    parts = [f'<text x="{LEFT}" y="{HEIGHT - 34}">share of the weights that stays; a cross: a matrix keeps none</text>']
+    said = "share of the weights that stays; a cross: a matrix keeps none, or no path is left"
+    parts = [f'<text x="{LEFT}" y="{HEIGHT - 34}">{said}</text>']
     for index, method in enumerate(methods):
         x, y = LEFT + 4 + index * 120, HEIGHT - 14
         parts.append(f'<circle cx="{x}" cy="{y - 4}" r="4" fill="{COLOURS[index]}"/>')

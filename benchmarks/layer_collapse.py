@@ -2,18 +2,19 @@
 
 python -m benchmarks.layer_collapse [--models chain transformer] [--methods ...] [--seeds 0 1 2] [--text FILE]
 
-Both models say the byte that follows CONTEXT bytes of prose; nats a byte on the last tenth of the text. chain: eight
-linear layers with ReLU, 128 to 512 wide and nothing beside them, so that an emptied layer cuts all input off: what is
-left is the best constant. transformer: six narrow layers of this library, whose residual stream goes around them.
-Before training one ranking over all matrices keeps one weight in `compression`; SNIP and GraSP score once on 256
-windows, SynFlow in 100 rounds without data. Then --steps steps of AdamW with the zeros held. empty: matrices that keep
-nothing. Embeddings, biases and the transformer's head stay dense. Records are appended to runs/layer-collapse.jsonl;
-``python -m benchmarks.pruning_page --collect`` makes the table and the figure of them.
+Both models say the byte that follows CONTEXT bytes of prose; nats a byte on the last tenth of the text. chain: five
+linear layers with tanh, 128 to 256 wide, and nothing beside them, so that an emptied layer cuts all input off: what is
+left is the constant that the last bias begins with, the bytes' frequencies. transformer: six narrow layers of this
+library, whose residual stream goes around them. Before training one ranking over all matrices keeps one weight in
+`compression`; SNIP and GraSP score once on 256 windows, SynFlow in 100 rounds without data. Then --steps steps of AdamW
+with the zeros held. empty: matrices that keep nothing; cut: whether what the chain keeps leads nowhere from any input
+to any output. Embeddings, norms, biases and the transformer's head stay dense. Records are appended to
+runs/layer-collapse.jsonl; ``python -m benchmarks.pruning_page --collect`` makes the table and the figure of them.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,12 +31,12 @@ from transformer import DenseConfig, Transformer, TransformerConfig
 RECORDS = Path("runs/layer-collapse.jsonl")
 METHODS = ("magnitude", "snip", "grasp", "synflow", "chance")
 POWERS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
-BYTES, CONTEXT, WIDTHS = 256, 8, (128, 128, 256, 512, 512, 512, 256, 128)
-BATCH, SCORED, EVALUATED = 256, 256, 8192
+BYTES, CONTEXT, WIDTHS = 256, 8, (128, 192, 256, 256, 128)
+BATCH, SCORED, EVALUATED = 128, 256, 8192
 
 
 def new_chain(seed: int) -> nn.Module:
-    """Eight linear layers after one another; uniform weights of variance 2 / inputs (He et al. 2015)."""
+    """Five linear layers after one another; uniform weights of variance 2 / inputs (He et al. 2015), biases 0."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts: list[nn.Module] = [nn.Embedding(BYTES, WIDTHS[0] // CONTEXT), nn.Flatten()]
@@ -43,7 +44,7 @@ def new_chain(seed: int) -> nn.Module:
             linear = nn.Linear(inputs, outputs)
             nn.init.kaiming_uniform_(linear.weight, nonlinearity="relu")
             nn.init.zeros_(linear.bias)
-            parts += [linear, nn.ReLU()]
+            parts += [linear, nn.Tanh()]
         return nn.Sequential(*parts[:-1])
 
 
@@ -93,7 +94,7 @@ def prune(model: nn.Module, method: str, compression: float, windows: Tensor, se
 def train(model: nn.Module, masks: Masks | None, text: Tensor, steps: int, seed: int) -> None:
     """AdamW, the rate falling to 0; pruned weights are put back to 0 after each step."""
     generator = torch.Generator().manual_seed(1000 + seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     for _ in range(steps):
         (loss(model, draw(text, BATCH, generator)) / BATCH).backward()
@@ -113,26 +114,37 @@ def held_out(model: nn.Module, text: Tensor) -> float:
     return sum(float(loss(model, rows)) for rows in windows.split(1024)) / EVALUATED
 
 
-def constant(text: Tensor, held: Tensor) -> float:
-    """Nats a byte of the best constant: the bytes' frequencies, every byte once more than it is there."""
+def frequencies(text: Tensor) -> Tensor:
+    """log p of each byte by how often it is there, every byte once more."""
     counts = torch.bincount(text.long(), minlength=BYTES) + 1
-    return float(-(counts / counts.sum()).log()[held.long()].mean())
+    return (counts / counts.sum()).log()
+
+
+def is_cut(kept: Sequence[Tensor]) -> bool:
+    """Whether no path of weights leads through these masks [out, in], one after the other."""
+    reached = torch.ones(kept[0].shape[1], dtype=torch.bool)
+    for mask in kept:
+        reached = (mask & reached).any(1)
+    return not bool(reached.any())
 
 
 def measured(kind: str, method: str, compression: float, seed: int, text: Tensor, held: Tensor, steps: int
              ) -> dict[str, object]:  # fmt: skip
     """Prune a new model, train it, and say what is left and what it is worth; method "dense" prunes nothing."""
     model = MODELS[kind](seed)
+    if isinstance(model, nn.Sequential):
+        with torch.no_grad():
+            model[-1].bias.copy_(frequencies(text))
     masks = None
     if method != "dense":
         scored = draw(text, SCORED, torch.Generator().manual_seed(seed))
         masks = prune(model, method, compression, scored, seed)
-    kept = [int((weight != 0).sum()) for weight in prunable_weights(model).values()]
-    total = sum(weight.numel() for weight in prunable_weights(model).values())
+    kept = [weight.detach() != 0 for weight in prunable_weights(model).values()]
+    counts = [int(mask.sum()) for mask in kept]
     train(model, masks, text, steps, seed)
     return {"model": kind, "method": method, "compression": compression, "seed": seed, "steps": steps,
-            "weights": total, "kept": sum(kept), "matrices": len(kept), "empty": kept.count(0),
-            "nats": held_out(model, held)}  # fmt: skip
+            "weights": sum(mask.numel() for mask in kept), "kept": sum(counts), "matrices": len(kept),
+            "empty": counts.count(0), "cut": kind == "chain" and is_cut(kept), "nats": held_out(model, held)}  # fmt: skip
 
 
 def main() -> None:
@@ -151,7 +163,8 @@ def main() -> None:
     written, name = prose(options.text)
     text = torch.frombuffer(bytearray(written.encode()), dtype=torch.uint8)
     text, held = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
-    common = {"name": "collapse", "text": name, "constant_nats": constant(text, held), "threads": options.threads,
+    constant = -float(frequencies(text)[held.long()].mean())
+    common = {"name": "collapse", "text": name, "constant_nats": constant, "threads": options.threads,
               "torch": torch.__version__, "commit": commit()}  # fmt: skip
     RECORDS.parent.mkdir(exist_ok=True)
     for seed in options.seeds:
@@ -162,7 +175,8 @@ def main() -> None:
                     with RECORDS.open("a") as file:
                         file.write(json.dumps(line) + "\n")
                     print(
-                        *(line[key] for key in ("model", "method", "compression", "seed", "empty", "nats")), flush=True
+                        *(line[key] for key in ("model", "method", "compression", "seed", "empty", "cut", "nats")),
+                        flush=True,
                     )
 
 

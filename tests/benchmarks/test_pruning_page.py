@@ -20,7 +20,8 @@ HEAD = {**COMMON, "name": "heads", "importance": "gradient", "fraction": 0.1, "a
         "zeros_sparsity": 0.1}  # fmt: skip
 MORE = {**HEAD, "fraction": 0.2, "parameters": 120e6, "zeros_sparsity": 0.2, "perplexity": 28.0}
 COLLAPSE = {**COMMON, "name": "collapse", "model": "chain", "method": "snip", "compression": 10.0, "seed": 0,
-            "steps": 9, "weights": 9000, "matrices": 8, "empty": 0, "nats": 3.0, "constant_nats": 3.5}  # fmt: skip
+            "steps": 9, "weights": 9000, "matrices": 8, "empty": 0, "cut": False, "nats": 3.0,
+            "constant_nats": 3.5}  # fmt: skip
 TOGETHER = {**COMMON, "name": "together", "way": "pruned", "kind": "float32", "zeros": 0.5, "perplexity": 48.5,
             "bytes": 250e6, "steps": 30, "batch": 4}  # fmt: skip
 ENCODER = {**COMMON, "name": "encoder", "importance": "chance 0", "fraction": 0.5, "agreement": 0.7, "found": 0.25,
@@ -44,7 +45,7 @@ LINES = [
     {**COLLAPSE, "method": "dense", "compression": 1.0, "nats": 2.0},
     COLLAPSE,
     {**COLLAPSE, "seed": 1, "nats": 3.5, "empty": 2},
-    {**COLLAPSE, "compression": 100.0, "nats": 3.5, "empty": 3},
+    {**COLLAPSE, "compression": 100.0, "nats": 3.5, "cut": True},
     {**COMMON, "name": "experts", "way": "whole", "fraction": 0.0, "bits_per_byte": 1.25, "parameters": 6.8e6},
     {**COMMON, "name": "experts", "way": "merged", "fraction": 0.5, "bits_per_byte": 2.0, "parameters": 3.7e6},
     {**COMMON, "name": "minilm", "importance": "gradient", "fraction": 0.5, "parameters": 20e6, "speedup": 1.25,
