@@ -144,7 +144,8 @@ def measured(kind: str, method: str, compression: float, seed: int, text: Tensor
     train(model, masks, text, steps, seed)
     return {"model": kind, "method": method, "compression": compression, "seed": seed, "steps": steps,
             "weights": sum(mask.numel() for mask in kept), "kept": sum(counts), "matrices": len(kept),
-            "empty": counts.count(0), "cut": kind == "chain" and is_cut(kept), "nats": held_out(model, held)}  # fmt: skip
+            "empty": counts.count(0), "cut": kind == "chain" and is_cut(kept),
+            "nats": held_out(model, held)}  # fmt: skip
 
 
 def main() -> None:
