@@ -82,6 +82,14 @@ class PruneArguments:
     if left out."""
     layerwise: bool = False
     """Remove the same share of heads, neurons or experts from every layer, so that layers stay alike."""
+    recover: int = 0
+    """Steps of training after pruning, with the zeros held, on other text than the held-out one."""
+    recover_by: Literal["distill", "retrain"] = "distill"
+    """distill: towards the outputs of the model before pruning; retrain: the next token of the text."""
+    recover_rate: float = 1e-4
+    """Highest learning rate of AdamW; it rises over a tenth of the steps and falls to 0."""
+    recover_rank: int | None = None
+    """Train low-rank adapters of this rank alone, and merge them without losing a zero; all weights if left out."""
     data: Annotated[str | None, tyro.conf.arg(aliases=["--corpus"])] = None
     """Text to calibrate and evaluate on, apart from each other: a file, a folder, a glob, 'stdlib' (the interpreter's
     own library) or 'hf:NAME'; a run's own text if left out, else 'stdlib'."""
@@ -177,6 +185,7 @@ def check_arguments(arguments: PruneArguments) -> None:
     if arguments.allocation is not None:
         check_name("--allocation", arguments.allocation, ALLOCATIONS)
     _check_importance(arguments)
+    _check_recovery(arguments)
     _check_numbers(arguments)
     _check_weights(arguments)
     _check_folder(arguments)
@@ -212,6 +221,20 @@ def _check_importance(arguments: PruneArguments) -> None:
                              "--budget-units heads, or rank neurons in a run of their own")  # fmt: skip
 
 
+def _check_recovery(arguments: PruneArguments) -> None:
+    if arguments.recover < 0:
+        raise ValueError(f"--recover must be at least 0 steps, got {arguments.recover}")
+    if not arguments.recover:
+        changed = {"--recover-by": arguments.recover_by != "distill", "--recover-rate": arguments.recover_rate != 1e-4,
+                   "--recover-rank": arguments.recover_rank is not None}  # fmt: skip
+        for name in (name for name, is_changed in changed.items() if is_changed):
+            raise ValueError(f"{name} goes with --recover 200, the number of steps")
+    if arguments.recover_rate <= 0:
+        raise ValueError(f"--recover-rate must be above 0, got {arguments.recover_rate}")
+    if arguments.recover_rank is not None and arguments.recover_rank < 1:
+        raise ValueError(f"--recover-rank must be at least 1, got {arguments.recover_rank}")
+
+
 def _check_numbers(arguments: PruneArguments) -> None:
     least = {"--batches": 1, "--batch": 1, "--eval-sequences": 1, "--calibration-length": 2}
     least["--calibration-sequences"] = 0
@@ -244,6 +267,12 @@ def check_encoder(arguments: PruneArguments) -> None:
     if arguments.eval_sequences < 2:
         raise ValueError("--eval-sequences of an encoder must be at least 2, among which passages are found, got "
                          f"{arguments.eval_sequences}")  # fmt: skip
+    if arguments.recover and arguments.recover_by == "retrain":
+        raise ValueError("--recover-by retrain learns the next token, which an encoder does not predict: leave it out, "
+                         "for distill")  # fmt: skip
+    if arguments.recover and "width" in arguments.kinds:
+        raise ValueError("--recover of an encoder learns its parent's embeddings, which must be as wide: leave out "
+                         "the width that goes")  # fmt: skip
     needing = needs_text(arguments)
     if needing is not None and arguments.sequences < 2:
         raise ValueError(f"{needing} of an encoder is scored by which of several passages it finds: "

@@ -42,6 +42,7 @@ from training.prune_models import (
 from training.prune_numbers import numbers_table
 from training.prune_partial import Partial
 from training.prune_progress import Passes
+from training.prune_recovery import lesson_of, recover
 from training.prune_report import RECORD, prune_report_html
 from training.prune_stages import LEVELS, Weights, check_structure, prune_weights, recovery_scope, sensitivity
 from training.prune_text import Quality, Texts, hash_of_model, quality, read_texts
@@ -177,6 +178,7 @@ def _pruned(job: Job) -> dict[str, Any]:
             weights = _weights(job)
     pruning_seconds = time.monotonic() - started
     dense = load_model(job.source, dtype=job.arguments.dtype, device=next(job.model.parameters()).device)
+    recovered = None if job.texts.lessons is None else _recovered(job, dense, weights)
     after = _quality(job, "after", dense)
     job.say(f"after: {describe(after)}")
     for note in notes:
@@ -192,6 +194,7 @@ def _pruned(job: Job) -> dict[str, Any]:
         "sizes": {"before": asdict(size), "after": asdict(size_of(job.model)), **result},
         "budget": budget,
         "units": units,
+        "recovery": recovered,
         "weights": None if weights is None else _weights_record(weights),
         "sensitivity": None if rises is None else {"levels": list(LEVELS), "rises": rises},
         "speed": asdict(forward_speed(dense, job.model, job.texts.inputs[:1].to(next(dense.parameters()).device))),
@@ -243,6 +246,18 @@ def _units(job: Job, kind: str) -> dict[str, Any]:
     job.partial.keep(name, {**found, "said": said})
     job.say(said)
     return found
+
+
+def _recovered(job: Job, dense: nn.Module, weights: Weights | None) -> dict[str, Any]:
+    """The model trains on; what it was before that, and the losses."""
+    lessons, plan = job.texts.lessons, lesson_of(job.arguments)
+    assert lessons is not None
+    before = _quality(job, "before recovery", dense)
+    job.say(f"before recovery: {describe(before)}")
+    losses = recover(job.model, dense, lessons, plan, masks=None if weights is None else weights.masks,
+                     encoder=job.coder.encoder, progress=job.passes.over("recovery"))  # fmt: skip
+    return {**asdict(plan), "sequences": len(lessons), "length": lessons.shape[1], "losses": losses,
+            "before": _as_record(before)}  # fmt: skip
 
 
 def _sensitivity(job: Job) -> dict[str, list[float]] | None:

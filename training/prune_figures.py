@@ -126,6 +126,21 @@ def units_figure(report: Mapping[str, Any]) -> str | None:
     return figure_html(draw, name=f"units-{kind}", alt=alt, wide=250, narrow=240)
 
 
+def line_figure(values: Sequence[float], drawn: Sequence[float], *, name: str, title: str, alt: str) -> str:
+    """A line over steps: `values` faint, `drawn` (the same, smoothed) on top."""
+
+    def draw(figure: "Figure", canvas: Canvas) -> None:
+        axes = figure.subplots()
+        steps = range(1, len(values) + 1)
+        axes.plot(steps, values, color=FIRST, alpha=0.25, lw=1)
+        axes.plot(steps, drawn, color=FIRST, lw=2)
+        axes.set_ylim(0, 1.08 * max(values))
+        axes.set_xlabel("step", color=MUTED)
+        axes.set_title(title)
+
+    return figure_html(draw, name=name, alt=alt, wide=250, narrow=240)
+
+
 def _layer_ticks(axes: "Axes", layers: Sequence[int], *, narrow: bool) -> None:
     step = math.ceil(len(layers) / (LABELS // (2 if narrow else 1)))
     axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])

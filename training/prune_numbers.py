@@ -23,6 +23,8 @@ def title(record: Record) -> str:
         structure = record["arguments"]["structure"]
         how = record["arguments"]["method"] + (f", {structure}" if structure else "")
         parts.append(f"{share:.0%} of the weights zero ({how})")
+    if record.get("recovery"):
+        parts.append(f"recovered in {record['recovery']['steps']} steps")
     return ", ".join(parts)
 
 

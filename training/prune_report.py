@@ -19,7 +19,7 @@ from training.page import (
     table,
     tiles,
 )
-from training.prune_figures import heat_figure, layer_figure, units_figure
+from training.prune_figures import heat_figure, layer_figure, line_figure, units_figure
 from training.prune_numbers import (
     comparison,
     encodes,
@@ -30,6 +30,7 @@ from training.prune_numbers import (
     plural,
     title,
 )
+from training.prune_recovery import smoothed
 
 RECORD = "prune.json"
 DENSE_ZEROS = (
@@ -43,6 +44,11 @@ EMBEDDINGS = (
     "model gives; cosine, of each passage's embedding with the whole model's; error, Σ‖h − h₀‖² / Σ‖h₀‖² of the last "
     "hidden states. Heads on top of the encoder are kept, and not measured."
 )
+RECOVERED = {
+    "distill": "the loss is KL(parent ‖ model) of the next token, nats",
+    "retrain": "the loss is the cross-entropy of the next token, nats",
+    "encoder": "the loss is 1 − cosine to the parent's embedding plus the relative error of the last hidden states",
+}
 Record = Mapping[str, Any]
 
 
@@ -56,8 +62,8 @@ def write_prune_report(folder: Path, *, output: Path | None = None) -> Path:
 
 def prune_report_html(record: Record) -> str:
     """The page. Sections without numbers are left out."""
-    parts = (_tiles(record), _cost(record), *_units(record), _weights(record), _errors(record), _sensitivity(record),
-             _speed(record), _command(record))  # fmt: skip
+    parts = (_tiles(record), _cost(record), *_units(record), _weights(record), _errors(record), _recovered(record),
+             _sensitivity(record), _speed(record), _command(record))  # fmt: skip
     return page(
         f"{title(record)}: {'passages found' if encodes(record) else 'perplexity'} {headline(record['before'])} → "
         f"{headline(record['after'])}",
@@ -152,6 +158,23 @@ def _errors(record: Record) -> str:
     unseen = [one["name"] for one in matrices if not one["rows"]]
     left = note(f"No calibration token reached {', '.join(unseen)}: pruned by magnitude.") if unseen else ""
     return section("Output error of each matrix", paragraph(text), figure(drawing), left)
+
+
+def _recovered(record: Record) -> str:
+    found = record.get("recovery")
+    if found is None:
+        return ""
+    words = RECOVERED[found["by"] if not encodes(record) else "encoder"]
+    how = f"adapters of rank {found['rank']}, merged" if found["rank"] else "all weights"
+    text = (
+        f"{found['steps']} steps of AdamW on {found['batch']} × {found['length']} tokens each, out of "
+        f"{found['sequences']:,} sequences of the training text, at a rate of up to {found['rate']:g}; {how}; {words}. "
+        f"Weights that are zero stay zero. From {headline(found['before'])} to {headline(record['after'])} "
+        f"{headline_name(record)}; {headline(record['before'])} before pruning."
+    )
+    drawing = line_figure(found["losses"], smoothed(found["losses"]), name="recovery", title="loss of each step",
+                          alt="Loss of each step of the recovery")  # fmt: skip
+    return section("Recovery", paragraph(text), figure(drawing))
 
 
 def _sensitivity(record: Record) -> str:

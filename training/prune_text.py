@@ -29,12 +29,14 @@ LOGITS_AT_ONCE = 2**26
 @dataclass(frozen=True)
 class Texts:
     """calibration: windows drawn from the training documents; held_out: windows of the others, each with the token
-    after it, which overlap by that one; of an encoder, passages without it."""
+    after it, which overlap by that one; of an encoder, passages without it. lessons: windows of the training documents
+    for --recover, as many as its steps take or there are."""
 
     corpus: str
     calibration: Int[Tensor, "S L"]
     held_out: Int[Tensor, "W M"]
     ahead: int = 1
+    lessons: Int[Tensor, "N L"] | None = None
 
     @property
     def inputs(self) -> Int[Tensor, "W L"]:
@@ -47,7 +49,8 @@ class Texts:
 
     def fingerprints(self) -> dict[str, str]:
         """A hash of either side."""
-        return {"calibration text": hash_of(self.calibration), "held-out text": hash_of(self.held_out)}
+        found = {"calibration text": hash_of(self.calibration), "held-out text": hash_of(self.held_out)}
+        return found if self.lessons is None else {**found, "recovery text": hash_of(self.lessons)}
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,23 @@ def read_texts(arguments: PruneArguments, source: Source, coder: Coder, *, most:
         raise ValueError(f"the calibration text of {corpus.name!r} has fewer tokens than one sequence of "
                          f"--calibration-length={length}: give more text by --data, or a smaller length")  # fmt: skip
     held_out = _held_out(corpus, coder, body, arguments.eval_sequences, ahead)
+    lessons = _lessons(order, coder, body, arguments, draw)
     if encoder is not None:
         calibration, held_out = encoder.framed(calibration), encoder.framed(held_out)
-    return Texts(corpus.name, calibration, held_out, ahead)
+        lessons = None if lessons is None else encoder.framed(lessons)
+    return Texts(corpus.name, calibration, held_out, ahead, lessons)
+
+
+def _lessons(
+    documents: Sequence[str], coder: Coder, length: int, arguments: PruneArguments, draw: np.random.Generator
+) -> Int[Tensor, "N M"] | None:
+    if not arguments.recover:
+        return None
+    found = _drawn(documents, coder, length, arguments.recover * arguments.batch, draw)
+    if not len(found):
+        raise ValueError(f"--recover needs text of at least one sequence of {length} tokens: give more by --data, or a "
+                         "smaller --calibration-length")  # fmt: skip
+    return found
 
 
 def _drawn(
