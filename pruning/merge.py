@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pruning.adapters.biases import give_bias, give_biases, takes_biases
 from pruning.axes import Axis, Slice
 from pruning.batches import Batch, Progress, evaluating, model_batches
 from pruning.model_axes import axes_of
@@ -103,9 +104,11 @@ def fold_constant_neurons(
     The error of neuron j is var(h_j)·‖w_j‖² over the calibration tokens. fraction: the ⌊fraction · neurons⌋ of least
     error of each layer; or tolerance: all whose standard deviation is at most tolerance times the root mean square of
     the layer's values (0: the constant ones). A layer keeps at least one neuron.
-    A second Linear without bias gets one where the config can say so (`mlp_bias` of Llama; its other feed-forward
-    biases are then 0). Raises: ValueError without exactly one of fraction and tolerance, and for a layer that has no
-    bias and a config without place for one."""
+    A second Linear without bias gets one: where the config can say so (`mlp_bias` of Llama; its other feed-forward
+    biases are then 0), and in Mistral, Qwen2 and Qwen3, whose configs cannot: `load_pruned` reads what they are saved
+    as, stock transformers does not, and a warning says so.
+    Raises: ValueError without exactly one of fraction and tolerance, and for a layer that has no bias and a config
+    without place for one."""
     if (fraction is None) == (tolerance is None):
         raise ValueError(f"fraction or tolerance must be given, one of them, got {fraction} and {tolerance}")
     chosen = axes_of(model, "neuron", axes)
@@ -269,17 +272,23 @@ def _leave(model: nn.Module, axes: Sequence[Axis], gone: Mapping[str, Sequence[i
 
 def _check_biases(model: nn.Module, bare: Sequence[str]) -> None:
     config = getattr(model, "config", None)
-    if bare and not (isinstance(model.get_submodule(bare[0]), nn.Linear) and hasattr(config, "mlp_bias")):
+    if not bare or takes_biases(model):
+        return
+    if not (isinstance(model.get_submodule(bare[0]), nn.Linear) and hasattr(config, "mlp_bias")):
         raise ValueError(
             f"{bare[0]!r} has no bias to fold neurons into, and {type(config).__name__} has no place for one: use "
-            "merge_neurons or prune_neurons; models with biases (GPT-2, OPT, BERT) and configs with mlp_bias can fold"
+            "merge_neurons or prune_neurons; models with biases (GPT-2, OPT, BERT), configs with mlp_bias, Mistral, "
+            "Qwen2 and Qwen3 can fold"
         )
 
 
 def _give_biases(model: Any, axes: Sequence[Axis]) -> None:
-    """Zero biases for every Linear of the feed-forwards, as mlp_bias says of all of them."""
+    """Zero biases for every Linear of the feed-forwards, as mlp_bias says of all of them; without mlp_bias, for their
+    outputs."""
+    if not hasattr(model.config, "mlp_bias"):
+        give_biases(model)
+        return
     modules = {piece.parameter.rpartition(".")[0] for axis in axes for piece in axis.slices}
     for linear in (model.get_submodule(name) for name in sorted(modules)):
-        if linear.bias is None:
-            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), linear.weight.requires_grad)
+        give_bias(linear)
     model.config.mlp_bias = True

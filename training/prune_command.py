@@ -201,7 +201,7 @@ def _pruned(job: Job) -> dict[str, Any]:
         "notes": notes,
         "recover": _recovery(job, weights),
         "stock": not any(getattr(getattr(job.model, "config", None), name, None)
-                         for name in ("pruned_layers", "pruned_width")),
+                         for name in ("pruned_layers", "pruned_width", "pruned_biases")),
         "resumed_blocks": resumed,
         "pruning_seconds": pruning_seconds,
         "seconds": time.monotonic() - started,

@@ -137,7 +137,7 @@ def load_model(source: Source, *, dtype: str, device: torch.device) -> nn.Module
 
 def _pruned_before(folder: Path) -> bool:
     record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return bool(record.get("pruned_layers") or record.get("pruned_width"))
+    return any(record.get(name) for name in ("pruned_layers", "pruned_width", "pruned_biases"))
 
 
 def load_coder(source: Source) -> Coder:

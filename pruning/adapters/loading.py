@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pruning.adapters.biases import BIASES, give_bias
 from pruning.adapters.families import SUPPORTED, Place, family_of
 from pruning.adapters.geometry import axes_of_place
 from pruning.adapters.record import LAYERS, WIDTH
@@ -23,9 +24,9 @@ def load_pruned(
     """A model that was pruned here and saved with its own `save_pretrained`, in evaluation mode.
 
     It is the transformers class that the config names. Where layers differ in size, as the config's ``pruned_layers``
-    and ``pruned_width`` record, its still empty modules shrink to those sizes before transformers reads the weights;
-    uniform and unpruned models load too. dtype: as saved by default. device: the CPU by default. attention: the backend
-    ("sdpa", "eager", ...), transformers' choice by default.
+    and ``pruned_width`` record, its still empty modules shrink to those sizes before transformers reads the weights,
+    and get the biases that ``pruned_biases`` tells of; uniform and unpruned models load too. dtype: as saved by
+    default. device: the CPU by default. attention: the backend ("sdpa", "eager", ...), transformers' choice by default.
 
     >>> model.save_pretrained(folder)
     >>> again = load_pruned(folder, dtype=torch.float32)
@@ -73,6 +74,9 @@ def _shrink_to_record(model: Any) -> None:
     family = family_of(model)
     assert family is not None
     place, config = Place(model, family), model.config
+    if getattr(config, BIASES, False):
+        for layer in place.layers:
+            give_bias(layer.get_submodule(family.hidden))
     sizes, width = getattr(config, LAYERS, None), getattr(config, WIDTH, None)
     axes = axes_of_place(place, record=False)
     kept: dict[str, list[int]] = {}
