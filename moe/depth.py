@@ -65,6 +65,8 @@ class MixtureOfDepths(nn.Module):
     (weighting "raw"). That choice compares with later tokens, so it cannot be made while sampling: in evaluation a
     token passes where a predictor, a small network trained by ``DepthRouting.aux_loss`` on x without gradient, gives
     more than 1/2; a single decoded token may then skip the block.
+    ``always``, False unless set: the block is called in evaluation even where no token passes, on a row of filling for
+    each sequence, as other processes may wait in it (experts spread over processes).
     Raises: ValueError for dim < 1, capacity outside (0, 1] or an unknown weighting; in forward for another width, a
     mask of another shape, or a block that returns another shape; FloatingPointError for non-finite router logits.
 
@@ -89,6 +91,7 @@ class MixtureOfDepths(nn.Module):
         if weighting not in ("sigmoid", "raw"):
             raise ValueError(f"weighting must be 'sigmoid' or 'raw', got {weighting!r}")
         self.dim, self.capacity, self.weighting, self.name = dim, capacity, weighting, name
+        self.always = False
         self.weight = nn.Parameter(torch.empty(1, dim))
         width = predictor_width(dim)
         self.predictor = nn.Sequential(nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, 1))
@@ -113,7 +116,7 @@ class MixtureOfDepths(nn.Module):
         indices hold the rows' places in their sequence, ascending, for position encoding and causal masks. Sequences
         with fewer tokens to pass than others are filled up at the end with zero rows of index L: later than every
         token, so a causal block needs no further mask (a bidirectional one hides keys with index L); their outputs are
-        thrown away. run is not called when no token passes. padding_mask: True for real tokens.
+        thrown away. run is not called when no token passes, unless ``always``. padding_mask: True for real tokens.
         choose: "auto" takes "top_k" in training and "predictor" in evaluation. replay: the tokens of this record pass,
         whatever the logits say; gates and losses are computed from the current logits.
         """
@@ -142,7 +145,7 @@ class MixtureOfDepths(nn.Module):
         elif choose == "top_k" or (choose == "auto" and self.training):
             indices, ragged = self.top_tokens(logits, real), padding_mask is not None
         else:
-            indices, ragged = _places((predicted.detach() > 0) & real), True
+            indices, ragged = _places((predicted.detach() > 0) & real, least=int(self.always)), True
         return DepthRouting(_mark(indices, x.shape[1]), logits, predicted, real, indices, ragged)
 
     def through(self, x: Float[Tensor, "B L D"], run: Block, routing: DepthRouting) -> Float[Tensor, "B L D"]:
@@ -207,11 +210,11 @@ def _replayed(replay: DepthRouting, x: Float[Tensor, "B L D"]) -> Int[Tensor, "B
     return replay.places
 
 
-def _places(selected: Bool[Tensor, "B L"]) -> Int[Tensor, "B C"]:
-    """Places of the True entries of each row, ascending, filled with L up to the longest row's count."""
+def _places(selected: Bool[Tensor, "B L"], *, least: int) -> Int[Tensor, "B C"]:
+    """Places of the True entries of each row, ascending, filled with L up to the longest row's count, or ``least``."""
     length = selected.shape[1]
     places = torch.arange(length, device=selected.device).expand(selected.shape)
-    count = int(selected.sum(1).max()) if selected.numel() else 0
+    count = max(least, int(selected.sum(1).max())) if selected.numel() else 0
     return places.masked_fill(~selected, length).sort(dim=1).values[:, :count]
 
 

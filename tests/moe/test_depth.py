@@ -103,6 +103,22 @@ def test_a_decoded_token_may_skip_the_block_and_only_chosen_rows_are_computed():
     assert seen == [(2, 1, 4), (2, 4, 4)]
 
 
+def test_the_block_is_called_where_no_token_passes_if_others_may_wait_in_it():
+    depths = MixtureOfDepths(4, capacity=0.25).eval()
+    depths.always, seen = True, []
+
+    def run(rows, indices):
+        seen.append(indices.tolist())
+        assert not rows.any()
+        return rows + 2
+
+    with torch.no_grad():
+        depths.predictor[2].bias.fill_(-100.0)
+        x = torch.randn(2, 3, 4)
+        y, routing = depths(x, run)
+    assert seen == [[[3], [3]]] and torch.equal(y, x) and not routing.selected.any()
+
+
 @given(st.integers(1, 3), st.integers(1, 20), st.floats(0.01, 1.0), st.integers(0, 20), st.booleans())
 def test_exactly_the_capacity_passes_even_with_ties(batch, length, capacity, padded, ties):
     depths = MixtureOfDepths(3, capacity=capacity)
