@@ -222,7 +222,6 @@ def by_loops(trainer, world, density, clip):
 
     trainer._forward_backward = forward_backward
     trainer.parallel.clip = lambda parameters, norm, *, limit: None
-    return trainer
 
 
 def trainers(rank, world, folder):
@@ -233,8 +232,9 @@ def trainers(rank, world, folder):
         limits = {"clip": 0.2}  # a fifth to a twelfth of the norms
         grid = make_world(torch.device("cpu"), expert_parallel=experts)
         ranks = Ranks(grid, compression="topk", density=0.3, **limits)
-        trainer = make_trainer(name, folder / f"{name}-{world}", parallel=ranks, **limits, **plain)
-        alone = by_loops(make_trainer(name, folder / f"{name}-{rank}-of-{world}", **limits, **plain), world, 0.3, 0.2)
+        trainer = make_trainer(name, folder / f"{name}-{world}", parallel=ranks, optim=limits, **plain)
+        alone = make_trainer(name, folder / f"{name}-{rank}-of-{world}", optim=limits, **plain)
+        by_loops(alone, world, 0.3, 0.2)
         for _ in range(3):
             trainer.train_step()
             alone.train_step()

@@ -1,6 +1,7 @@
 """Runs of a small model that one process and many must train alike, by name."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,15 @@ from training.config import OptimConfig, TrainConfig
 from training.optim import local
 from training.parallel import Alone, Parallel
 from training.trainer import Trainer
-from transformer import AttentionConfig, DenseConfig, LayerConfig, MoEConfig, Transformer, TransformerConfig
+from transformer import (
+    AttentionConfig,
+    DenseConfig,
+    DepthConfig,
+    LayerConfig,
+    MoEConfig,
+    Transformer,
+    TransformerConfig,
+)
 from transformer.layer_config import ROUTERS
 
 STEPS = 5
@@ -36,6 +45,8 @@ DROPPING = LayerConfig(
 )
 # groups of two query heads that 2 and 3 ranks can share out, with what is whole on each of them and split beside them
 HEADS = LayerConfig(AttentionConfig(12, 6, 4, qk_norm="head", bias=True), None, path_dropout=0.2, layer_drop=0.2)
+# half of the tokens pass
+PASSED = LayerConfig(AttentionConfig(2, 2, 8), None, depth=DepthConfig(0.5))
 GLOBAL = {"aux_scope": "global", "aux": 0.1}
 
 
@@ -62,6 +73,7 @@ RUNS: dict[str, Run] = {
         {"aux": 0.0, "accumulation": 2, "checkpointing": True}, DROPPING, 0.1,
     ),
     "heads": Run(MoEConfig(hidden=8, num_experts=4, k=2), GLOBAL, HEADS, 0.1),
+    "depths": Run(MoEConfig(hidden=8, num_experts=4, k=2), GLOBAL, PASSED, 0.1),
 }  # fmt: skip
 # one run for each router; ranks route their own tokens, as one process does its micro-batches
 ROUTED = {f"router-{name}": name for name in ROUTERS}
@@ -105,6 +117,9 @@ LAYOUTS = {
         Layout("second"),
         Layout("heads", heads=2),
         Layout("heads", shard="fsdp", heads=2),
+        Layout("depths"),
+        Layout("depths", 2, "fsdp"),
+        Layout("depths", heads=2),
         *(Layout(run, 2) for run in ROUTED),
     ],
     3: [Layout("dense", shard="fsdp"), Layout("moe", 3), Layout("noisy", 3), Layout("heads", heads=3)],
@@ -143,10 +158,11 @@ def make_model(name: str) -> Transformer:
 
 
 def make_trainer(
-    name: str, out: Path, *, parallel: Parallel | None = None, sparsifiers: Any = None, clip: float = 1.0,
-    **settings: Any,
+    name: str, out: Path, *, parallel: Parallel | None = None, sparsifiers: Any = None,
+    optim: Mapping[str, Any] | None = None, **settings: Any,
 ) -> Trainer:  # fmt: skip
-    """A trainer of STEPS steps of 24 sequences; sparsifiers: a function of the placed model."""
+    """A trainer of STEPS steps of 24 sequences; sparsifiers: a function of the placed model; optim:
+    settings of [optim]."""
     model = make_model(name)
     parallel = parallel or Alone()
     parallel.place(model)
@@ -160,8 +176,9 @@ def make_trainer(
         "device": "cpu",
     }
     # eps: AdamW would make whole steps of the rounding in gradients of 1e-8
+    rates: dict[str, Any] = {"lr": 0.01, "warmup": 2, "eps": 1e-5}
     return Trainer(
-        model, small_data(), out=out, length=16, optim=OptimConfig(lr=0.01, warmup=2, eps=1e-5, clip=clip),
+        model, small_data(), out=out, length=16, optim=OptimConfig(**(rates | dict(optim or {}))),
         train=TrainConfig(**(defaults | RUNS[name].train | settings)), parallel=parallel,
         sparsifiers=[] if sparsifiers is None else sparsifiers(model),
     )  # fmt: skip

@@ -99,12 +99,12 @@ def compresses(rank: int, world: int, folder: Path) -> None:
             grid = make_world(torch.device("cpu"), expert_parallel=expert_parallel)
             out = folder / f"topk-{density}-{name}"
             ranks = Ranks(grid, compression="topk", density=density)
-            make_trainer(name, out, parallel=ranks, clip=math.inf, save_every=SAVED_STEP).run()
+            make_trainer(name, out, parallel=ranks, optim={"clip": math.inf}, save_every=SAVED_STEP).run()
             assert ranks.compressor is not None and ranks.compressor.traffic.steps == STEPS
             if density < 1:
                 assert ranks.compressor.traffic.sent < ranks.compressor.traffic.dense / 2
                 again = Ranks(grid, compression="topk", density=density)
-                trainer = make_trainer(name, folder / f"again-{name}", parallel=again, clip=math.inf)
+                trainer = make_trainer(name, folder / f"again-{name}", parallel=again, optim={"clip": math.inf})
                 trainer.resume(out / CHECKPOINTS / f"step-{SAVED_STEP:08d}")
                 assert again.compressor is not None and again.compressor.residuals
                 trainer.run()
@@ -113,7 +113,26 @@ def compresses(rank: int, world: int, folder: Path) -> None:
                     assert left.equal(again.compressor.residuals[key])
 
 
-CASES = {"runs": runs, "saves": saves, "resumes": resumes, "prunes": prunes, "compresses": compresses}
+def keeps_compact(rank: int, world: int, folder: Path) -> None:
+    """RigL with moments of the weights that are there alone: saved, in the background too, resumed, run through."""
+    options = {"sparsifiers": PRUNERS["rigl"], "optim": {"sparse_state": True}}
+    plain = Layout("moe")
+    parallel = placed(plain, background=True)
+    make_trainer("moe", folder / "compact", parallel=parallel, save_every=SAVED_STEP, **options).run()
+    parallel.close()
+    again = make_trainer("moe", folder / "compact-again", parallel=placed(plain), **options)
+    again.resume(folder / "compact" / CHECKPOINTS / f"step-{SAVED_STEP:08d}")
+    again.run()
+
+
+CASES = {
+    "runs": runs,
+    "saves": saves,
+    "resumes": resumes,
+    "prunes": prunes,
+    "compresses": compresses,
+    "keeps_compact": keeps_compact,
+}
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from training.distributed.agreement import require_methods
 from training.distributed.faults import LostRankError, how_to_go_on
 from training.distributed.fitting import check_model
 from training.distributed.world import check_grid
-from transformer import AttentionConfig, DenseConfig, LayerConfig, Transformer, TransformerConfig
+from transformer import AttentionConfig, DenseConfig, LayerConfig, MoEConfig, Transformer, TransformerConfig
 from transformer.layer_config import DepthConfig
 from transformer.selection_config import TopKKeysConfig
 
@@ -57,10 +57,17 @@ def test_a_model_needs_attention_and_the_same_layers_on_every_rank() -> None:
     with pytest.raises(ValueError, match="distributed.tensor_parallel must be 1 for a model without attention, got 2"):
         check_model(model(None), expert_parallel=1, tensor_parallel=2, shard="none")
     check_model(model(WHOLE, layer_drop=0.1), expert_parallel=1, tensor_parallel=3, shard="fsdp")
-    with pytest.raises(
-        ValueError, match="layers.1.depth: every rank must run the same layers .* tensor_parallel=1 and"
-    ):
-        check_model(model(WHOLE, depth=DepthConfig(0.5)), expert_parallel=1, tensor_parallel=3, shard="none")
+    some = model(WHOLE, depth=DepthConfig(0.5))
+    check_model(some, expert_parallel=1, tensor_parallel=3, shard="fsdp")
+
+
+def test_ranks_that_split_heads_must_let_the_same_tokens_pass() -> None:
+    layer = LayerConfig(WHOLE, MoEConfig(8, 4), depth=DepthConfig(0.5))
+    some = Transformer(TransformerConfig(50, 16, (layer,)))
+    for experts, heads in ((2, 1), (1, 3)):
+        check_model(some, expert_parallel=experts, tensor_parallel=heads, shard="fsdp")
+    with pytest.raises(ValueError, match="layers.0.depth: .* distributed.tensor_parallel must be 1, got 2 and 3"):
+        check_model(some, expert_parallel=2, tensor_parallel=3, shard="none")
 
 
 @pytest.mark.parametrize(
@@ -75,9 +82,14 @@ def test_a_model_needs_attention_and_the_same_layers_on_every_rank() -> None:
             "sparsify.attack must be 0 with several processes, got 0.05",
         ),
         (
-            {"sparsify": {"method": "rigl", "sparsity": 0.5}, "optim": {"sparse_state": True}},
-            "optim.sparse_state must be false with several processes",
+            {
+                "sparsify": {"method": "rigl", "sparsity": 0.5},
+                "optim": {"sparse_state": True},
+                "distributed": {"expert_parallel": 2},
+            },
+            "distributed.expert_parallel must be 1 with optim.sparse_state, got 2",
         ),
+        ({"sparsify": {"method": "rigl", "sparsity": 0.5}, "optim": {"sparse_state": True}}, ""),
         (
             {"distributed": {"shard": "fsdp", "compression": "topk"}},
             "distributed.compression must be 'none' with distributed.shard='fsdp', got 'topk'",

@@ -19,7 +19,7 @@ from training.trainer import CHECKPOINTS
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    spawn("tests.training.distributed_ranks", 2, folder, "prunes", "compresses")
+    spawn("tests.training.distributed_ranks", 2, folder, "prunes", "compresses", "keeps_compact")
     return folder
 
 
@@ -53,11 +53,28 @@ def same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 def test_top_k_of_everything_is_plain_data_parallel_and_a_tenth_resumes(two: Path, tmp_path: Path) -> None:
     for name in ("dense", "moe"):
-        make_trainer(name, tmp_path / name, clip=math.inf).run()
+        make_trainer(name, tmp_path / name, optim={"clip": math.inf}).run()
         close(losses(two / f"topk-1.0-{name}"), losses(tmp_path / name))
         tenth, again = losses(two / f"topk-0.1-{name}"), losses(two / f"again-{name}")
         assert tenth[SAVED_STEP:].equal(again)
         assert not tenth.equal(losses(tmp_path / name))
+
+
+def test_moments_of_the_weights_that_are_there_are_those_of_one_process(two: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"sparsifiers": PRUNERS["rigl"], "optim": {"sparse_state": True}}
+    alone = make_trainer("moe", tmp_path / "alone", save_every=SAVED_STEP, **options)
+    alone.run()
+    close(losses(two / "compact"), losses(tmp_path / "alone"))
+    assert losses(two / "compact-again").equal(losses(two / "compact")[SAVED_STEP:])
+    again = make_trainer("moe", tmp_path / "again", **options)
+    again.resume(two / "compact" / CHECKPOINTS / f"step-{SAVED_STEP:08d}")
+    held = again.optimizers.main.moment_bytes()  # type: ignore[attr-defined]
+    kept = again.sparsifiers[0].masks().kept  # type: ignore[attr-defined]
+    active = sum(int(mask.sum()) for mask in kept.values())
+    dense = sum(p.numel() for name, p in again.model.named_parameters() if name not in kept)
+    assert held == 12 * active + 8 * dense
+    again.run()
+    close(losses(tmp_path / "again"), losses(two / "compact")[SAVED_STEP:])
 
 
 def test_what_was_not_sent_is_kept_in_sum_by_another_number_of_ranks() -> None:

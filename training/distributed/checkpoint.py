@@ -164,10 +164,7 @@ def load_whole(
     weights, slots, state = read_checkpoint(folder)
     check_shapes(weights, laid_out(model.state_dict(), layouts), folder)
     parameters = dict(model.named_parameters())
-    empty = {
-        key: torch.zeros(()) if slot.ndim == 0 else torch.zeros_like(parameters[key.partition(":")[2]])
-        for key, slot in slots.items()
-    }
+    empty = {key: _empty_slot(slot.shape, slot.dtype, parameters[key.partition(":")[2]]) for key, slot in slots.items()}
     load_optimizers(optimizers, empty, model=model)
     for target, source in ((model.state_dict(), weights), (empty, slots)):
         for key, part in laid_out(target, layouts).items():
@@ -274,16 +271,25 @@ def _checked(folder: Path, *, rank: int, tell: Tell) -> int:
 
 
 def _empty_slots(stored: Mapping[str, TensorStorageMetadata], model: nn.Module) -> dict[str, Tensor]:
-    """Zeros for every slot of the optimiser that the checkpoint has, each laid out as its parameter."""
+    """Zeros for every slot of the optimiser that the checkpoint has."""
     parameters = dict(model.named_parameters())
     found = {}
     for key in [key.removeprefix(OPTIMIZER) for key in stored if key.startswith(OPTIMIZER)]:
         _, _, name = key.partition(":")
         if name not in parameters:
             raise ValueError(f"the optimiser state {key!r} belongs to no parameter of this model")
-        scalar = len(stored[f"{OPTIMIZER}{key}"].size) == 0
-        found[key] = torch.zeros(()) if scalar else torch.zeros_like(parameters[name], requires_grad=False)
+        entry = stored[f"{OPTIMIZER}{key}"]
+        found[key] = _empty_slot(entry.size, entry.properties.dtype, parameters[name])
     return found
+
+
+def _empty_slot(size: torch.Size, dtype: torch.dtype, parameter: nn.Parameter) -> Tensor:
+    """Zeros, laid out as the parameter; but a number as it is, and the compact moments and places of SparseAdamW."""
+    if len(size) == 0:
+        return torch.zeros(())
+    if len(size) != parameter.ndim:
+        return torch.zeros(size, dtype=dtype, device=parameter.device)
+    return torch.zeros_like(parameter, requires_grad=False)
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -12,8 +12,9 @@ Shard = Literal["none", "fsdp"]
 
 
 def check_model(model: Transformer, *, expert_parallel: int, tensor_parallel: int, shard: Shard) -> None:
-    """Raises: ValueError where ranks would run different layers, for experts or heads that the ranks cannot share out
-    evenly, and for tables of memories, whose sparse gradients are not reduced."""
+    """Raises: ValueError for experts or heads that the ranks cannot share out evenly, for tables of memories, whose
+    sparse gradients are not reduced, and for Mixture-of-Depths where ranks that split heads could choose differently.
+    """
     if any(isinstance(module, MemoryValues) for module in model.modules()):
         raise ValueError(
             "tables of memories (product_key, peer) are trained by one process: their gradients are sparse"
@@ -29,16 +30,16 @@ def check_model(model: Transformer, *, expert_parallel: int, tensor_parallel: in
             )
     if tensor_parallel > 1:
         check_attention(model, tensor_parallel)
-    if expert_parallel > 1 or tensor_parallel > 1 or shard == "fsdp":
+    if expert_parallel > 1 and tensor_parallel > 1:
         for name, module in model.named_modules():
             if isinstance(module, MixtureOfDepths):
                 raise ValueError(
-                    f"{name}: every rank must run the same layers under expert parallel, tensor parallel or FSDP2, and"
-                    " which tokens pass a layer is each rank's own choice: distributed.expert_parallel=1,"
-                    " tensor_parallel=1 and shard='none'"
+                    f"{name}: ranks that split heads must let the same tokens pass a layer, and rows that come back"
+                    " from spread experts may differ between them in the last digits: distributed.expert_parallel or"
+                    f" distributed.tensor_parallel must be 1, got {expert_parallel} and {tensor_parallel}"
                 )
 
 
 def skipping(module: nn.Module) -> bool:
-    """Whether a module may leave a layer out of a step."""
-    return isinstance(module, MixtureOfDepths) or (isinstance(module, LayerDrop) and module.p > 0)
+    """Whether a module may leave a layer out of a step. In training some tokens always pass Mixture-of-Depths."""
+    return isinstance(module, LayerDrop) and module.p > 0

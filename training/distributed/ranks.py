@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from moe import shard_experts
+from moe import MixtureOfDepths, shard_experts
 from pruning.sharding import Layout, spread_layouts
 from training.checkpoint import Write
 from training.compression import GradientCompressor, Method, compress_gradients
@@ -114,6 +114,9 @@ class Ranks:
         check_model(model, expert_parallel=self.expert_ranks, tensor_parallel=self.tensor_ranks, shard=self.shard)
         self.skips = any(skipping(module) for module in model.modules())
         if self.expert_ranks > 1:
+            for module in model.modules():
+                if isinstance(module, MixtureOfDepths):
+                    module.always = True
             names = shard_experts(model, self.world.grid.get_group(EXPERT))
             self._keep(model, names, self.world.grid.get_group(REPLICATE), self.parts // self.expert_ranks)
             self.experts = {id(parameter) for parameter in self.own.values()}
