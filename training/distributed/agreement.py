@@ -48,7 +48,8 @@ def require_methods(config: RunConfig) -> None:
     if sparse and method == "robust_rewiring" and config.sparsify.attack:
         raise ValueError(f"sparsify.attack must be 0 with several processes, got {config.sparsify.attack}")
     if config.optim.sparse_state:
-        raise ValueError("optim.sparse_state must be false with several processes: checkpoints could not be resharded")
+        why = "the moments of the weights that are there lie in a row, which is not split as the weights are"
+        _require_whole(wanted, "optim.sparse_state", why)
     if config.train.compile and wanted.tensor_parallel > 1:
         raise ValueError(f"train.compile must be false with distributed.tensor_parallel={wanted.tensor_parallel}")
     if wanted.compression != "none" and wanted.shard == "fsdp":
@@ -61,6 +62,12 @@ def require_methods(config: RunConfig) -> None:
             "optim.betas must begin with 0 with distributed.compression='dgc', which has a momentum of its own, got"
             f" {config.optim.betas}"
         )
+
+
+def _require_whole(wanted: DistributedConfig, what: str, why: str) -> None:
+    for name, whole in (("shard", "none"), ("expert_parallel", 1), ("tensor_parallel", 1)):
+        if (value := getattr(wanted, name)) != whole:
+            raise ValueError(f"distributed.{name} must be {whole!r} with {what}, got {value!r}: {why}")
 
 
 def require_alike(what: str, mine: str, tell: Tell) -> None:
