@@ -277,19 +277,22 @@ def reset_state(optimizer: Optimizer, parameter: nn.Parameter, where: Bool[Tenso
 def apportion(total: int, shares: Sequence[float], limits: Sequence[int]) -> list[int]:
     """Whole numbers that add up to min(total, Σ limits), in proportion to ``shares``, none above its limit.
 
-    By largest remainders; what a full one cannot take goes to the others in the same proportion. Without any share
-    all are alike."""
-    given = [0] * len(limits)
-    left = min(total, sum(limits))
+    What is in proportion above a limit is set to it, and the others share the rest anew; those round by largest
+    remainders. Without any share all are alike."""
+    given, left = [0] * len(limits), min(total, sum(limits))
+    free = [i for i, limit in enumerate(limits) if limit > 0]
     while left > 0:
-        free = [i for i, limit in enumerate(limits) if given[i] < limit]
         weights = [shares[i] for i in free] if any(shares[i] > 0 for i in free) else [1.0] * len(free)
-        exact = [left * weight / sum(weights) for weight in weights]
-        parts = [min(math.floor(value), limits[i] - given[i]) for i, value in zip(free, exact, strict=True)]
-        if not any(parts):
-            order = sorted(range(len(free)), key=lambda n: (-(exact[n] - math.floor(exact[n])), n))
-            parts = [1 if n in order[:left] else 0 for n in range(len(free))]
-        for i, part in zip(free, parts, strict=True):
-            given[i] += part
-        left -= sum(parts)
+        exact = {i: left * weight / sum(weights) for i, weight in zip(free, weights, strict=True)}
+        full = [i for i in free if exact[i] >= limits[i]]
+        if not full:
+            floors = {i: math.floor(value) for i, value in exact.items()}
+            first = sorted(free, key=lambda i: (floors[i] - exact[i], i))[: left - sum(floors.values())]
+            for i in free:
+                given[i] = floors[i] + (i in first)
+            return given
+        for i in full:
+            given[i] = limits[i]
+        left -= sum(limits[i] for i in full)
+        free = [i for i in free if i not in full]
     return given

@@ -249,6 +249,7 @@ def test_apportion_gives_out_all_it_can_in_proportion(total, parts):
     assert all(0 <= g <= n for g, n in zip(given_out, limits, strict=True))
     assert apportion(10, [1.0, 3.0, 1.0], [9, 9, 9]) == [2, 6, 2]
     assert apportion(10, [1.0, 3.0, 1.0], [9, 4, 9]) == [3, 4, 3]
+    assert apportion(4, [7, 5], [9, 11]) == [2, 2], "remainders of 2.33 and 1.67"
 
 
 @given(st.floats(0, 0.99), st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=5))
