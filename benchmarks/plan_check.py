@@ -5,8 +5,9 @@ python -m benchmarks.plan_check [--steps 8]
 The trainer's own step of one small MoE model at 1, 2 and 4 gloo processes of one thread, in every layout of LAYOUTS.
 Bytes: torch's profiler names each exchange of one step with the shapes of what it was given. Memory: the highest
 resident size of a rank, less what it was before the model was made. Time: the median of the steps; the machine's
-figures that the plan needs (matrix products, memory, exchange, latency) are measured by all processes at once, and the
-efficiency is taken from the run of one process. Records go to benchmarks/records/plan-check.jsonl.
+figures that the plan needs (matrix products, memory, exchange, latency) are measured by all processes at once, before
+and after the steps; the efficiency is taken from the run of one process, and so is what a step takes without tokens,
+from steps of 1 and of 16 sequences. Records go to benchmarks/records/plan-check.jsonl.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,6 +115,7 @@ def observe(config: RunConfig, parallel: Alone | Ranks, *, experts: int, steps: 
         started = time.perf_counter()
         trainer.train_step()
         seconds.append(time.perf_counter() - started)
+    machine = between(machine, calibrate(ranks))
     sent = exchanged(trainer, ranks=ranks, copies=ranks // experts, width=config.model.dim)
     return {
         "ranks": ranks,
@@ -122,7 +124,23 @@ def observe(config: RunConfig, parallel: Alone | Ranks, *, experts: int, steps: 
         "sent": {kind: _mean(value, ranks) for kind, value in sent.items()},
         "median_s": _mean(statistics.median(seconds), ranks),
         "machine": {name: _mean(value, ranks) for name, value in machine.items()},
+        "host_s": fixed_seconds(config, statistics.median(seconds), steps=steps) if ranks == 1 else None,
     }
+
+
+def fixed_seconds(config: RunConfig, whole: float, *, steps: int) -> float:
+    """Seconds of a step that no number of sequences changes: where the line through the medians of steps of 1 and of
+    ``train.batch`` sequences, which take ``whole``, meets none. Not below 0."""
+    batch = config.train.batch
+    trainer = make_trainer(replace(config, train=replace(config.train, batch=1)))
+    trainer.model.train()
+    seconds = []
+    for _ in range(steps + 1):
+        started = time.perf_counter()
+        trainer.train_step()
+        seconds.append(time.perf_counter() - started)
+    one = statistics.median(seconds[1:])
+    return max(0.0, one - (whole - one) / (batch - 1))
 
 
 def warm_up(config: RunConfig) -> None:
@@ -165,17 +183,34 @@ def calibrate(ranks: int) -> dict[str, float]:
     return found
 
 
+def between(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """Figures of a machine over both measurements: rates by their mean time, 2 / (1/a + 1/b); latency by its mean.
+
+    >>> between({"flops": 1.0, "latency": 2.0}, {"flops": 3.0, "latency": 4.0})
+    {'flops': 1.5, 'latency': 3.0}
+    """
+    return {
+        name: (a + second[name]) / 2 if name == "latency" else 2 / (1 / a + 1 / second[name])
+        for name, a in first.items()
+    }
+
+
 def _timed(run: Callable[[], object], times: int, ranks: int) -> float:
-    """Seconds of a run, until the last of the ranks has done ``times`` of them."""
+    """Seconds of a run, from when the first of the ranks begins until the last has done ``times`` of them.
+
+    The ranks of one machine read one clock. More ranks than cores do not begin together: a rank that waits for a core
+    would start its own clock late, and all of them would seem faster than the machine is.
+    """
     run()
     if ranks > 1:
         dist.barrier()
     started = time.perf_counter()
     for _ in range(times):
         run()
+    span = torch.tensor([-started, time.perf_counter()], dtype=torch.float64)
     if ranks > 1:
-        dist.barrier()
-    return (time.perf_counter() - started) / times
+        dist.all_reduce(span, op=dist.ReduceOp.MAX)
+    return span.sum().item() / times
 
 
 def exchanged(trainer: Trainer, *, ranks: int, copies: int, width: int) -> dict[str, float]:

@@ -32,13 +32,21 @@ def cluster_of(line: Line) -> Cluster:
 
 
 def calibrated(lines: list[Line]) -> Assumptions:
-    """Efficiency such that the step of one process takes as long as it took; nothing hidden, as the cores that send
-    are those that compute; memory at the rate that a copy reached."""
+    """Efficiency such that the step of one process takes as long as it took, beside what it takes without tokens;
+    nothing hidden, as the cores that send are those that compute; memory at the rate that a copy reached."""
     one = next(line for line in rows_of(lines) if line["ranks"] == 1)
     full = replace(GLOO, efficiency=1.0, overlap=0.0, read_efficiency=1.0)
     seconds = predicted(one, full).seconds
-    reached = (seconds["forward"] + seconds["backward"]) / (one["median_s"] - seconds["optimiser"])
-    return replace(full, efficiency=reached)
+    # a step without tokens has an optimiser too; records of before that was measured have none
+    host = max(0.0, (one.get("host_s") or 0.0) - seconds["optimiser"])
+    reached = (seconds["forward"] + seconds["backward"]) / (one["median_s"] - seconds["optimiser"] - host)
+    return replace(full, efficiency=reached, host=host)
+
+
+def slowed(line: Line, lines: list[Line], given: Assumptions) -> Assumptions:
+    """What takes no tokens, for a process that does ``machine.flops`` of its own: cores that are shared slow it too."""
+    one = next(line for line in rows_of(lines) if line["ranks"] == 1)
+    return replace(given, host=given.host * one["machine"]["flops"] / line["machine"]["flops"])
 
 
 def predicted(line: Line, given: Assumptions) -> Prediction:
@@ -91,7 +99,7 @@ def plan_time(lines: list[Line]) -> str:
     given = calibrated(lines)
     cells = []
     for line in rows_of(lines):
-        plan = predicted(line, given)
+        plan = predicted(line, slowed(line, lines, given))
         moving = plan.seconds["all-to-all"] + plan.seconds["exposed"]
         cells.append(
             [

@@ -7,6 +7,8 @@ import pytest
 
 from benchmarks import many_processes_page as page
 from benchmarks.equal_losses import LAYOUTS, TOLERANCE
+from benchmarks.plan_check import between
+from benchmarks.plan_tables import calibrated, predicted, slowed
 from benchmarks.process_figures import line_figure
 from benchmarks.process_records import EQUAL, GRADIENTS, NETWORKS, PLANS, SPEED, newest
 
@@ -46,6 +48,23 @@ WIRES = [
     *(speed("dense", mbit, 0.1 + (8 / mbit if mbit else 0), 1000) for mbit in (None, 160, 20)),
     *(speed("top-k 1%", mbit, 0.2, 20) for mbit in (None, 160, 20)),
 ]
+
+
+def test_a_machine_is_what_it_was_before_and_after():
+    both = between({"flops": 1.0, "latency": 2.0}, {"flops": 3.0, "latency": 4.0})
+    assert both == {"flops": 1.5, "latency": 3.0}
+
+
+def test_what_takes_no_tokens_is_not_counted_as_compute():
+    one = {**MADE, "ranks": 1, "expert_parallel": 1, "shard": "none", "k": 2, "tokens": 2048, "median_s": 0.4,
+           "machine": {"flops": 1e11, "read": 1e10}}  # fmt: skip
+    two = {**one, "ranks": 2, "median_s": 0.3, "machine": {"flops": 5e10, "read": 1e10, "link": 1e9, "latency": 0.0}}
+    bare, given = calibrated([one, two]), calibrated([{**one, "host_s": 0.1}, two])
+    assert bare.host == 0.0 and 0.08 < given.host < 0.1 and given.efficiency > 1.2 * bare.efficiency
+    for lines in ([one, two], [{**one, "host_s": 0.1}, two]):
+        found = calibrated(lines)
+        assert predicted(lines[0], slowed(lines[0], lines, found)).step_seconds == pytest.approx(0.4)
+        assert slowed(two, lines, found).host == pytest.approx(2 * found.host)
 
 
 def test_equal_losses_reach_the_page():
@@ -111,7 +130,7 @@ def test_one_process_equals_many_over_300_steps():
 
 def test_the_plan_counts_the_bytes_that_are_sent():
     """Exactly, but for rows to experts, whose number the router decides."""
-    from benchmarks.plan_tables import GLOO, KINDS, predicted, rows_of
+    from benchmarks.plan_tables import GLOO, KINDS, rows_of
 
     for line in rows_of(page.records()[PLANS]):
         wanted = predicted(line, GLOO).sent

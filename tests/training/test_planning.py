@@ -71,6 +71,38 @@ def test_time_adds_up():
     assert again.seconds["backward"] == 3 * s["forward"]
 
 
+def test_messages_by_hand():
+    slow, quick = (Cluster(HARDWARE["h100"], 8, per_node=8, latency=latency) for latency in (1.0, 0.0))
+
+    def waits(mesh, **options):
+        one, other = (predict(COUNTS, cluster, mesh, tokens=8000, **options).seconds for cluster in (slow, quick))
+        return {part: round(one[part] - other[part], 6) for part in ("all-to-all", "gradients", "weights")}
+
+    layers, mixtures = COUNTS.layers, len(COUNTS.mixtures)
+    # a mixture layer: 5 exchanges forward and 3 backward with 3 others; a ring of 8: 7 steps to reduce, 7 to gather
+    assert waits(Mesh(4, "none")) == {"all-to-all": mixtures * 8 * 3, "gradients": 14, "weights": 0}
+    twice = waits(Mesh(4, "fsdp"), micro_batches=2, checkpointing=True)
+    gathers = 2 * (2 * layers + 1) * 7
+    assert twice == {"all-to-all": 2 * mixtures * 13 * 3, "gradients": (layers + 1) * 7, "weights": gathers}
+
+
+def test_a_forward_pass_computed_again_sends_its_rows_again():
+    cluster = Cluster(HARDWARE["h100"], 8, per_node=8)
+    once, again = (predict(COUNTS, cluster, Mesh(4, "none"), tokens=8000, checkpointing=c).sent for c in (False, True))
+    assert again["all-to-all"] == pytest.approx(1.5 * once["all-to-all"]) and again["gradients"] == once["gradients"]
+
+
+def test_what_takes_no_tokens_is_added():
+    cluster = Cluster(HARDWARE["h100"], 8, per_node=8)
+    one, two = (
+        predict(COUNTS, cluster, Mesh(1, "none"), tokens=8000, assumptions=Assumptions(host=host))
+        for host in (0.0, 0.5)
+    )
+    assert two.step_seconds == pytest.approx(one.step_seconds + 0.5) and two.seconds["host"] == 0.5
+    with pytest.raises(ValueError, match="host must be at least 0, got -1"):
+        Assumptions(host=-1)
+
+
 def test_slow_networks_are_felt_between_nodes_only():
     near, far = (Cluster.named("h100", gpus, per_node=8, network=5 * GB) for gpus in (8, 16))
     assert near.ring(8) == near.pairwise(8) == HARDWARE["h100"].link

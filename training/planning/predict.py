@@ -6,12 +6,16 @@ FSDP2 1/N of them, and besides the gathered weights of two blocks (one in use, o
 twice. Experts cost 16 bytes
 over the ranks of their group. The head makes at most 2²² logits at once, held twice in float32. Time of a step is
 
-    compute + all-to-all + max(0, gradients − overlap · backward) + optimiser,
+    host + compute + all-to-all + max(0, gradients + weights − overlap · backward) + optimiser,
 
+host: what no number of tokens changes (Python, launches), 0 unless given, as accelerators hide it behind their kernels;
 compute = FLOPs / (peak · efficiency): forward 1, backward 2, recomputation 1 where blocks are checkpointed; the
 busiest rank of an expert group has ``imbalance`` times the mean load. All-to-all is taken as hidden behind nothing (a
 shared expert does run meanwhile). Collectives: ring all-reduce of n bytes sends 2 (R − 1)/R · n a rank, all-gather and
-reduce-scatter (R − 1)/R · n (Patarasuk & Yuan 2009); each of its steps has the cluster's latency. gloo, which joins
+reduce-scatter (R − 1)/R · n (Patarasuk & Yuan 2009); each of its steps has the cluster's latency, and so has every
+message of a mixture layer to each other rank: forward counts, places, rows, weights and results, backward the gradients
+of the last three; recomputation is a forward pass once more. FSDP2 has one gather of each block and pass, and of the
+rest, in every micro-batch, and one reduction of each in a step. gloo, which joins
 CPUs, reduces all where a part is asked for, so that its reduce-scatter sends as much as an all-reduce.
 """
 
@@ -25,19 +29,23 @@ WEIGHT_BYTES = 16
 RESERVE = 0.08
 # the head is applied to so many logits at once (transformer.loss), which are held twice in float32
 LOGITS = 2**22
+# exchanges of a mixture layer (moe.expert_parallel): counts, notes, rows, weights, results; gradients of the last three
+FORWARD_EXCHANGES, BACKWARD_EXCHANGES = 5, 3
 
 
 @dataclass(frozen=True)
 class Assumptions:
     """efficiency: share of the peak that matrix products reach; overlap: share of the backward pass that can hide the
     reduction of gradients; read_efficiency: of the memory's rate in the optimiser; imbalance: load of the busiest rank
-    of experts against the mean; reduce_scatter: whether the backend has one, as NCCL does and gloo does not."""
+    of experts against the mean; reduce_scatter: whether the backend has one, as NCCL does and gloo does not; host:
+    seconds of a step that no number of tokens changes."""
 
     efficiency: float = 0.45
     overlap: float = 0.8
     read_efficiency: float = 0.8
     imbalance: float = 1.1
     reduce_scatter: bool = True
+    host: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("efficiency", "read_efficiency"):
@@ -47,6 +55,8 @@ class Assumptions:
             raise ValueError(f"overlap must be in [0, 1], got {self.overlap}")
         if self.imbalance < 1:
             raise ValueError(f"imbalance must be at least 1, got {self.imbalance}")
+        if not self.host >= 0:
+            raise ValueError(f"host must be at least 0, got {self.host}")
 
 
 @dataclass(frozen=True)
@@ -106,19 +116,19 @@ def predict(
     _check(counts, cluster, mesh, tokens, micro_batches)
     size = 2 if half else 4
     mine = tokens / cluster.gpus
-    sent = _sent(counts, cluster, mesh, mine, micro_batches, size, given)
-    seconds = _seconds(counts, cluster, mesh, mine, sent, checkpointing, half, given)
+    sent = _sent(counts, cluster, mesh, mine, micro_batches, checkpointing, size, given)
+    seconds = _seconds(counts, cluster, mesh, mine, sent, micro_batches, checkpointing, half, given)
     hidden = given.overlap * seconds["backward"]
     reduction = seconds["gradients"] + seconds["weights"]
     exposed = max(0.0, reduction - hidden)
-    step = seconds["forward"] + seconds["backward"] + seconds["all-to-all"] + exposed + seconds["optimiser"]
+    step = given.host + exposed + sum(seconds[part] for part in ("forward", "backward", "all-to-all", "optimiser"))
     memory = _memory(counts, cluster, mesh, mine / micro_batches, checkpointing, size)
     peak = cluster.gpu.half if half else cluster.gpu.single
     return Prediction(
         mesh,
         memory,
         sent,
-        seconds | {"exposed": exposed},
+        {"host": given.host} | seconds | {"exposed": exposed},
         step,
         tokens / step,
         3 * counts.flops * tokens / (step * cluster.gpus * peak),
@@ -165,7 +175,14 @@ def _memory(
 
 
 def _sent(
-    counts: ModelCounts, cluster: Cluster, mesh: Mesh, tokens: float, micro_batches: int, size: int, given: Assumptions
+    counts: ModelCounts,
+    cluster: Cluster,
+    mesh: Mesh,
+    tokens: float,
+    micro_batches: int,
+    checkpointing: bool,
+    size: int,
+    given: Assumptions,
 ) -> dict[str, float]:
     ranks = cluster.gpus
     outside = counts.dense + (counts.experts if mesh.expert == 1 else 0)
@@ -179,8 +196,8 @@ def _sent(
     owned = counts.experts / mesh.expert if mesh.expert > 1 else 0.0
     sent["expert gradients"] = 2 * (copies - 1) / copies * 4.0 * owned
     rows = sum(mixture.other_ranks(mesh.expert) for mixture in counts.mixtures)
-    # a row goes and its result comes back, forward and backward
-    sent["all-to-all"] = 4 * rows * tokens * counts.dim * size
+    # a row goes and its result comes back, forward, backward, and in a forward pass that is computed again
+    sent["all-to-all"] = (6 if checkpointing else 4) * rows * tokens * counts.dim * size
     return sent
 
 
@@ -190,6 +207,7 @@ def _seconds(
     mesh: Mesh,
     tokens: float,
     sent: dict[str, float],
+    micro_batches: int,
     checkpointing: bool,
     half: bool,
     given: Assumptions,
@@ -197,18 +215,32 @@ def _seconds(
     rate = given.efficiency * (cluster.gpu.half if half else cluster.gpu.single)
     busiest = given.imbalance if mesh.expert > 1 else 1.0
     forward = busiest * tokens * counts.flops / rate
-    steps = 2 * (cluster.gpus - 1) * cluster.latency
     copies = cluster.gpus // mesh.expert
     outside, experts = _owned(counts, cluster, mesh)
-    pairs = 4 * len(counts.mixtures) * (mesh.expert - 1) * cluster.latency
+    exchanges = FORWARD_EXCHANGES * (2 if checkpointing else 1) + BACKWARD_EXCHANGES
+    pairs = micro_batches * exchanges * len(counts.mixtures) * (mesh.expert - 1) * cluster.latency
+    reductions, gathers = _ring_steps(counts, cluster, mesh, micro_batches, given)
     return {
         "forward": forward,
         "backward": forward * (3 if checkpointing else 2),
         "all-to-all": sent["all-to-all"] / cluster.pairwise(mesh.expert) + pairs,
         "gradients": sent["gradients"] / cluster.ring(cluster.gpus)
         + sent["expert gradients"] / cluster.ring(copies, apart=mesh.expert)
-        + (steps if cluster.gpus > 1 else 0.0),
-        "weights": sent["weights"] / cluster.ring(cluster.gpus),
+        + reductions * cluster.latency,
+        "weights": sent["weights"] / cluster.ring(cluster.gpus) + gathers * cluster.latency,
         # weights, gradients and two moments are read, all but the gradients written
         "optimiser": 7 * 4.0 * (outside + experts) / (given.read_efficiency * cluster.gpu.read),
     }
+
+
+def _ring_steps(
+    counts: ModelCounts, cluster: Cluster, mesh: Mesh, micro_batches: int, given: Assumptions
+) -> tuple[int, int]:
+    """Steps of rings in a training step, one after another: of reductions of gradients, and of gathers of weights."""
+    others = cluster.gpus - 1
+    if mesh.shard == "none":
+        return 2 * others, 0
+    return (
+        (counts.layers + 1) * (1 if given.reduce_scatter else 2) * others,
+        micro_batches * (2 * counts.layers + 1) * others,
+    )
