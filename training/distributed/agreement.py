@@ -10,8 +10,8 @@ from training.config import DistributedConfig, RunConfig
 from training.distributed.world import Tell, World
 from training.precision import choose_precision
 
-# methods that compute the same on every rank from weights and reduced gradients
-REPLICATED = ("magnitude", "static", "set", "rigl", "snfs", "dsr", "deep_r", "top_kast", "preferential",
+# methods that also work with the part of a matrix, or the experts, that a rank has
+SHARDED = ("magnitude", "static", "set", "rigl", "snfs", "dsr", "deep_r", "top_kast", "preferential",
               "robust_rewiring")  # fmt: skip
 
 
@@ -40,11 +40,12 @@ def require_methods(config: RunConfig) -> None:
     """Raises: ValueError for a method of [sparsify] or compression that the layout of [distributed] does not allow."""
     wanted, method = config.distributed, config.sparsify.method
     sparse = config.sparsify.sparsity > 0 or method != "magnitude"
-    if sparse and method not in REPLICATED:
+    if method == "variational":
         raise ValueError(
-            f"sparsify.method must be one of {', '.join(REPLICATED)} with several processes, got {method!r}: what it"
-            " learns besides the weights is not averaged"
+            "sparsify.method must not be 'variational' with several processes: each would draw its own noise"
         )
+    if sparse and method not in SHARDED:
+        _require_whole(wanted, f"sparsify.method={method!r}", "it works with whole matrices, the same on every rank")
     if sparse and method == "robust_rewiring" and config.sparsify.attack:
         raise ValueError(f"sparsify.attack must be 0 with several processes, got {config.sparsify.attack}")
     if config.optim.sparse_state:
@@ -56,6 +57,11 @@ def require_methods(config: RunConfig) -> None:
         raise ValueError(
             f"distributed.compression must be 'none' with distributed.shard='fsdp', got {wanted.compression!r}:"
             " FSDP2 reduces dense gradients"
+        )
+    if sparse and wanted.compression != "none" and method in ("rigl", "snfs", "nest"):
+        raise ValueError(
+            f"distributed.compression must be 'none' with sparsify.method={method!r}, got {wanted.compression!r}: it"
+            " grows by gradients, most of which compression holds back"
         )
     if wanted.compression == "dgc" and config.optim.betas[0] > 0:
         raise ValueError(
