@@ -130,6 +130,14 @@ def check_kept(masks: Mapping[str, Tensor], sparsity: float) -> None:
             )
 
 
+def check_same(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Raises: ValueError unless there is a mask of the shape of each weight, and no other."""
+    if masks.keys() != weights.keys():
+        odd = sorted(masks.keys() ^ weights.keys())
+        raise ValueError(f"masks must be those of the model's {len(weights)} weights, got {odd[0]!r} besides")
+    check_shapes(masks, weights)
+
+
 def check_shapes(masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
     """Raises: ValueError for a mask that has not the shape of the parameter of its name."""
     for name, mask in masks.items():

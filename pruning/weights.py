@@ -36,6 +36,32 @@ def default_weights(model: nn.Module) -> dict[str, nn.Parameter]:
              and (id(p) in linear or (p.ndim == 3 and name.rpartition(".")[2] in STACKS))}  # fmt: skip
 
 
+def growable_weights(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
+    """`prunable_weights`, each of which trains and is one layer's own: those whose masks are found in training, where a
+    frozen one would be pruned and never learn, and one that two layers share would have two gradients for one choice.
+
+    Raises: as `prunable_weights`; ValueError for a frozen weight, and one that the model holds under two names."""
+    chosen = prunable_weights(model, names)
+    check_values(chosen)
+    for name, weight in chosen.items():
+        if not weight.requires_grad:
+            raise ValueError(f"weights must train while their masks are found, got {name!r} with requires_grad=False: "
+                             "leave it out with weights=")  # fmt: skip
+    check_unshared(model, chosen)
+    return chosen
+
+
+def check_unshared(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raises: ValueError for a weight that the model holds under two names."""
+    held: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        held.setdefault(id(parameter), []).append(name)
+    for weight in weights.values():
+        if len(held.get(id(weight), ())) > 1:
+            raise ValueError(f"weights whose masks change must be of one layer, got one shared by {held[id(weight)]}: "
+                             "leave it out with weights=")  # fmt: skip
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is a Conv1D of transformers: a matrix stored [in, out]."""
     return type(module).__name__ == "Conv1D"

@@ -16,7 +16,7 @@ from pruning.dynamic.sparse_adamw import SparseAdamW
 from pruning.masking import Masks, clear_gradients
 from pruning.sharding import as_wholes, gathered, own_part, put, sharded_as, spread_layouts, whole
 from pruning.structure import check_fraction, unstructured
-from pruning.weights import check_values, matrices, prunable_weights
+from pruning.weights import growable_weights, matrices
 
 
 class DynamicSparsity(ABC):
@@ -57,7 +57,7 @@ class DynamicSparsity(ABC):
         for name, value in (("every", every), ("stop", stop)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
-        if stop is not None and 1 < every >= stop:
+        if stop is not None and self.has_updates and every >= stop:
             raise ValueError(f"every must be < stop={stop}, or no update would come, got {every}")
         self.model, self.sparsity, self.every, self.stop, self.fraction = model, sparsity, every, stop, fraction
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -94,6 +94,11 @@ class DynamicSparsity(ABC):
     def settle(self, optimizer: Optimizer) -> None:
         """After the optimiser's step, before absent weights are set to 0."""
         return
+
+    @property
+    def has_updates(self) -> bool:
+        """Whether :meth:`update` moves connections, every ``every`` steps."""
+        return True
 
     @property
     def skips_step(self) -> bool:
@@ -220,25 +225,6 @@ class DynamicSparsity(ABC):
     def _uniform(self, like: Tensor) -> Float[Tensor, "..."]:
         """Uniform on [0, 1), drawn on the CPU so that a seed means the same on every device."""
         return torch.rand(like.shape, generator=self.generator).to(like.device)
-
-
-def growable_weights(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
-    """`prunable_weights`, each of which trains and is one layer's own, as growth by its gradient needs.
-
-    Raises: as `prunable_weights`; ValueError for a frozen weight, and one that the model holds under two names."""
-    chosen = prunable_weights(model, names)
-    check_values(chosen)
-    held: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        held.setdefault(id(parameter), []).append(name)
-    for name, weight in chosen.items():
-        if not weight.requires_grad:
-            raise ValueError(f"connections grow in weights that train, got {name!r} with requires_grad=False: "
-                             "leave it out with weights=")  # fmt: skip
-        if len(held[id(weight)]) > 1:
-            raise ValueError(f"connections grow in weights of one layer, got one shared by {held[id(weight)]}: "
-                             "leave it out with weights=")  # fmt: skip
-    return chosen
 
 
 def check_counts(scores: Mapping[str, Tensor], removed: Mapping[str, int], sparsity: float) -> None:

@@ -49,6 +49,11 @@ class DeepR(DynamicSparsity):
             name: torch.where(weight.data < 0, -1, 1).to(torch.int8) for name, weight in self._weights.items()
         }
 
+    @property
+    def has_updates(self) -> bool:
+        """False: the walk rewires in every step."""
+        return False
+
     def update(self, optimizer: Optimizer) -> dict[str, Bool[Tensor, "out in"]]:
         """Nothing before the step: the walk follows it."""
         return {}

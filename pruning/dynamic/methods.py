@@ -50,6 +50,11 @@ class StaticSparsity(DynamicSparsity):
         outputs, inputs = noise.shape
         return self.topology(outputs, inputs, noise.numel() - removed, self.generator).to(noise.device)
 
+    @property
+    def has_updates(self) -> bool:
+        """False: nothing moves."""
+        return False
+
     def due(self) -> bool:
         """Never."""
         return False

@@ -62,6 +62,11 @@ class RobustRewiring(DynamicSparsity):
         signs = {name: self._drawn_sign(masks[name], weight) for name, weight in gathered(views).items()}
         self._signs = {name: sharded_as(sign, views[name]) for name, sign in signs.items()}
 
+    @property
+    def has_updates(self) -> bool:
+        """False: the walk rewires in every step."""
+        return False
+
     def update(self, optimizer: Optimizer) -> dict[str, Bool[Tensor, "out in"]]:
         """Nothing before the step: the walk follows it."""
         return {}

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pruning.allocation import Allocation, erk
-from pruning.dynamic.base import check_counts, growable_weights
+from pruning.dynamic.base import check_counts
 from pruning.masking import Masks, check_shapes
 from pruning.sharding import as_wholes, gathered, own_part, sharded_as, spread_layouts
 from pruning.sparsifier import select_masks
 from pruning.structure import check_fraction
-from pruning.weights import matrices
+from pruning.weights import growable_weights, matrices
 
 
 @final

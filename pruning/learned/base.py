@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from pruning.masking import Masks, check_shapes, clear_gradients
+from pruning.masking import Masks, check_same, clear_gradients
 from pruning.weights import check_values, prunable_weights
 
 
@@ -240,10 +240,7 @@ class LearnedSparsity(ABC):
             _add(parameter, part)
 
     def _own(self, masks: Mapping[str, Tensor]) -> Masks:
-        if masks.keys() != self._weights.keys():
-            odd = sorted(masks.keys() ^ self._weights.keys())
-            raise ValueError(f"masks must be those of the model's {len(self._weights)} weights, got {odd[0]!r} besides")
-        check_shapes(masks, self._weights)
+        check_same(masks, self._weights)
         return Masks.from_state_dict({name: mask.to(self._weights[name].device) for name, mask in masks.items()})
 
     def _own_gates(self, tensors: Mapping[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ from pruning.learned.base import LearnedSparsity
 from pruning.masking import Masks
 from pruning.schedules import Schedule
 from pruning.sparsifier import select_masks
+from pruning.weights import check_unshared
 
 
 class ChosenMasks(LearnedSparsity):
@@ -32,6 +33,7 @@ class ChosenMasks(LearnedSparsity):
         weights: Sequence[str] | None = None,
     ) -> None:
         super().__init__(model, gate_lr=gate_lr, weights=weights)
+        check_unshared(model, self._weights)
         if every < 1:
             raise ValueError(f"every must be >= 1, got {every}")
         self.schedule, self.allocation, self.every = schedule, allocation, every

@@ -11,6 +11,7 @@ from pruning.allocation import Allocation, guarded_ranking
 from pruning.learned.base import LearnedSparsity
 from pruning.sparsifier import select_masks
 from pruning.structure import check_fraction
+from pruning.weights import check_unshared
 
 
 @final
@@ -37,6 +38,7 @@ class LearningCompression(LearnedSparsity):
         weights: Sequence[str] | None = None,
     ) -> None:
         super().__init__(model, weights=weights)
+        check_unshared(model, self._weights)
         check_fraction("sparsity", sparsity)
         if not mu > 0:
             raise ValueError(f"mu must be > 0, got {mu}")

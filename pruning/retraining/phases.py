@@ -14,6 +14,7 @@ from pruning.learned.base import LearnedSparsity
 from pruning.masking import Masks, clear_gradients
 from pruning.sparsifier import select_masks
 from pruning.structure import check_fraction
+from pruning.weights import check_unshared
 
 
 class Phases(LearnedSparsity):
@@ -32,6 +33,7 @@ class Phases(LearnedSparsity):
         weights: Sequence[str] | None = None,
     ) -> None:
         super().__init__(model, weights=weights)
+        check_unshared(model, self._weights)
         check_fraction("sparsity", sparsity)
         self.sparsity, self.allocation = sparsity, allocation
         self._now: Masks | None = None

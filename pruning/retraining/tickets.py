@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 from pruning.allocation import Allocation, uniform
 from pruning.lottery import EarlyBird, Ticket, tensors_to_rewind
 from pruning.mask_selection import select_masks
-from pruning.masking import Masks, check_kept, clear_gradients
+from pruning.masking import Masks, check_kept, check_same, clear_gradients
 from pruning.saliency.data_free import magnitude
 from pruning.structure import check_fraction
-from pruning.weights import check_values, prunable_weights
+from pruning.weights import growable_weights
 
 
 @final
@@ -25,7 +25,8 @@ class Rewinding:
     weights is left; what stays, and every other parameter and buffer, goes back to W_k, and the optimiser forgets its
     moments. The last pass trains the ticket: the run takes rewind + (rounds + 1) · every steps, of which rewind + every
     train the weights that it ends with. The stream of data is not wound back. Frankle et al. 2020 (arXiv:1912.05671).
-    Raises: ValueError for a sparsity outside [0, 1), rounds or every below 1, rewind below 0.
+    Raises: ValueError for a sparsity outside [0, 1), rounds or every below 1, rewind below 0, and weights that are
+    frozen or shared by two layers.
     """
 
     def __init__(
@@ -45,8 +46,7 @@ class Rewinding:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
         self.model, self.sparsity, self.every, self.rounds, self.rewind = model, sparsity, every, rounds, rewind
         self.allocation, self.step = allocation, 0
-        self._weights = prunable_weights(model, weights)
-        check_values(self._weights)
+        self._weights = growable_weights(model, weights)
         self._masks = Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in self._weights.items()})
         self._values = {} if rewind else self._now()
 
@@ -82,7 +82,10 @@ class Rewinding:
         return {"step": self.step, "masks": self._masks.state_dict(), "values": dict(self._values)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state_dict()``; the masks are applied to the model at once."""
+        """Go on from ``state_dict()``; the masks are applied to the model at once.
+
+        Raises: ValueError if the masks are not those of this model's weights; then nothing has changed."""
+        check_same(state["masks"], self._weights)
         masks = Masks.from_state_dict({n: mask.to(self._weights[n].device) for n, mask in state["masks"].items()})
         masks.apply(self.model)
         self._masks, self.step, self._values = masks, state["step"], dict(state["values"])
@@ -104,7 +107,10 @@ class EarlyBirdPruning:
     Every ``every`` steps :class:`pruning.lottery.EarlyBird` draws a mask; at the first that is near each of the last
     ``window``, or at step ``end`` if none was, the smallest magnitudes go. Distances are relative to the largest
     possible, so that the threshold says the same at every sparsity. You et al. 2020 (arXiv:1909.11957).
-    found: the step at which it pruned, None before. Raises: as `EarlyBird`; ValueError for every or end below 1.
+    found: the step at which it pruned, None before. forced: whether that was ``end``, where no mask had settled: then
+    it is magnitude pruning at that step, and no early bird.
+    Raises: as `EarlyBird`; ValueError for every or end below 1, weights that are frozen or shared by two layers, and
+    window + 1 masks, the fewest that can settle, that are not drawn by ``end``.
     """
 
     def __init__(
@@ -122,11 +128,15 @@ class EarlyBirdPruning:
         for name, value in (("every", every), ("end", end)):
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
+        if every * (window + 1) > end:
+            raise ValueError(f"every must be <= end / (window + 1) = {end // (window + 1)}, so that a mask can settle"
+                             f" by end={end}, got {every}")  # fmt: skip
         self.model, self.every, self.end, self.step = model, every, end, 0
         self.bird = EarlyBird(model, sparsity=sparsity, window=window, threshold=threshold, relative=True,
                               allocation=allocation, weights=weights)  # fmt: skip
         self.found: int | None = None
-        self._weights = prunable_weights(model, weights)
+        self.forced = False
+        self._weights = growable_weights(model, weights)
 
     def before_step(self, optimizer: Optimizer) -> bool:
         """Once it pruned, clear the gradients of what went: they would count where training clips. True: step."""
@@ -141,6 +151,7 @@ class EarlyBirdPruning:
         if self.found is None and (self.step % self.every == 0 or self.step == self.end):
             settled = self.bird.observe()
             self.found = self.step if settled or self.step >= self.end else None
+            self.forced = self.found is not None and not settled
         if self.found is not None:
             self.bird.masks().apply(self.model)
 
@@ -151,12 +162,14 @@ class EarlyBirdPruning:
         return Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in self._weights.items()})
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, the step at which it pruned, and the masks seen, for a checkpoint."""
-        return {"step": self.step, "found": self.found, "bird": self.bird.state_dict()}
+        """Step, the step at which it pruned and whether it had to, and the masks seen, for a checkpoint."""
+        return {"step": self.step, "found": self.found, "forced": self.forced, "bird": self.bird.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state_dict()``."""
-        self.step, self.found = state["step"], state["found"]
+        """Go on from ``state_dict()``. Raises: ValueError if the masks are not those of this model's weights."""
+        for masks in state["bird"]["last"]:
+            check_same(masks, self._weights)
+        self.step, self.found, self.forced = state["step"], state["found"], state["forced"]
         self.bird.load_state_dict(state["bird"])
 
 

@@ -30,7 +30,7 @@ MADE = {
     "one-shot": lambda m: Sparsifier(m, schedule=one_shot(0.5, step=2)),
     "taylor": lambda m: Sparsifier(m, schedule=one_shot(0.5, step=2), saliency=lambda w: (w * w.grad).abs()),
     "lottery": lambda m: Rewinding(m, sparsity=0.5, every=2, rounds=2, rewind=1),
-    "early bird": lambda m: EarlyBirdPruning(m, sparsity=0.5, every=1, end=3),
+    "early bird": lambda m: EarlyBirdPruning(m, sparsity=0.5, every=1, end=3, window=2),
     "iht": lambda m: HardThresholding(m, sparsity=0.5, sparse_steps=3, dense_steps=2),
     "dsd": lambda m: DenseSparseDense(m, sparsity=0.5, begin=1, end=4),
     "generalization": lambda m: GeneralizationDriven(m, sparsity=0.5, when="low", most=0.3),
