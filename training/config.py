@@ -16,7 +16,7 @@ from moe.losses import Scope
 from training.model_config import ModelConfig
 from training.optim import Schedule
 from training.precision import DTypeName
-from training.sparsify_config import SparsifyConfig, check_sparsify
+from training.sparsify_config import SparsifyConfig, check_evaluations, check_sparsify
 
 POSITIVE_IN_TRAIN = ("steps", "batch", "accumulation", "threads", "log_every", "eval_every", "eval_batches",
                      "save_every", "keep", "sample_every", "sample_tokens", "stop_at")  # fmt: skip
@@ -237,6 +237,7 @@ def _check(config: RunConfig) -> None:
     if config.model.max_length is not None and config.model.max_length < data.length:
         raise ValueError(f"model.max_length must be at least data.length={data.length}, got {config.model.max_length}")
     check_sparsify(config.sparsify, steps=train.steps)
+    check_evaluations(config.sparsify, steps=train.steps, eval_every=train.eval_every)
     if train.compile and config.sparsify.method == "variational":
         raise ValueError("train.compile must be false for sparsify.method='variational', whose hooks it would skip")
     _check_optim(optim)

@@ -12,8 +12,12 @@ SparsifyMethod = Literal[
 ]  # fmt: skip
 # These find their sparsity; `strength` is what they are asked.
 FINDING = ("soft_movement", "l0", "l0_units", "str", "variational", "variational_units", "proximal", "group_proximal")
-# These do something every `every` steps, before the step at which they rest.
-UPDATING = ("set", "rigl", "snfs", "dsr", "preferential", "nest", "lc", "early_bird")
+# These move connections every `every` steps, before the step at which they rest.
+UPDATING = ("set", "rigl", "snfs", "dsr", "preferential")
+# These reach their sparsity along a schedule; the last two choose masks at multiples of `every`.
+GRADUAL = ("magnitude", "movement", "feedback")
+BEGINNING = (*GRADUAL, "iht", "dsd", "generalization", "lottery")
+EARLY_BIRD_WINDOW = 5
 STRONG = (*FINDING, "lc", "l1", "hoyer_square", "group_lasso", "sigmoid_units", "softplus_units", "polarized_units")
 
 
@@ -41,9 +45,10 @@ class SparsifyConfig:
     fraction: float = 0.3
     """Share of the connections that an update of set, rigl, snfs, dsr or preferential moves; of the weights that one
     evaluation of 'generalization' prunes at most."""
-    when: Literal["low", "high"] = "low"
-    """At which generalisation loss 'generalization' prunes most: 'low', while the held-out loss is the best so far, so
-    that the sparsity is reached; 'high', the further it is above its best (Prechelt 1997), the sparsity as a bound."""
+    when: Literal["low", "high"] = "high"
+    """At which generalisation loss 'generalization' prunes most: 'high', the further the held-out loss is above its
+    best (Prechelt 1997), the sparsity being a bound; 'low', its reverse, 'fraction' of what is left after each
+    evaluation that is the best so far, which reaches the sparsity if there are enough of them."""
     topology: Literal["random", "banded", "local", "block_diagonal", "small_world"] = "random"
     """How 'static' lays its connections out."""
     attack: float = 0.05
@@ -51,7 +56,8 @@ class SparsifyConfig:
     allocation: Literal["erk", "uniform"] = "erk"
     """How a method that is sparse from the start spreads its weights: Erdős–Rényi, or evenly."""
     begin: int = 0
-    """Step at which pruning begins; for lottery, to which it rewinds."""
+    """Step at which pruning begins; for lottery, to which it rewinds. 0 for iht: as soon as the last phase can be a
+    whole sparse one."""
     end: int = 0
     """Step at which magnitude pruning reaches its share, at or before 'begin' at once; at which movement and feedback
     do, or after which the connections of the methods that are sparse from the start rest, 0 for three quarters of the
@@ -94,6 +100,8 @@ def check_sparsify(config: SparsifyConfig, *, steps: int) -> None:
         raise ValueError(f"sparsify.rate must be 'keep' for method={config.method!r}, got {config.rate!r}")
     if config.rounds < 1:
         raise ValueError(f"sparsify.rounds must be >= 1, got {config.rounds}")
+    if config.sparsity:
+        _check_times(config, steps)
     if config.method == "lottery" and config.sparsity:
         left, passes = steps - config.begin, config.rounds + 1
         if left < passes or left % passes:
@@ -101,9 +109,105 @@ def check_sparsify(config: SparsifyConfig, *, steps: int) -> None:
                 f"train.steps - sparsify.begin must be a multiple of sparsify.rounds + 1 = {passes}, got {left}: each"
                 " pass has as many steps"
             )
-    rest = steps if config.method == "lc" else config.end or max(1, steps * 3 // 4)
-    if config.method in UPDATING and config.sparsity and 1 < config.every >= rest:
+
+
+def last_update(config: SparsifyConfig, steps: int) -> int:
+    """The step from which connections rest: ``end``, or three quarters of the training."""
+    return config.end or max(1, steps * 3 // 4)
+
+
+def sparse_dense_sparse(config: SparsifyConfig, steps: int) -> int:
+    """The step at which 'iht' begins: ``begin``, or the first from which its last phase is a whole sparse one."""
+    return config.begin or (steps - config.every) % (2 * config.every)
+
+
+def _check_times(config: SparsifyConfig, steps: int) -> None:
+    """Raises: ValueError where what the method does every so often, or from some step on, would not come in time."""
+    method, every = config.method, config.every
+    if method in BEGINNING and not 0 <= config.begin < steps:
+        raise ValueError(f"sparsify.begin must be in [0, train.steps={steps}), got {config.begin}")
+    rest = min(last_update(config, steps), steps)
+    if method in UPDATING and every >= rest:
         raise ValueError(
-            f"sparsify.every must be < {rest}, the step at which method={config.method!r} rests in a training of"
-            f" {steps} steps, got {config.every}: it would never update"
+            f"sparsify.every must be < {rest}, the step at which method={method!r} rests in a training of"
+            f" {steps} steps, got {every}: it would never update"
+        )
+    if method in ("top_kast", "lc") and every >= steps:
+        raise ValueError(f"sparsify.every must be < train.steps={steps} for method={method!r}, got {every}")
+    if method == "nest" and 2 * every > min(rest, steps - 1):
+        raise ValueError(
+            f"sparsify.every must be <= {min(rest, steps - 1) // 2} in a training of {steps} steps, so that 'nest'"
+            f" grows and then prunes, got {every}"
+        )
+    if method == "early_bird":
+        _check_early_bird(config, steps)
+    if method in GRADUAL:
+        _check_gradual(config, steps)
+    if method == "iht":
+        _check_phases(config, steps)
+    if method == "dsd":
+        _check_dense_again(config, steps)
+
+
+def _check_early_bird(config: SparsifyConfig, steps: int) -> None:
+    end, masks = last_update(config, steps), EARLY_BIRD_WINDOW + 1
+    if end > steps:
+        raise ValueError(f"sparsify.end must be <= train.steps={steps}, or it may never prune, got {end}")
+    if config.every * masks > end:
+        raise ValueError(
+            f"sparsify.every must be <= {end // masks}, so that the {masks} masks that show one to have settled are"
+            f" drawn by step {end}, got {config.every}"
+        )
+
+
+def _check_gradual(config: SparsifyConfig, steps: int) -> None:
+    end = config.end if config.method == "magnitude" else last_update(config, steps)
+    if end > steps:
+        raise ValueError(f"sparsify.end must be <= train.steps={steps}, got {end}: the sparsity would not be reached")
+    if config.begin < end and config.every > end - config.begin:
+        raise ValueError(
+            f"sparsify.every must be <= {end - config.begin}, the steps from sparsify.begin to the end of pruning at"
+            f" {end}, got {config.every}"
+        )
+    reached, last = max(end, config.begin), steps // config.every * config.every
+    if config.method != "magnitude" and last < reached:
+        raise ValueError(
+            f"sparsify.every must have a multiple in [{reached}, train.steps={steps}], where the last masks are chosen,"
+            f" got {config.every}"
+        )
+
+
+def _check_phases(config: SparsifyConfig, steps: int) -> None:
+    begin, cycle = sparse_dense_sparse(config, steps), 2 * config.every
+    if begin + config.every > steps:
+        raise ValueError(
+            f"sparsify.every must be <= {steps - config.begin}, the steps from sparsify.begin={config.begin} on, for"
+            f" one sparse phase, got {config.every}"
+        )
+    if (steps - 1 - begin) % cycle >= config.every:
+        later = begin + (steps - begin - config.every) % cycle
+        raise ValueError(
+            f"a training of {steps} steps with sparsify.begin={begin} and sparsify.every={config.every} ends in a dense"
+            f" phase of 'iht', whose weights would then be cut: sparsify.begin must be {later}, or 0 for the first that"
+            f" fits"
+        )
+
+
+def _check_dense_again(config: SparsifyConfig, steps: int) -> None:
+    if not config.end and config.begin:
+        raise ValueError(f"sparsify.begin must be 0 without sparsify.end for method='dsd', got {config.begin}")
+    if config.end and not config.begin < config.end < steps:
+        raise ValueError(
+            f"sparsify.end must be in (sparsify.begin={config.begin}, train.steps={steps}) for method='dsd', which is"
+            f" dense again from it on, got {config.end}"
+        )
+
+
+def check_evaluations(config: SparsifyConfig, *, steps: int, eval_every: int) -> None:
+    """Raises: ValueError if 'generalization' would see no evaluation at which it may still prune."""
+    last = (steps - 1) // eval_every * eval_every
+    if config.method == "generalization" and config.sparsity and last < max(1, config.begin):
+        raise ValueError(
+            f"train.eval_every must have a multiple in [{max(1, config.begin)}, train.steps={steps}) for"
+            f" method='generalization', which prunes after evaluations, got {eval_every}"
         )

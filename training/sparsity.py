@@ -56,7 +56,7 @@ from pruning.retraining import (
 )
 from pruning.schedules import Schedule, cubic, exponential, iterative, linear, one_shot, prunings, rewarmed, rewound
 from training.moments import Sparsifier as Method
-from training.sparsify_config import FINDING, SparsifyConfig
+from training.sparsify_config import EARLY_BIRD_WINDOW, FINDING, SparsifyConfig, last_update, sparse_dense_sparse
 from transformer import Transformer
 
 FROM_THE_START = ("static", "set", "rigl", "snfs", "dsr", "deep_r", "top_kast", "nest", "preferential",
@@ -126,11 +126,6 @@ def pruning_schedule(config: SparsifyConfig, end: int) -> Schedule:
     return make(config.sparsity, begin=config.begin, end=end, every=config.every)
 
 
-def last_update(config: SparsifyConfig, steps: int) -> int:
-    """The step from which connections rest: ``end``, or three quarters of the training."""
-    return config.end or max(1, steps * 3 // 4)
-
-
 def _sparse_from_the_start(config: SparsifyConfig, model: Transformer, steps: int, seed: int) -> Method:
     sizes: dict[str, Any] = {
         "sparsity": config.sparsity, "allocation": erk if config.allocation == "erk" else uniform,
@@ -146,7 +141,7 @@ def _sparse_from_the_start(config: SparsifyConfig, model: Transformer, steps: in
     if config.method == "static":
         return StaticSparsity(model, topology=TOPOLOGIES[config.topology], **sizes)
     if config.method == "nest":
-        updates = max(2, stop // config.every)
+        updates = max(2, min(stop, steps - 1) // config.every)
         return NeST(model, every=config.every, growths=updates // 2, prunings=updates - updates // 2, **sizes)
     kinds: dict[str, type[DynamicSparsity]] = {
         "set": SET, "rigl": RigL, "snfs": SNFS, "dsr": DSR, "preferential": PreferentialAttachment,
@@ -185,7 +180,11 @@ def _asked(config: SparsifyConfig, model: Transformer, steps: int) -> Method:
         "feedback": lambda: Feedback(model, **gradual),
         "dnw": lambda: NeuralWirings(model, sparsity=config.sparsity),
         "iht": lambda: HardThresholding(
-            model, sparse_steps=config.every, dense_steps=config.every, begin=config.begin, **asked
+            model,
+            sparse_steps=config.every,
+            dense_steps=config.every,
+            begin=sparse_dense_sparse(config, steps),
+            **asked,
         ),
         "dsd": lambda: DenseSparseDense(model, begin=begin, end=end, **asked),
         "lc": lambda: LearningCompression(
@@ -197,7 +196,9 @@ def _asked(config: SparsifyConfig, model: Transformer, steps: int) -> Method:
         "lottery": lambda: Rewinding(
             model, every=pass_steps(config, steps), rounds=config.rounds, rewind=config.begin, **asked
         ),
-        "early_bird": lambda: EarlyBirdPruning(model, every=config.every, end=last_update(config, steps), **asked),
+        "early_bird": lambda: EarlyBirdPruning(
+            model, every=config.every, end=last_update(config, steps), window=EARLY_BIRD_WINDOW, **asked
+        ),
         "l1": lambda: Regularized(model, penalty=l1, **shrinking),
         "hoyer_square": lambda: Regularized(model, penalty=hoyer_square, **shrinking),
         "group_lasso": lambda: Regularized(model, penalty=partial(group_lasso, axes=_units(model)), **shrinking),
