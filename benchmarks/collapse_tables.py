@@ -34,7 +34,8 @@ def collapse(lines: list[Line]) -> str:
         f"{model} {mean(line['nats'] for line in some):.2f}, {some[0]['weights']:,} weights in {some[0]['matrices']}"
         for (model, method, _), some in found.items() if method == "dense"
     )  # fmt: skip
-    seeds = len({line["seed"] for line in lines if line["name"] == "collapse"})
+    counts = sorted({len(some) for some in found.values()})
+    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return table(["one weight of … stays", *(f"{compression:,.1f}" for compression in compressions)], rows) + (
         f"\n\nHeld-out nats a byte of {one['text']} after {one['steps']} steps, mean of {seeds} seeds and half their "
         f"range. † in so many of them a matrix kept nothing, or no path was left. Dense: {dense}. The best constant: "
@@ -106,8 +107,8 @@ def _panel(
         x, y = place(1, step)
         parts.append(f'<text x="{x - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{step}</text>')
     for power in range(math.floor(last) + 1):
-        x = place(10**power, ends[0])[0]
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">1/{10**power:,}</text>')
+        x, label = place(10**power, ends[0])[0], f"1/{10**power:,}" if power else "all"
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{label}</text>')
     for index, curve in enumerate(curves.values()):
         parts += _drawn(COLOURS[index], [(*place(compression, nats), empty) for compression, nats, empty in curve])
     return parts

@@ -55,9 +55,10 @@ def shrunk(lines: list[Line]) -> str:
     ]  # fmt: skip
     head = ["heads asked", "removed", "parameters", "file", "forward, whole", "forward, shrunk", "times as fast"]
     clock = list(timed.values())
+    file = "The file that save_pretrained writes, float32. " if sizes else ""
     return table(head, cells) + (
-        f"\n\nThe file that save_pretrained writes, float32. Forward passes of 4 x 512 tokens without the head, in "
-        f"turns on {clock[-1]['threads']} thread(s). {made([*sizes.values(), *clock])}"
+        f"\n\n{file}Forward passes of 4 x 512 tokens without the head, in turns on {clock[-1]['threads']} thread(s). "
+        f"{made([*sizes.values(), *clock])}"
     )
 
 
