@@ -75,8 +75,8 @@ class PruneArguments:
     and neurons, those that the model has, if left out."""
     importance: str = "gradient"
     """How heads and neurons are ranked. By the loss: gradient (of a gate on each), taylor, sensitivity, leave-one-out
-    (slow); by what they put out: confidence (heads), energy, variance, active, firing; without text: magnitude,
-    random."""
+    (slow), hard-concrete (gates that learn); by what they put out: confidence (heads), energy, variance, active,
+    firing; without text: magnitude, random."""
     normalize: Literal["layer", "none"] | None = None
     """Whether scores of a layer are divided by their norm before layers are compared; as the importance's paper does
     if left out."""

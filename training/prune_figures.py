@@ -135,6 +135,7 @@ def line_figure(values: Sequence[float], drawn: Sequence[float], *, name: str, t
         axes.plot(steps, values, color=FIRST, alpha=0.25, lw=1)
         axes.plot(steps, drawn, color=FIRST, lw=2)
         axes.set_ylim(0, 1.08 * max(values))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("step", color=MUTED)
         axes.set_title(title)
 

@@ -18,9 +18,12 @@ from pruning import (
     random_importance,
     response_importance,
 )
-from pruning.batches import Loss, Progress
+from pruning.batches import Loss, Progress, evaluating, model_batches, scalar_loss
+from pruning.learned import L0Units
 from pruning.saliency.activations import Response, Statistic
+from pruning.saliency.record import record
 
+PASSES, GATE_RATE = 8, 0.1  # of hard-concrete gates
 NORMALIZE: Mapping[str, str | None] = {"layer": "l2", "none": None}
 
 
@@ -80,12 +83,46 @@ def _random(ask: Ask) -> AxisScores:
     return random_importance(ask.axes, generator=torch.Generator().manual_seed(ask.seed))
 
 
+def _hard_concrete(ask: Ask) -> AxisScores:
+    """log α of a hard-concrete gate on each unit (Voita et al. 2019, arXiv:1905.09418), after PASSES over the text in
+    which the gates alone learn, from the loss and from a nat for keeping all of them."""
+    plain = ask.model
+    with evaluating(plain, frozen=False):
+        method = L0Units(plain, kinds=(ask.axes[0].kind,), axes=ask.axes,
+                         generator=torch.Generator().manual_seed(ask.seed))  # fmt: skip
+        matrices = {id(plain.get_parameter(name)) for name in method.groups}
+        for parameter in plain.parameters():
+            parameter.requires_grad_(id(parameter) in matrices)
+        # of the model itself alone: its gates draw noise, and no dropout does
+        plain.training = True
+        _learn_gates(ask, method)
+    gates = method.named_gates()
+    values = {group.name: gates[name].detach() for name, group in method.groups.items()}
+    samples = sum(map(len, ask.batches))
+    return record(ask.axes, values, method="hard-concrete gate", samples=samples, normalize=ask.normalize)
+
+
+def _learn_gates(ask: Ask, method: L0Units) -> None:
+    optimizer = torch.optim.Adam(method.named_gates().values(), lr=GATE_RATE)
+    batches = list(model_batches(ask.model, list(ask.batches) * PASSES))
+    for batch in ask.progress(batches) if ask.progress else batches:
+        with method.parametrise():
+            (scalar_loss(ask.model, batch, ask.loss) / len(batch)).backward()
+        method.before_step(optimizer)
+        optimizer.step()
+        method.after_step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        for name in method.groups:
+            ask.model.get_parameter(name).grad = None
+
+
 IMPORTANCES: dict[str, Importance] = {
     "gradient": Importance(_gradient, by_layer=("heads",)),
     "taylor": Importance(partial(_response, response="taylor")),
     "sensitivity": Importance(partial(_response, response="sensitivity")),
     "leave-one-out": Importance(_leave_one_out),
     "confidence": Importance(_confidence, kinds=("heads",)),
+    "hard-concrete": Importance(_hard_concrete),
     "energy": Importance(partial(_statistic, statistic="energy")),
     "variance": Importance(partial(_statistic, statistic="variance")),
     "active": Importance(partial(_statistic, statistic="active")),

@@ -76,7 +76,7 @@ def test_each_name_is_the_library_s_function(folders: Path, kind: str) -> None:
     }  # fmt: skip
     if kind == "heads":
         expected["confidence"] = attention_confidence(model, batches, axes=axes)
-    assert set(expected) == {name for name, one in IMPORTANCES.items() if kind in one.kinds}
+    assert {*expected, "hard-concrete"} == {name for name, one in IMPORTANCES.items() if kind in one.kinds}
     for name, scores in expected.items():
         found = scores_of(name, kind, model, axes, batches, loss=None, normalize=None, seed=7, progress=None)
         assert set(found) == set(scores) and all(found[axis].equal(scores[axis]) for axis in scores), name
@@ -84,6 +84,34 @@ def test_each_name_is_the_library_s_function(folders: Path, kind: str) -> None:
     assert all(raw[a].equal(gate_importance(model, batches, axes=axes)[a]) for a in raw)
     even = scores_of("taylor", kind, model, axes, batches, loss=None, normalize="layer", seed=7, progress=None)
     assert all(even[a].norm() == pytest.approx(1) for a in even)
+
+
+@pytest.mark.parametrize("kind", ["heads", "neurons"])
+def test_hard_concrete_gates_stay_open_where_the_output_needs_them(folders: Path, kind: str) -> None:
+    """A loss that wants the outputs as they were, and half the units without a way out."""
+    model, width, needed = load(folders / "llama"), 4 if kind == "heads" else 1, (1, 2)
+    for layer in model.model.layers:
+        out = layer.self_attn.o_proj if kind == "heads" else layer.mlp.down_proj
+        units = out.weight.data.view(16, -1, width)
+        units[:, [unit for unit in range(units.shape[1]) if unit not in needed]] = 0
+    whole, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    ids = torch.randint(0, 257, (4, 12), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        wanted = whole(ids).logits
+
+    def loss(asked: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return 100 * (asked(batch).logits - wanted).square().mean() * len(batch)
+
+    scores = scores_of("hard-concrete", kind, model, axes_of_kind(model, kind), [ids], loss=loss, normalize=None,
+                       seed=0, progress=None)  # fmt: skip
+    for axis in scores:
+        useless = torch.tensor([unit not in needed for unit in range(len(scores[axis]))])
+        assert scores[axis][useless].std() == 0 and scores[axis][~useless].min() > scores[axis][useless].max()
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert not model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+    again = scores_of("hard-concrete", kind, model, axes_of_kind(model, kind), [ids], loss=loss, normalize=None,
+                      seed=0, progress=None)  # fmt: skip
+    assert all(again[axis].equal(scores[axis]) for axis in scores)
 
 
 @pytest.mark.parametrize(
