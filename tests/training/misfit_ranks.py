@@ -27,7 +27,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "both": (["--tensor-parallel", "2"], []),
     "heads": ([*HEADS, "--model.kv-heads", "1"], []),
     "compiled heads": ([*HEADS, "--train.compile"], []),
-    "learned": (["--sparsify.method", "l0"], []),
+    "learned": (["--sparsify.method", "variational"], []),
     "none of it": (["--train.steps", "1"], []),
     "nothing to resume": (["--resume", "--out", "OUT/absent"], []),
     "another model": (["--resume", "--model.dim", "32"], []),

@@ -61,7 +61,7 @@ MISFITS = {
     "both": "distributed.expert_parallel must divide the 2 processes divided by tensor_parallel=2, got 2",
     "heads": "layers.0.attention: num_kv_heads must be a multiple of distributed.tensor_parallel=2, got 1",
     "compiled heads": "train.compile must be false with distributed.tensor_parallel=2",
-    "learned": "sparsify.method must be one of magnitude, .* with several processes, got 'l0'",
+    "learned": "sparsify.method must not be 'variational' with several processes",
     "none of it": "",
     "nothing to resume": "no checkpoint at .*: leave out --resume",
     "another model": ".*is of another shape: ",
