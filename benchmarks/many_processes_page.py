@@ -70,9 +70,13 @@ def arms(lines: list[Line], optimizer: str) -> dict[str, list[Line]]:
     return found
 
 
-def by_length(lines: list[Line]) -> dict[int, list[Line]]:
-    """The records of each number of steps, shortest first."""
-    return {steps: [line for line in lines if line["steps"] == steps] for steps in sorted({x["steps"] for x in lines})}
+def by_study(lines: list[Line]) -> dict[tuple[int, int, float], list[Line]]:
+    """The records of each (steps, parameters, deviation of the initial weights, 0.02 where none is told), shortest
+    first: other models and other initial weights are not compared with each other."""
+    found: dict[tuple[int, int, float], list[Line]] = {}
+    for line in lines:
+        found.setdefault((line["steps"], line["parameters"], line.get("deviation", 0.02)), []).append(line)
+    return dict(sorted(found.items()))
 
 
 def edge(optimizer: str, rate: float) -> str:
@@ -82,18 +86,17 @@ def edge(optimizer: str, rate: float) -> str:
 
 def gradients(lines: list[Line]) -> str:
     """Held-out loss of each arm at its best rate, against the dense one of its optimiser, and bytes."""
-    one = lines[0]
     cells = [
         [f"{label}, {arm}", *_arm(several, dense)]
-        for same in by_length(lines).values()
+        for same in by_study(lines).values()
         for optimizer, label in OPTIMIZERS.items()
         if "dense" in (found := arms(same, optimizer))
         for dense in [statistics.fmean(line["loss"] for line in found["dense"])]
         for arm, several in found.items()
     ]
-    head = ["", "steps", "learning rate", "held-out nats a token (seeds)", "against dense", "kB a step and rank",
-            "of dense"]  # fmt: skip
-    facts = f"{one['parameters']:,} parameters, {one['ranks']} processes."
+    head = ["", "parameters, initial deviation", "steps", "learning rate", "held-out nats a token (seeds)",
+            "against dense", "kB a step and rank", "of dense"]  # fmt: skip
+    facts = f"{lines[0]['ranks']} processes."
     return f"{table(head, cells)}\n\n\\* the lowest or highest rate tried. {facts} {made(lines)}"
 
 
@@ -101,6 +104,7 @@ def _arm(several: list[Line], dense: float) -> list[str]:
     losses, one = [line["loss"] for line in several], several[0]
     spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
     return [
+        f"{one['parameters']:,}, {one.get('deviation', 0.02):.3g}",
         f"{one['steps']:,}",
         f"{one['lr']:g}{edge(one['optimizer'], one['lr'])}",
         f"{statistics.fmean(losses):.4f}{spread} ({len(losses)})",
@@ -113,11 +117,12 @@ def _arm(several: list[Line], dense: float) -> list[str]:
 def verdict(lines: list[Line]) -> str:
     """Whether what was asked for held: top-k and DGC at 1% within 1% of dense, and error feedback of use."""
     told = []
-    for steps, same in by_length(lines).items():
+    for (steps, parameters, deviation), same in by_study(lines).items():
         for optimizer, label in OPTIMIZERS.items():
             found = {arm: [line["loss"] for line in several] for arm, several in arms(same, optimizer).items()}
             if "dense" in found:
-                told += _verdicts(found, f"under {label}, {steps:,} steps")
+                where = f"under {label}, {steps:,} steps, {parameters:,} parameters from deviation {deviation:.3g}"
+                told += _verdicts(found, where)
     return "\n".join(told)
 
 

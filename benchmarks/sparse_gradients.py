@@ -1,6 +1,6 @@
 """What sparse gradients cost in held-out loss, and how many bytes they send: two processes, three seeds.
 
-torchrun --nproc-per-node 2 -m benchmarks.sparse_gradients [--minutes 60] [--steps 600]
+torchrun --nproc-per-node 2 -m benchmarks.sparse_gradients [--minutes 60] [--steps 600] [--width 96]
 
 Every arm is one model trained by DistributedDataParallel over gloo, with the hook of ``compress_gradients`` or with
 none. All arms of an optimiser try the same learning rates with seed 0; the best of each, by held-out loss, is run with
@@ -33,6 +33,7 @@ from transformer import DenseConfig, Transformer, TransformerConfig, chunked_cro
 SEEDS = (0, 1, 2)
 RATES = {"sgd": (0.08, 0.2, 0.5, 1.25), "adamw": (2.5e-3, 6e-3, 1.5e-2)}
 VOCABULARY, LENGTH, BATCH, CLIP, WARMUP = 1024, 64, 8, 1.0, 0.05
+WIDTH = 96
 EVALUATED = 2**15  # held-out tokens
 
 
@@ -85,11 +86,15 @@ class Cell:
     lr: float
     seed: int
     steps: int
+    width: int = WIDTH
 
     def key(self) -> Line:
-        """What its record is found by."""
+        """What its record is found by. deviation: of the initial weights; records without one began from 0.02."""
         arm = asdict(self.arm)
-        return {"arm": arm.pop("name"), **arm, "lr": self.lr, "seed": self.seed, "steps": self.steps}
+        return {
+            "arm": arm.pop("name"), **arm, "lr": self.lr, "seed": self.seed, "steps": self.steps, "width": self.width,
+            "deviation": round(math.sqrt(2 / (5 * self.width)), 6),
+        }  # fmt: skip
 
 
 class Loss(nn.Module):
@@ -104,12 +109,12 @@ class Loss(nn.Module):
         return chunked_cross_entropy(hidden.flatten(0, 1), self.model.head_weight, batch.targets.flatten())
 
 
-def make_model(data: Data) -> Transformer:
-    """Width 96, 2 layers of 4 heads, SwiGLU of 256 neurons."""
+def make_model(data: Data, width: int) -> Transformer:
+    """2 layers of 4 heads, SwiGLU of 8/3 of the width: at width 96 of 256 neurons."""
     return Transformer(
         TransformerConfig.uniform(
-            vocab_size=data.tokenizer.vocab_size, dim=96, num_layers=2, num_heads=4,
-            feedforward=DenseConfig(hidden=256), max_length=LENGTH,
+            vocab_size=data.tokenizer.vocab_size, dim=width, num_layers=2, num_heads=4,
+            feedforward=DenseConfig(hidden=8 * width // 3), max_length=LENGTH,
         )
     )  # fmt: skip
 
@@ -137,7 +142,7 @@ def compressor_of(parallel: DistributedDataParallel, cell: Cell) -> GradientComp
 def train(cell: Cell, data: Data, *, rank: int, ranks: int) -> Line:
     """The cell's record: held-out loss in nats a token, bytes that a rank sent, seconds."""
     seed_everything(cell.seed)
-    parallel = DistributedDataParallel(Loss(make_model(data)), broadcast_buffers=False)
+    parallel = DistributedDataParallel(Loss(make_model(data, cell.width)), broadcast_buffers=False)
     model: Transformer = parallel.module.model
     optimizer, compressor = make_optimizer(model, cell.arm, cell.lr), compressor_of(parallel, cell)
     batches = Batches(data.train, batch=BATCH, length=LENGTH, seed=cell.seed)
@@ -177,10 +182,10 @@ def held_out_loss(model: Transformer, data: Data, *, rank: int, ranks: int) -> f
     return mean.item() / ranks if math.isfinite(mean.item()) else None
 
 
-def best_rate(lines: list[Line], arm: Arm, steps: int) -> float | None:
+def best_rate(lines: list[Line], arm: Arm, steps: int, width: int = WIDTH) -> float | None:
     """The rate of seed 0 with the least loss, once every rate has a record; None before, or if none was finite."""
     found = {
-        rate: next((line for line in lines if _is(line, Cell(arm, rate, SEEDS[0], steps))), None)
+        rate: next((line for line in lines if _is(line, Cell(arm, rate, SEEDS[0], steps, width))), None)
         for rate in RATES[arm.optimizer]
     }
     if any(line is None for line in found.values()):
@@ -193,26 +198,26 @@ def _is(line: Line, cell: Cell) -> bool:
     return all(line.get(name) == value for name, value in cell.key().items())
 
 
-def wanted(lines: list[Line], steps: int, names: list[str]) -> Iterator[Cell]:
+def wanted(lines: list[Line], steps: int, names: list[str], width: int = WIDTH) -> Iterator[Cell]:
     """Cells that have no record, in order: the sweep of an arm, then its other seeds, then the next arm."""
     for arm in [arm for arm in ARMS if arm.name in names]:
-        cells = [Cell(arm, rate, SEEDS[0], steps) for rate in RATES[arm.optimizer]]
-        rate = best_rate(lines, arm, steps)
+        cells = [Cell(arm, rate, SEEDS[0], steps, width) for rate in RATES[arm.optimizer]]
+        rate = best_rate(lines, arm, steps, width)
         if rate is not None:
-            cells += [Cell(arm, rate, seed, steps) for seed in SEEDS[1:]]
+            cells += [Cell(arm, rate, seed, steps, width) for seed in SEEDS[1:]]
         yield from (cell for cell in cells if not any(_is(line, cell) for line in lines))
 
 
-def grid(steps: int) -> list[Cell]:
+def grid(steps: int, width: int = WIDTH) -> list[Cell]:
     """Every cell that there could be, so that a number names one."""
-    return [Cell(arm, rate, seed, steps) for arm in ARMS for rate in RATES[arm.optimizer] for seed in SEEDS]
+    return [Cell(arm, rate, seed, steps, width) for arm in ARMS for rate in RATES[arm.optimizer] for seed in SEEDS]
 
 
-def agreed(cells: list[Cell], names: list[str], *, rank: int, steps: int, until: float) -> Cell | None:
+def agreed(cells: list[Cell], names: list[str], *, rank: int, until: float) -> Cell | None:
     """The next cell, as rank 0 finds it in the records; None at the end of the study or of its time."""
     number = torch.tensor(-1)
     if rank == 0 and time.monotonic() < until:
-        following = next(wanted(read(GRADIENTS), steps, names), None)
+        following = next(wanted(read(GRADIENTS), cells[0].steps, names, cells[0].width), None)
         number.fill_(-1 if following is None else cells.index(following))
     dist.broadcast(number, 0)
     return None if number < 0 else cells[int(number)]
@@ -222,6 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0, help="start no cell after so many")
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--width", type=int, default=WIDTH, help="of the model")
     parser.add_argument("--arms", nargs="+", metavar="NAME", help="only these, such as dense 'DGC 1%%'")
     arguments = parser.parse_args()
     names = arguments.arms or [arm.name for arm in ARMS]
@@ -231,8 +237,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     data = load_data(DataConfig(length=LENGTH, vocab_size=VOCABULARY))
-    cells = grid(arguments.steps)
-    while (cell := agreed(cells, names, rank=rank, steps=arguments.steps, until=until)) is not None:
+    cells = grid(arguments.steps, arguments.width)
+    while (cell := agreed(cells, names, rank=rank, until=until)) is not None:
         line = train(cell, data, rank=rank, ranks=ranks)
         if rank == 0:
             append(GRADIENTS, line | {"ranks": ranks})

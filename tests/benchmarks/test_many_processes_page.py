@@ -11,6 +11,7 @@ from benchmarks.plan_check import between
 from benchmarks.plan_tables import calibrated, predicted, slowed
 from benchmarks.process_figures import line_figure
 from benchmarks.process_records import EQUAL, GRADIENTS, NETWORKS, PLANS, SPEED, newest
+from benchmarks.sparse_gradients import SGD, Cell, wanted
 
 MADE = {"torch": "2.13.0", "cores": 2, "commit": "abc", "load": 1.0, "threads": 1}
 ONE = {**MADE, "steps": 2, "held_out": 3.25, "loads_differ_from": None}
@@ -75,16 +76,35 @@ def test_equal_losses_reach_the_page():
 
 def test_arms_are_taken_at_their_best_rate_once_all_rates_are_tried():
     text = page.gradients(CELLS)
-    assert "| momentum SGD, dense | 10 | 0.2 | 4.0000 ± 0.0000 (3) | +0.00% | 2.0 | 2.00% |" in text
-    assert "| momentum SGD, top-k 1% | 10 | 0.08* | 4.0233 ± 0.0058 (3) | +0.58% |" in text
-    assert "momentum SGD, DGC" not in text and "| AdamW, DGC 1% | 10 | 0.0025* | 3.6000 (1) | +2.86% |" in text
+    assert "| momentum SGD, dense | 25,000, 0.02 | 10 | 0.2 | 4.0000 ± 0.0000 (3) | +0.00% | 2.0 | 2.00% |" in text
+    assert "| momentum SGD, top-k 1% | 25,000, 0.02 | 10 | 0.08* | 4.0233 ± 0.0058 (3) | +0.58% |" in text
+    assert "momentum SGD, DGC" not in text
+    assert "| AdamW, DGC 1% | 25,000, 0.02 | 10 | 0.0025* | 3.6000 (1) | +2.86% |" in text
 
 
 def test_the_verdict_says_what_held():
-    text = page.verdict(CELLS)
-    assert "top-k 1% within 1% of the dense run under momentum SGD, 10 steps: **held** (+0.58%)" in text
-    assert "DGC 1% within 1% of the dense run under AdamW, 10 steps: **did not hold** (+2.86%)" in text
-    assert "Error feedback off is worse in every seed under momentum SGD, 10 steps: **held**" in text
+    text, of = page.verdict(CELLS), "10 steps, 25,000 parameters from deviation 0.02"
+    assert f"top-k 1% within 1% of the dense run under momentum SGD, {of}: **held** (+0.58%)" in text
+    assert f"DGC 1% within 1% of the dense run under AdamW, {of}: **did not hold** (+2.86%)" in text
+    assert f"Error feedback off is worse in every seed under momentum SGD, {of}: **held**" in text
+
+
+def test_other_models_and_other_initial_weights_are_apart():
+    deep = [{**line, "deviation": 0.0645, "loss": line["loss"] and 0.5 * line["loss"]} for line in CELLS]
+    wide = [{**line, "parameters": 9_000} for line in CELLS]
+    assert list(page.by_study(CELLS + deep + wide)) == [(10, 9_000, 0.02), (10, 25_000, 0.02), (10, 25_000, 0.0645)]
+    text = page.gradients(CELLS + deep)
+    assert "| momentum SGD, dense | 25,000, 0.02 | 10 | 0.2 | 4.0000" in text
+    assert "| momentum SGD, dense | 25,000, 0.0645 | 10 | 0.2 | 2.0000" in text
+
+
+def test_a_record_of_other_initial_weights_is_no_record_of_a_cell():
+    arm = SGD[0]
+    line = Cell(arm, 0.2, 0, 10).key() | {"loss": 4.0}
+    old = {name: value for name, value in line.items() if name not in ("width", "deviation")}
+    missing = [cell.lr for cell in wanted([line], 10, ["dense"]) if cell.arm == arm]
+    assert 0.2 not in missing and 0.2 in [cell.lr for cell in wanted([old], 10, ["dense"]) if cell.arm == arm]
+    assert 0.2 in [cell.lr for cell in wanted([line], 10, ["dense"], 32) if cell.arm == arm]
 
 
 def test_the_bandwidth_at_which_both_take_as_long():
