@@ -12,6 +12,7 @@ from pruning.masking import Masks
 from pruning.merge import fold_constant_neurons, merge_neurons
 from pruning.merge_experts import merge_experts
 from pruning.model_axes import prunable_axes
+from pruning.prescribed import Prescribed, masks_before_training, masks_from
 from pruning.recovery import add_adapters, merge_adapters, quantize_weights
 from pruning.saliency import (
     AxisScores,
@@ -52,6 +53,7 @@ __all__ = [
     "Axis",
     "AxisScores",
     "Masks",
+    "Prescribed",
     "PruneReport",
     "Slice",
     "SparseLinear",
@@ -88,6 +90,8 @@ __all__ = [
     "magnitude",
     "magnitude_importance",
     "masked",
+    "masks_before_training",
+    "masks_from",
     "merge_adapters",
     "merge_experts",
     "merge_neurons",

@@ -16,7 +16,7 @@ from moe.losses import Scope
 from training.model_config import ModelConfig
 from training.optim import Schedule
 from training.precision import DTypeName
-from training.sparsify_config import SparsifyConfig, check_evaluations, check_sparsify
+from training.sparsify_config import COMPACT, SparsifyConfig, check_evaluations, check_sparsify
 
 POSITIVE_IN_TRAIN = ("steps", "batch", "accumulation", "threads", "log_every", "eval_every", "eval_batches",
                      "save_every", "keep", "sample_every", "sample_tokens", "stop_at")  # fmt: skip
@@ -238,6 +238,11 @@ def _check(config: RunConfig) -> None:
         raise ValueError(f"model.max_length must be at least data.length={data.length}, got {config.model.max_length}")
     check_sparsify(config.sparsify, steps=train.steps)
     check_evaluations(config.sparsify, steps=train.steps, eval_every=train.eval_every)
+    if optim.sparse_state and (config.sparsify.method not in COMPACT or not config.sparsify.sparsity):
+        raise ValueError(
+            f"optim.sparse_state must be false unless sparsify.method is one of {', '.join(COMPACT)} and its sparsity"
+            f" above 0, got method={config.sparsify.method!r}, sparsity={config.sparsify.sparsity}: it would be dense"
+        )
     if train.compile and config.sparsify.method == "variational":
         raise ValueError("train.compile must be false for sparsify.method='variational', whose hooks it would skip")
     _check_optim(optim)

@@ -99,6 +99,7 @@ def distill(
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         nn.utils.clip_grad_norm_(trained, max_norm)
         optimizer.step()
+        torch.clear_autocast_cache()  # an autocast around this call would go on with the weights of the first step
         if masks is not None:
             masks.apply(student)
         record.append(parts)

@@ -34,7 +34,7 @@ from training.durable import replace_durably
 from training.folders import mark, only_user
 from training.model_config import model_config
 from training.parallel import Alone, Parallel
-from training.sparsity import make_pace, make_sparsifiers
+from training.sparsity import calibration_ids, make_pace, make_sparsifiers
 from training.tokenizer import FILE_NAME as TOKENIZER
 from training.trainer import CHECKPOINTS, Outcome, Trainer, choose_device
 from transformer import Transformer
@@ -143,7 +143,19 @@ def make_trainer(config: RunConfig, *, parallel: Parallel | None = None) -> Trai
         optim=config.optim,
         train=config.train,
         seed=config.seed,
-        sparsifiers=make_sparsifiers(config.sparsify, model, steps=config.train.steps, seed=config.seed),
+        sparsifiers=make_sparsifiers(
+            config.sparsify,
+            model,
+            steps=config.train.steps,
+            seed=config.seed,
+            calibration=lambda: calibration_ids(
+                data,
+                batch=config.train.batch,
+                length=config.data.length,
+                seed=config.seed,
+                device=next(model.parameters()).device,
+            ),
+        ),
         pace=make_pace(config.sparsify, steps=config.train.steps, warmup=config.optim.warmup),
         parallel=parallel,
     )

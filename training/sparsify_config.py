@@ -1,11 +1,12 @@
 """The [sparsify] table of a run's config, and which of its settings go together."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 SparsifyMethod = Literal[
     "magnitude", "static", "set", "rigl", "snfs", "dsr", "deep_r", "top_kast",
-    "nest", "preferential", "robust_rewiring",
+    "nest", "preferential", "robust_rewiring", "snip", "grasp", "synflow", "random", "mask",
     "movement", "feedback", "dnw", "iht", "dsd", "lc", "generalization", "lottery", "early_bird",
     "l1", "hoyer_square", "group_lasso", "sigmoid_units", "softplus_units", "polarized_units",
     "soft_movement", "l0", "l0_units", "str", "variational", "variational_units", "proximal", "group_proximal",
@@ -14,8 +15,12 @@ SparsifyMethod = Literal[
 FINDING = ("soft_movement", "l0", "l0_units", "str", "variational", "variational_units", "proximal", "group_proximal")
 # These move connections every `every` steps, before the step at which they rest.
 UPDATING = ("set", "rigl", "snfs", "dsr", "preferential")
+# These tell the optimiser which weights are there.
+COMPACT = ("static", "set", "rigl", "snfs", "dsr", "deep_r", "nest", "preferential", "robust_rewiring")
 # These reach their sparsity along a schedule; the last two choose masks at multiples of `every`.
 GRADUAL = ("magnitude", "movement", "feedback")
+# These choose their masks before the first step, from the initial weights.
+BEFORE = ("snip", "grasp", "synflow", "random")
 BEGINNING = (*GRADUAL, "iht", "dsd", "generalization", "lottery")
 EARLY_BIRD_WINDOW = 5
 STRONG = (*FINDING, "lc", "l1", "hoyer_square", "group_lasso", "sigmoid_units", "softplus_units", "polarized_units")
@@ -31,8 +36,10 @@ class SparsifyConfig:
     method: SparsifyMethod = "magnitude"
     """'magnitude' prunes a dense start along a schedule. 'set', 'rigl', 'snfs', 'dsr', 'deep_r', 'preferential',
     'robust_rewiring' and 'top_kast' are sparse from the first step and move their connections; 'nest' starts sparser,
-    grows connections and neurons, then prunes; 'static' keeps those that it starts with. 'movement', 'feedback' and
-    'dnw' train dense weights through a masked forward pass; 'iht' and 'dsd' alternate sparse and dense phases, 'lc'
+    grows connections and neurons, then prunes; 'static' keeps those that it starts with, 'snip', 'grasp', 'synflow' and
+    'random' choose theirs from the initial weights, and 'mask' takes another model's, with its sparsity. 'movement',
+    'feedback' and 'dnw' train dense weights through a masked forward pass; 'iht' and 'dsd' alternate sparse and dense
+    phases, 'lc'
     pulls weights to their largest, 'generalization' prunes after evaluations; 'lottery' trains, prunes and rewinds in
     'rounds' before the pass that counts, 'early_bird' prunes once the mask has settled. 'l1', 'hoyer_square' and
     'group_lasso' shrink and prune at the end, 'sigmoid_units', 'softplus_units' and 'polarized_units' gate heads and
@@ -49,6 +56,13 @@ class SparsifyConfig:
     """At which generalisation loss 'generalization' prunes most: 'high', the further the held-out loss is above its
     best (Prechelt 1997), the sparsity being a bound; 'low', its reverse, 'fraction' of what is left after each
     evaluation that is the best so far, which reaches the sparsity if there are enough of them."""
+    mask: Path | None = None
+    """Of 'mask': a file of `Masks.save`, or the folder of a saved model, whose zeros are the mask. Into a model of more
+    or fewer layers it is stretched, each layer's repeated in its place."""
+    shuffle: bool = False
+    """Sanity check of snip, grasp, synflow and random: each matrix keeps as many weights, in places drawn anew."""
+    reinitialise: bool = False
+    """Sanity check of the same: under the masks found, the weights get other initial values."""
     topology: Literal["random", "banded", "local", "block_diagonal", "small_world"] = "random"
     """How 'static' lays its connections out."""
     attack: float = 0.05
@@ -89,6 +103,7 @@ def check_sparsify(config: SparsifyConfig, *, steps: int) -> None:
             f"sparsify.sparsity must be 0 for method={config.method!r}, which finds its own (set sparsify.strength),"
             f" got {config.sparsity}"
         )
+    _check_before(config)
     if config.strength is not None:
         if config.method not in STRONG:
             raise ValueError(f"sparsify.strength must be left out for method={config.method!r}, got {config.strength}")
@@ -109,6 +124,19 @@ def check_sparsify(config: SparsifyConfig, *, steps: int) -> None:
                 f"train.steps - sparsify.begin must be a multiple of sparsify.rounds + 1 = {passes}, got {left}: each"
                 " pass has as many steps"
             )
+
+
+def _check_before(config: SparsifyConfig) -> None:
+    if (config.method == "mask") != (config.mask is not None):
+        raise ValueError(
+            f"sparsify.mask must be set for method='mask' and left out for others, got {config.mask} for"
+            f" {config.method!r}"
+        )
+    if config.method == "mask" and config.sparsity:
+        raise ValueError(f"sparsify.sparsity must be 0 for method='mask', which has its own, got {config.sparsity}")
+    for name in ("shuffle", "reinitialise"):
+        if getattr(config, name) and config.method not in BEFORE:
+            raise ValueError(f"sparsify.{name} must be false unless method is one of {BEFORE}, got {config.method!r}")
 
 
 def last_update(config: SparsifyConfig, steps: int) -> int:

@@ -1,13 +1,15 @@
 """From the [sparsify] table to a method that takes part in training."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from pruning import Sparsifier, erk, prunable_axes, uniform
+from pruning import Masks, Sparsifier, erk, prunable_axes, uniform
 from pruning.allocation import guarded_ranking
 from pruning.axes import Axis
 from pruning.dynamic import (
@@ -44,6 +46,7 @@ from pruning.learned import (
     hoyer_square,
     l1,
 )
+from pruning.prescribed import Prescribed, masks_before_training, masks_from
 from pruning.retraining import (
     DenseSparseDense,
     EarlyBirdPruning,
@@ -55,8 +58,16 @@ from pruning.retraining import (
     Rewinding,
 )
 from pruning.schedules import Schedule, cubic, exponential, iterative, linear, one_shot, prunings, rewarmed, rewound
+from training.data import Batches, Data
 from training.moments import Sparsifier as Method
-from training.sparsify_config import EARLY_BIRD_WINDOW, FINDING, SparsifyConfig, last_update, sparse_dense_sparse
+from training.sparsify_config import (
+    BEFORE,
+    EARLY_BIRD_WINDOW,
+    FINDING,
+    SparsifyConfig,
+    last_update,
+    sparse_dense_sparse,
+)
 from transformer import Transformer
 
 FROM_THE_START = ("static", "set", "rigl", "snfs", "dsr", "deep_r", "top_kast", "nest", "preferential",
@@ -69,6 +80,7 @@ TOPOLOGIES: dict[str, Topology | None] = {
     "small_world": small_world(),
 }
 Options = Mapping[str, Any]
+SCORED_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -82,10 +94,22 @@ class Pace:
     steps: int | None = None
 
 
-def make_sparsifiers(config: SparsifyConfig, model: Transformer, *, steps: int, seed: int = 0) -> list[Method]:
-    """The method of a [sparsify] section, none where it asks for no sparsity. seed: of what it draws."""
+def make_sparsifiers(
+    config: SparsifyConfig,
+    model: Transformer,
+    *,
+    steps: int,
+    seed: int = 0,
+    calibration: Callable[[], Sequence[Tensor]] | None = None,
+) -> list[Method]:
+    """The method of a [sparsify] section, none where it asks for no sparsity. seed: of what it draws.
+
+    calibration: makes the token ids [B, L] on which 'snip' and 'grasp' score the initial weights.
+    Raises: ValueError for either without it, and for a mask that does not fit the model."""
     if config.method in FINDING:
         return [_finding(config, model, seed)]
+    if config.mask is not None:
+        return [Prescribed(model, masks_from(read_masks(config.mask), model))]
     if config.sparsity == 0:
         return []
     if config.method == "magnitude":
@@ -93,7 +117,45 @@ def make_sparsifiers(config: SparsifyConfig, model: Transformer, *, steps: int, 
         return [Sparsifier(model, schedule=pruning_schedule(config, config.end), allocation=allocation)]
     if config.method in FROM_THE_START:
         return [_sparse_from_the_start(config, model, steps, seed)]
+    if config.method in BEFORE:
+        return [_before_training(config, model, seed, calibration)]
     return [_asked(config, model, steps)]
+
+
+def calibration_ids(data: Data, *, batch: int, length: int, seed: int, device: torch.device) -> list[Tensor]:
+    """The token ids [B, L] of the first :data:`SCORED_BATCHES` batches of a run."""
+    batches = Batches(data.train, batch=batch, length=length, seed=seed)
+    return [batches.next().inputs.to(device) for _ in range(SCORED_BATCHES)]
+
+
+def read_masks(path: Path) -> Masks:
+    """Of a file of `Masks.save`, or the zeros of a model saved in a folder.
+
+    Raises: FileNotFoundError; ValueError for a file that is damaged, and where nothing is masked."""
+    masks = Masks.of(Transformer.from_pretrained(path)) if path.is_dir() else Masks.load(path)
+    if not masks.zeros:
+        raise ValueError(f"{path} must have zeros, got none in {masks.total:,} weights")
+    return masks
+
+
+def _before_training(
+    config: SparsifyConfig, model: Transformer, seed: int, calibration: Callable[[], Sequence[Tensor]] | None
+) -> Method:
+    def other() -> Transformer:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + 1)
+            return Transformer(model.config)
+
+    masks = masks_before_training(
+        model,
+        method=config.method,
+        sparsity=config.sparsity,
+        calibration=calibration() if calibration is not None and config.method in ("snip", "grasp") else None,
+        shuffle=config.shuffle,
+        build=other if config.reinitialise else None,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return Prescribed(model, masks)
 
 
 def make_pace(config: SparsifyConfig, *, steps: int, warmup: int) -> Pace:

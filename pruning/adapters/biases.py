@@ -9,9 +9,9 @@ from pruning.adapters.families import Place, family_of
 
 BIASES = "pruned_biases"
 _WARNING = (
-    "the config of a {kind} has no setting for the biases that its feed-forwards now have: stock transformers would leave "
-    "them out of the saved model, with a warning about unexpected keys. pruning.load_pruned(folder) of this library "
-    "reads them"
+    "the config of a {kind} has no setting for the biases that its feed-forwards now have: stock transformers would "
+    "leave them out of the saved model, with a warning about unexpected keys. pruning.load_pruned(folder) of this "
+    "library reads them"
 )
 
 

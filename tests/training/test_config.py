@@ -81,6 +81,14 @@ def test_the_dense_twin_has_the_moe_models_active_parameters() -> None:
         ("[optim]\nbetas = [0.9, 1.0]", r"optim\.betas must be in \[0, 1\), got \(0\.9, 1\.0\)"),
         ("[optim]\nweight_decay = -0.1", r"optim\.weight_decay must be at least 0, got -0\.1"),
         ("[model]\nmax_length = 0", r"model\.max_length must be at least data\.length=256, got 0"),
+        (
+            "[optim]\nsparse_state = true",
+            r"unless sparsify\.method is one of static, .* got method='magnitude', sparsity=0\.0",
+        ),
+        (
+            '[optim]\nsparse_state = true\n[sparsify]\nmethod = "top_kast"\nsparsity = 0.5',
+            "got method='top_kast', spars",
+        ),
         ("[sparsify]\nsparsity = 1.0", r"sparsify\.sparsity must be in \[0, 1\), got 1\.0"),
         ("a = = 1", r"run\.toml is not valid TOML"),
     ],

@@ -16,6 +16,7 @@ from pruning.diagnostics import (
 from pruning.dynamic import RobustRewiring
 from pruning.learned.base import LearnedSparsity
 from pruning.learned.chosen import ChosenMasks
+from pruning.prescribed import Prescribed
 from pruning.retraining import EarlyBirdPruning, Rewinding
 from pruning.retraining.phases import Phases
 from pruning.schedules import one_shot
@@ -30,7 +31,8 @@ STATIC = ("static", "set", "dsr", "deep_r", "preferential", "robust_rewiring")
 
 def sparse_cost(config: RunConfig, outcome: Outcome, facts: Line) -> Line:
     """``{"cost": …}``: training FLOPs, those of a dense run of as many steps, energy proxy in joules, forward FLOPs a
-    token of the model that it ends with, its sparsity, and the step at which an early bird was found.
+    token of the model that it ends with, its sparsity, and the step at which an early bird pruned and whether
+    the deadline made it.
 
     The dense passes that find a mask are counted, and those that look for an attack. A weight of an expert counts for
     the tokens that use it. What a method that settles its masks at the end trains is counted as dense. Nothing for
@@ -56,7 +58,7 @@ def sparse_cost(config: RunConfig, outcome: Outcome, facts: Line) -> Line:
         other_weights=facts["parameters"] - prunable,
         attack_steps=method.attack.steps if isinstance(method, RobustRewiring) and method.attack is not None else 0,
     )
-    found = {"found": method.found} if isinstance(method, EarlyBirdPruning) else {}
+    found = {"found": method.found, "forced": method.forced} if isinstance(method, EarlyBirdPruning) else {}
     return {
         "cost": {
             "training_flops": cost.flops,
@@ -100,6 +102,8 @@ def run_densities(config: RunConfig, outcome: Outcome) -> Densities | None:
         return gradual_run(method.share)
     if isinstance(method, EarlyBirdPruning) and method.found is not None:
         return gradual_run(one_shot(sparsify.sparsity, step=method.found))
+    if isinstance(method, Prescribed):
+        return static_run(1 - method.masks().sparsity)
     if isinstance(method, Phases):
         return gradual_run(lambda step: sparsify.sparsity if method.sparse_at(step) else 0.0)
     if isinstance(method, ChosenMasks):

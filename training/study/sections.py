@@ -74,12 +74,16 @@ def _cost_row(result: ArmResult, reference: float | None) -> str:
 
 
 def _birds(priced: Sequence[ArmResult]) -> list[str]:
-    """At which steps early birds were found."""
+    """At which steps early birds were found, and where none had settled at the deadline."""
     lines = []
     for result in priced:
-        steps = [int(step) for step in values_of(result, "cost.found").values()]
+        forced = {seed for seed, line in result.runs.items() if line.get("cost", {}).get("forced", False)}
+        steps = [
+            f"{int(step)}{' (the deadline: no mask had settled)' if seed in forced else ''}"
+            for seed, step in values_of(result, "cost.found").items()
+        ]
         if steps:
-            lines.append(f"- {result.arm.label}: pruned at step {', '.join(map(str, steps))}.")
+            lines.append(f"- {result.arm.label}: pruned at step {', '.join(steps)}.")
     return ["\n".join(lines)] if lines else []
 
 
