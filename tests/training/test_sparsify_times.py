@@ -1,6 +1,7 @@
 """Intervals and beginnings that a training is too short for: refused for every method, as a config says them."""
 
 import pytest
+import torch
 
 from pruning.retraining import EarlyBirdPruning, HardThresholding
 from tests.training.models import small_model
@@ -129,10 +130,11 @@ def test_a_mask_that_had_to_be_taken_is_no_early_bird():
     for threshold, found, forced in ((10.0, 6, False), (1e-9, 9, True)):
         model = small_model(experts=0)
         method = EarlyBirdPruning(model, sparsity=0.5, every=1, end=9, threshold=threshold)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for _ in range(12):
             for parameter in model.parameters():
                 parameter.data.normal_()
-            method.after_step(None)
+            method.after_step(optimizer)
         assert (method.found, method.forced) == (found, forced)
         other = EarlyBirdPruning(small_model(experts=0), sparsity=0.5, every=1, end=9)
         other.load_state_dict(method.state_dict())

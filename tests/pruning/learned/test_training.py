@@ -34,7 +34,8 @@ def table(method: str, **options) -> SparsifyConfig:
         if method in FINDING
         else {"sparsity": 0.5}
     )
-    return SparsifyConfig(method=method, every=3, begin=2, **(found | options))
+    prunes = {"when": "low"} if method == "generalization" else {}  # so short a run does not overfit
+    return SparsifyConfig(method=method, every=3, begin=2, **(found | prunes | options))
 
 
 def trainer(out: Path, config: SparsifyConfig, *, experts: int = 0, **train) -> Trainer:

@@ -131,9 +131,7 @@ def test_blocks_that_do_not_fit_are_refused_before_work(monkeypatch):
     model, weights = toy((2, 1, 3)), prunable_weights(toy((2, 1, 3)))
     needed = sum(8 * 64**2 * -(-weight.numel() // 64) for weight in weights.values())
     monkeypatch.setattr(woodfisher, "free_memory", lambda device: needed - 1)
-    with pytest.raises(
-        ValueError, match=r"blocks of 64 take .* GB for .* weights, and .* GB are free on cpu"
-    ):
+    with pytest.raises(ValueError, match=r"blocks of 64 take .* GB for .* weights, and .* GB are free on cpu"):
         inverse_fisher(model, prunable_weights(model), [tokens()])
     monkeypatch.setattr(woodfisher, "free_memory", lambda device: needed)
     inverse_fisher(model, prunable_weights(model), [tokens()])
