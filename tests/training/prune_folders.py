@@ -1,10 +1,12 @@
 """Tiny untrained models with a tokenizer of bytes, saved as this library and as transformers save them."""
 
+import json
 from pathlib import Path
 
 import torch
 from tokenizers.processors import TemplateProcessing
 
+from pruning import load_pruned
 from training.tokenizer import byte_tokenizer
 from transformer import DenseConfig, MoEConfig, Transformer, TransformerConfig
 
@@ -57,3 +59,9 @@ def texts_folder(folder: Path) -> Path:
         words = " ".join(f"{word}-{index:02d}" for word in "for while if else return".split())
         (folder / f"{index}.txt").write_text(f"{words}\n" * 4)
     return folder
+
+
+def load(folder: Path) -> torch.nn.Module:
+    """A model that was pruned into a folder, this library's or one of transformers."""
+    own = json.loads((folder / "config.json").read_text())["model_type"] == "sparse-transformers"
+    return Transformer.from_pretrained(folder) if own else load_pruned(folder, dtype=torch.float32)

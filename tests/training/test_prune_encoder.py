@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruning import Masks, load_pruned, prunable_weights
+from pruning import Masks, prunable_weights
 from pruning.batches import samples_of
 from tests.tolerances import close
-from tests.training.prune_folders import COMMON, HF, hf_folder, own_folder, texts_folder
+from tests.training.prune_folders import COMMON, HF, hf_folder, load, own_folder, texts_folder
 from tests.training.test_cli import sparse_transformers
 from training.prune_encoder import Encoder, encoder_weights, finding_loss, likeness, pooling_of
 from training.prune_report import write_prune_report
@@ -46,11 +46,6 @@ def prune(folders: Path, model: str, out: Path, *options: str) -> int:
     return sparse_transformers(
         "prune", str(folders / model), str(out), "--data", str(folders / "texts"), *FEW, *options
     )
-
-
-def load(folder: Path) -> torch.nn.Module:
-    own = json.loads((folder / "config.json").read_text())["model_type"] == "sparse-transformers"
-    return Transformer.from_pretrained(folder) if own else load_pruned(folder, dtype=torch.float32)
 
 
 def bert() -> torch.nn.Module:

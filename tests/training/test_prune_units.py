@@ -13,7 +13,6 @@ from pruning import (
     gate_importance,
     head_importance,
     leave_one_out,
-    load_pruned,
     magnitude_importance,
     neuron_importance,
     prunable_axes,
@@ -21,12 +20,11 @@ from pruning import (
     random_importance,
     response_importance,
 )
-from tests.training.prune_folders import hf_folder, own_folder, texts_folder
+from tests.training.prune_folders import hf_folder, load, own_folder, texts_folder
 from tests.training.test_cli import sparse_transformers
 from training.prune_arguments import PruneArguments
 from training.prune_importance import IMPORTANCES, scores_of
 from training.prune_units import axes_of_kind, remove_again
-from transformer import Transformer
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:the (config of|layers of this model)")
@@ -48,11 +46,6 @@ def prune(folders: Path, model: str, out: Path, *options: str) -> int:
     return sparse_transformers(
         "prune", str(folders / model), str(out), "--data", str(folders / "texts"), *FEW, *options
     )
-
-
-def load(folder: Path) -> torch.nn.Module:
-    own = json.loads((folder / "config.json").read_text())["model_type"] == "sparse-transformers"
-    return Transformer.from_pretrained(folder) if own else load_pruned(folder, dtype=torch.float32)
 
 
 def count(model: torch.nn.Module) -> int:
