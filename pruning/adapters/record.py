@@ -73,6 +73,7 @@ def describe(place: Place) -> None:
 
     A warning says so when the record changes: stock transformers does not read it."""
     config, family = place.model.config, place.family
+    _forget_file(place.model)
     sizes = [sizes_of(family, layer) for layer in place.layers]
     config.num_hidden_layers = len(sizes)
     if family.heads_in_config:
@@ -84,6 +85,13 @@ def describe(place: Place) -> None:
     changed = _set_record(config, LAYERS, unsaid)
     if _set_record(config, WIDTH, width if config.hidden_size != width else None) or changed:
         warnings.warn(_warning(place, sizes, width), stacklevel=2)
+
+
+def _forget_file(model: nn.Module) -> None:
+    """Let a model that was read from a .gguf file be saved: transformers marks it as packed, which axes refuse."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method == "gguf":
+        quantizer.remove_quantization_config(model)
 
 
 def _warning(place: Place, sizes: list[Sizes], width: int) -> str:

@@ -69,7 +69,7 @@ def test_smollm2_keeps_more_of_its_outputs_by_sparsegpt_than_by_wanda_and_by_mag
     assert lost["sparsegpt"] < 0.5 * lost["wanda"] < 0.5 * lost["magnitude"]
 
 
-def test_smollm2_without_a_quarter_of_its_heads():
+def test_smollm2_without_a_quarter_of_its_heads(tmp_path):
     model = smollm2()
     calibration, text = (torch.tensor([tokens]) for tokens in TOKENS)
     scores = head_importance(model, [calibration])
@@ -88,6 +88,11 @@ def test_smollm2_without_a_quarter_of_its_heads():
     options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(text)}
     written = model.generate(text, **options)
     assert written.equal(model.generate(text, use_cache=False, **options))
+    model.save_pretrained(
+        tmp_path
+    )  # refused where the weights are those of the .gguf file
+    with torch.no_grad():
+        torch.testing.assert_close(load_pruned(tmp_path)(text).logits, found, rtol=0, atol=0)
 
 
 def test_minilm_without_a_quarter_of_its_heads_and_neurons(tmp_path):
