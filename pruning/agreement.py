@@ -31,6 +31,17 @@ def averaged(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def of_first(value: float, *, device: torch.device) -> float:
+    """Rank 0's number on every rank: what ranks compute alike may differ in the last digits, and so may a choice.
+
+    device: one between which the ranks' backend carries tensors."""
+    if not replicated():
+        return value
+    told = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.broadcast(told, 0)
+    return float(told)
+
+
 @torch.no_grad()
 def follow_first(tensors: Iterable[Tensor]) -> None:
     """Give every rank's tensors, in place, the values of rank 0's; DTensors and a single process's stay."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pruning.allocation import Allocation, global_ranking
 from pruning.masking import Masks
 from pruning.saliency.data_free import magnitude
+from pruning.sharding import as_wholes, gathered, sharded_as, spread_layouts
 from pruning.sparsifier import select_masks
 from pruning.structure import check_fraction
 from pruning.weights import prunable_weights
@@ -160,18 +161,22 @@ class EarlyBird:
             raise ValueError(f"threshold must be > 0, got {threshold}")
         self.sparsity, self.window, self.threshold, self.relative = sparsity, window, threshold, relative
         self.saliency, self.allocation = saliency, allocation
-        self._weights = prunable_weights(model, weights)
+        self._weights, self._layouts = prunable_weights(model, weights), spread_layouts(model)
         self.last: list[Masks] = []
         self.distances: list[tuple[float, ...]] = []
 
     def observe(self) -> bool:
         """Draw the present mask; True once it is near each of the last ``window``."""
-        scores = {name: self.saliency(weight) for name, weight in self._weights.items()}
+        scores = {name: self.saliency(weight) for name, weight in self.views().items()}
         masks = select_masks(scores, sparsity=self.sparsity, allocation=self.allocation)
         found = tuple(mask_distance(masks, other, relative=self.relative) for other in self.last)
         self.distances.append(found)
         self.last = [*self.last, masks][-self.window :]
         return len(found) == self.window and max(found) < self.threshold
+
+    def views(self) -> dict[str, Tensor]:
+        """The weights; of those that ranks hold in part a DTensor of the whole."""
+        return as_wholes(self._weights, self._layouts)
 
     def masks(self) -> Masks:
         """The mask drawn last. Raises: ValueError before the first ``observe``."""
@@ -185,7 +190,9 @@ class EarlyBird:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict()``."""
-        self.last = [Masks.from_state_dict(masks) for masks in state["last"]]
+        views = self.views()
+        self.last = [Masks.from_state_dict({name: sharded_as(mask.to(views[name].device), views[name])
+                                            for name, mask in masks.items()}) for masks in state["last"]]  # fmt: skip
         self.distances = [tuple(row) for row in state["distances"]]
 
 
@@ -210,7 +217,8 @@ def mask_distance(one: Masks, two: Masks, *, relative: bool = False) -> float:
     Raises: ValueError if they are not masks of the same weights."""
     _same_weights(one, two)
     total = max(one.total, 1)
-    different = sum(int((mask != two.kept[name]).sum()) for name, mask in one.kept.items()) / total
+    other = gathered(two.kept)
+    different = sum(int((mask != other[name]).sum()) for name, mask in gathered(one.kept).items()) / total
     if not relative:
         return different
     dense = [1 - masks.zeros / total for masks in (one, two)]

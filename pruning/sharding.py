@@ -7,8 +7,10 @@ scores, as large as the unsharded weights, whenever masks are chosen, and nothin
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 # this rank's part of a stack → a DTensor of the whole that shares its memory
 Layout = Callable[[Tensor], Tensor]
@@ -60,3 +62,35 @@ def sharded_as(whole: Tensor, like: Tensor) -> Tensor:
 def own_part(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def as_parts_of(parts: Mapping[str, Tensor], likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of this process's part of ``likes`` as the wholes, laid out as those are and sharing memory."""
+    return {name: _laid_out(part, likes[name]) for name, part in parts.items()}
+
+
+def _laid_out(part: Tensor, like: Tensor) -> Tensor:
+    if not isinstance(like, DTensor):
+        return part
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def met_by(whole: Tensor, like: Tensor) -> Tensor:
+    """Of a tensor that broadcasts to ``like`` (as many dimensions, each 1 or its size), what meets this process's part
+    of it; a view, through which gradients pass."""
+    if not isinstance(like, DTensor):
+        return whole
+    sizes, starts = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    for dim, (size, start) in enumerate(zip(sizes, starts, strict=True)):
+        whole = whole if whole.shape[dim] == 1 else whole.narrow(dim, start, size)
+    return whole
+
+
+def summed_over(share: Tensor, like: Tensor) -> Tensor:
+    """Σ, in place, over the parts of ``like`` of what each rank's own adds; every rank of its mesh calls it."""
+    if isinstance(like, DTensor):
+        for dim, placement in enumerate(like.placements):
+            if placement.is_shard():
+                dist.all_reduce(share, group=like.device_mesh.get_group(dim))
+    return share

@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from pruning.masking import Masks, check_same, clear_gradients
-from pruning.weights import check_values, prunable_weights
+from pruning.sharding import as_parts_of, as_wholes, own_part, put, sharded_as, spread_layouts, summed_over
+from pruning.weights import check_dense_gradients, check_values, prunable_weights
 
 
 class LearnedSparsity(ABC):
@@ -35,8 +36,11 @@ class LearnedSparsity(ABC):
     In training mode (``model.training`` on entry) f may draw noise, from ``generator`` on the CPU, the same for all
     that enters in one step; in evaluation it is deterministic. gate_lr: factor on the learning rate for φ, in
     ``lr_factor`` and applied to ``lr`` by whoever sets rates. Ranks that hold the same weights and average their
-    gradients stay alike, given the same seed. Raises: ValueError for a gate_lr or strength below 0, and for weights
-    that are frozen (without a gradient their gates would stay where they are), sharded or on the meta device.
+    gradients stay alike, given the same seed. Of weights that ranks hold in part (FSDP2, split heads, spread experts;
+    build it afterwards) f works on this process's part: gates of single weights are laid out as the weights are, others
+    are whole on every rank, their gradients summed. What goes is chosen whole, as by one process.
+    Raises: ValueError for a gate_lr or strength below 0, and for weights that are frozen (without a gradient their
+    gates would stay where they are) or on the meta device.
     """
 
     def __init__(
@@ -55,29 +59,30 @@ class LearnedSparsity(ABC):
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
         self._drawn_from = self.generator.get_state()
         self._noise: dict[str, Tensor] = {}
+        self._leaves: dict[str, Tensor] = {}
         self._weights = prunable_weights(model, weights)
         check_values(self._weights)
+        check_dense_gradients(model, self._weights)
         for name, weight in self._weights.items():
             if not weight.requires_grad:
                 raise ValueError(f"{type(self).__name__} learns from the gradients of the weights, got {name!r} with "
                                  "requires_grad=False: leave it out with weights=")  # fmt: skip
-            if isinstance(weight, DTensor):
-                raise ValueError(
-                    f"weights must be whole on every rank, got shards of {name!r}: train with shard='none'"
-                )
+        self._layouts = spread_layouts(model)
         self._gates: dict[str, nn.Parameter] = {}
         self._held: Masks | None = None
 
     @abstractmethod
     def effective(self, name: str, theta: Tensor, *, training: bool) -> Tensor:
-        """w = f(θ, φ) for the parameter ``name``, differentiable in θ and in the gates."""
+        """w = f(θ, φ) for the parameter ``name``, differentiable in θ and in its gate; θ, w: this process's part."""
 
     def prepare(self) -> None:
         """Before the effective weights of evaluation are asked for: choose what goes, over all of them."""
         return
 
     def loss(self) -> Tensor:
-        """The side loss, its coefficient included; ``before_step`` adds its gradient. 0 where there is none."""
+        """The side loss, its coefficient included; ``before_step`` adds its gradient. 0 where there is none.
+
+        Of weights that ranks hold in part, this process's share of it."""
         return torch.zeros(())
 
     def settle(self, optimizer: Optimizer) -> None:
@@ -91,17 +96,20 @@ class LearnedSparsity(ABC):
             yield
             return
         own = {name: weight.data for name, weight in self._weights.items()}
+        # FSDP2 gathers the bytes of its own parameters: it would not see another tensor in their place
+        kept = {name: own_part(value).clone() for name, value in own.items() if isinstance(value, DTensor)}
         self._draw()
         with torch.no_grad():
             if not self.model.training:
                 self.prepare()
             for name, weight in self._weights.items():
-                weight.data = self.effective(name, own[name], training=self.model.training).to(weight.dtype)
+                value = self.effective(name, kept.get(name, own[name]), training=self.model.training).to(weight.dtype)
+                _fill(weight, value, in_place=name in kept)
         try:
             yield
         finally:
             for name, value in own.items():
-                self._weights[name].data = value
+                _fill(self._weights[name], kept.get(name, value), in_place=name in kept)
 
     def before_step(self, optimizer: Optimizer) -> bool:
         """∂L/∂w in ``.grad`` becomes ∂L/∂θ, and the gates get their gradients. True: every step is taken.
@@ -134,9 +142,9 @@ class LearnedSparsity(ABC):
         if self._held is not None:
             return self._held
         self.prepare()
-        kept = {name: self.effective(name, weight.detach(), training=False) != 0
+        kept = {name: self.effective(name, own_part(weight.data), training=False) != 0
                 for name, weight in self._weights.items()}  # fmt: skip
-        return Masks(kept)
+        return Masks(self.wholes(kept))
 
     @torch.no_grad()
     def finish(self) -> Masks:
@@ -144,8 +152,9 @@ class LearnedSparsity(ABC):
         if self._held is None:
             self.prepare()
             for name, weight in self._weights.items():
-                weight.copy_(self.effective(name, weight.detach(), training=False))
-            self._held = Masks({name: weight.detach() != 0 for name, weight in self._weights.items()})
+                own = own_part(weight.data)
+                own.copy_(self.effective(name, own, training=False))
+            self._held = Masks({name: weight != 0 for name, weight in self.views().items()})
             self._held.apply(self.model)  # −w · 0 is −0, which is other bits
             self.finished = True
         return self._held
@@ -154,16 +163,20 @@ class LearnedSparsity(ABC):
         """The method's own parameters φ by name, on the device of the weights they belong to."""
         device = next(iter(self._weights.values())).device
         for gate in self._gates.values():
-            gate.data = gate.data.to(device)
+            if gate.device != device:
+                gate.data = gate.data.to(device)
         return dict(self._gates)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """For ``optimizer.add_param_group``: the gates, not decayed, at ``gate_lr`` times the learning rate.
 
         The trainer adds them to the optimiser of the model's parameters, and sets every group's rate to lr · lr_factor.
-        Gates are not clipped: what is clipped is the model's gradient."""
-        gates = list(self.named_gates().values())
-        return [{"params": gates, "weight_decay": 0.0, "lr_factor": self.gate_lr}] if gates else []
+        Gates are not clipped: what is clipped is the model's gradient. One group for each mesh that gates are on,
+        as a fused step takes tensors of one, or of none."""
+        groups: dict[object, list[nn.Parameter]] = {}
+        for gate in self.named_gates().values():
+            groups.setdefault(gate.device_mesh if isinstance(gate, DTensor) else None, []).append(gate)
+        return [{"params": gates, "weight_decay": 0.0, "lr_factor": self.gate_lr} for gates in groups.values()]
 
     def state_dict(self) -> dict[str, Any]:
         """Step, gates, generator, the zeros that are held, and what the method keeps besides."""
@@ -187,7 +200,7 @@ class LearnedSparsity(ABC):
                 raise ValueError(f"gate {name!r} must have shape {shapes.get(name)}, got {found.get(name)}")
         with torch.no_grad():
             for name, gate in self._gates.items():
-                gate.copy_(state["gates"][name])
+                put(gate.data, state["gates"][name].to(gate.device))
         self.step, self._drawn_from = state["step"], state["generator"].cpu()
         self._held = None if state["held"] is None else self._own(state["held"])
         self.finished = self._held is not None
@@ -220,33 +233,81 @@ class LearnedSparsity(ABC):
         self._noise = {}
         self.generator.set_state(self._drawn_from)
 
+    def views(self) -> dict[str, Tensor]:
+        """The values of the weights, without gradients: of those that ranks hold in part a DTensor of the whole."""
+        return as_wholes({name: weight.data for name, weight in self._weights.items()}, self._layouts)
+
+    def wholes(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of this process's part of the weights as the wholes, sharing their memory."""
+        return as_parts_of(parts, self.views())
+
+    def gate_part(self, name: str) -> Tensor:
+        """This process's part of a gate of single weights."""
+        return own_part(self._gates[name])
+
+    def number_of_gates(self) -> int:
+        """Entries of all gates, on all ranks together."""
+        return sum(gate.numel() for gate in self._gates.values())
+
     @torch.enable_grad()
     def _pull_back(self, name: str, weight: nn.Parameter, slope: Tensor) -> None:
-        theta = weight.detach().requires_grad_()
+        theta = own_part(weight.detach()).requires_grad_()
         value = self.effective(name, theta, training=True)
-        inputs = [theta, *self._gates.values()]
-        found = torch.autograd.grad(value, inputs, slope.to(value.dtype), allow_unused=True)
-        weight.grad = torch.zeros_like(weight) if found[0] is None else found[0]
-        for gate, part in zip(self._gates.values(), found[1:], strict=True):
-            _add(gate, part)
+        gates = [self._gates[name]] if name in self._gates else []
+        found = torch.autograd.grad(value, [theta, *gates], own_part(slope).to(value.dtype), allow_unused=True)
+        own_part(slope).copy_(torch.zeros_like(theta) if found[0] is None else found[0])
+        for gate, part in zip(gates, found[1:], strict=True):
+            _add(gate, part if part is None or isinstance(gate, DTensor) else summed_over(part, self.view(name)))
 
     @torch.enable_grad()
     def _add_loss(self) -> None:
+        # leaves of their own: a hook of a parameter, as moe.shard_experts has, may scale what reaches it
+        leaves = {name: own_part(weight.data).detach().requires_grad_() for name, weight in self._weights.items()}
+        self._leaves = leaves
         value = self.loss()
+        self._leaves = {}
         if not value.requires_grad:
             return
-        parameters = [*self._weights.values(), *self._gates.values()]
-        for parameter, part in zip(parameters, torch.autograd.grad(value, parameters, allow_unused=True), strict=True):
-            _add(parameter, part)
+        found = torch.autograd.grad(value, [*leaves.values(), *self._gates.values()], allow_unused=True)
+        for weight, part in zip(self._weights.values(), found, strict=False):
+            add_to_part(weight, part)
+        for gate, part in zip(self._gates.values(), found[len(leaves) :], strict=True):
+            _add(gate, part)
+
+    def part(self, name: str) -> Tensor:
+        """This process's part of a weight, the one to compute a side loss from."""
+        return self._leaves[name] if name in self._leaves else own_part(self._weights[name].data)
+
+    def view(self, name: str) -> Tensor:
+        """One of :meth:`views`."""
+        return as_wholes({name: self._weights[name].data}, self._layouts)[name]
 
     def _own(self, masks: Mapping[str, Tensor]) -> Masks:
-        check_same(masks, self._weights)
-        return Masks.from_state_dict({name: mask.to(self._weights[name].device) for name, mask in masks.items()})
+        views = self.views()
+        check_same(masks, views)
+        here = {name: mask.to(views[name].device) for name, mask in masks.items()}
+        return Masks.from_state_dict({name: sharded_as(mask, views[name]) for name, mask in here.items()})
 
     def _own_gates(self, tensors: Mapping[str, Tensor]) -> None:
         self._gates = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in tensors.items()}
 
 
+def add_to_part(weight: nn.Parameter, part: Tensor | None) -> None:
+    """Add to the gradient of what this process holds of a weight; None adds nothing."""
+    if part is None:
+        return
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    own_part(weight.grad).add_(part)
+
+
 def _add(parameter: nn.Parameter, part: Tensor | None) -> None:
     if part is not None:
         parameter.grad = part if parameter.grad is None else parameter.grad + part
+
+
+def _fill(weight: nn.Parameter, value: Tensor, *, in_place: bool) -> None:
+    if in_place:
+        own_part(weight.data).copy_(value)
+    else:
+        weight.data = value

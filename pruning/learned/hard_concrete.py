@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pruning.learned.base import LearnedSparsity
 from pruning.learned.movement import mean_of
+from pruning.sharding import own_part, sharded_as
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 
@@ -58,18 +59,20 @@ class L0(LearnedSparsity):
     ) -> None:
         super().__init__(model, strength=strength, gate_lr=gate_lr, weights=weights, generator=generator)
         start = log_odds(keep)
-        self._own_gates({name: torch.full_like(weight, start) for name, weight in self._weights.items()})
+        self._own_gates({name: torch.full_like(weight, start) for name, weight in self.views().items()})
 
     def effective(self, name: str, theta: Tensor, *, training: bool) -> Tensor:
         """θ ⊙ z."""
-        log_alpha = self._gates[name]
+        gate, log_alpha = self._gates[name], self.gate_part(name)
         if not training:
             return theta * expected_gate(log_alpha)
-        return theta * hard_concrete(log_alpha, self.noise(name, log_alpha.shape, "uniform").to(log_alpha.dtype))
+        drawn = own_part(sharded_as(self.noise(name, gate.shape, "uniform"), gate.detach()))
+        return theta * hard_concrete(log_alpha, drawn.to(log_alpha.dtype))
 
     def loss(self) -> Tensor:
         """strength · mean P(z ≠ 0)."""
-        return self.strength * mean_of({name: open_probability(gate) for name, gate in self._gates.items()})
+        parts = {name: open_probability(self.gate_part(name)) for name in self._gates}
+        return self.strength * mean_of(parts, total=self.number_of_gates())
 
 
 def log_odds(keep: float) -> float:

@@ -10,6 +10,7 @@ from pruning.allocation import Allocation, uniform
 from pruning.learned.base import LearnedSparsity
 from pruning.learned.chosen import ChosenMasks
 from pruning.schedules import Schedule
+from pruning.sharding import own_part
 
 
 @final
@@ -34,7 +35,7 @@ class Movement(ChosenMasks):
         weights: Sequence[str] | None = None,
     ) -> None:
         super().__init__(model, schedule=schedule, allocation=allocation, every=every, gate_lr=gate_lr, weights=weights)
-        self._own_gates({name: torch.zeros_like(weight) for name, weight in self._weights.items()})
+        self._own_gates({name: torch.zeros_like(weight) for name, weight in self.views().items()})
         self.choose()
 
     def scores(self) -> dict[str, Tensor]:
@@ -43,7 +44,7 @@ class Movement(ChosenMasks):
 
     def effective(self, name: str, theta: Tensor, *, training: bool) -> Tensor:
         """θ ⊙ mask; the mask passes its gradient on to the scores."""
-        return theta * _through(self.masks().kept[name], self._gates[name])
+        return theta * _through(own_part(self.masks().kept[name]), self.gate_part(name))
 
 
 @final
@@ -68,21 +69,22 @@ class SoftMovement(LearnedSparsity):
         if not 0 < threshold < 0.5:
             raise ValueError(f"threshold must be in (0, 0.5), got {threshold}")
         self.threshold = threshold
-        self._own_gates({name: torch.zeros_like(weight) for name, weight in self._weights.items()})
+        self._own_gates({name: torch.zeros_like(weight) for name, weight in self.views().items()})
 
     def effective(self, name: str, theta: Tensor, *, training: bool) -> Tensor:
         """θ ⊙ mask; the mask passes its gradient on to the scores."""
-        scores = self._gates[name]
+        scores = self.gate_part(name)
         return theta * _through(scores.detach().sigmoid() > self.threshold, scores)
 
     def loss(self) -> Tensor:
         """strength · mean σ(S) over all scores."""
-        return self.strength * mean_of({name: gate.sigmoid() for name, gate in self._gates.items()})
+        parts = {name: self.gate_part(name).sigmoid() for name in self._gates}
+        return self.strength * mean_of(parts, total=self.number_of_gates())
 
 
-def mean_of(parts: Mapping[str, Tensor]) -> Tensor:
-    """The mean over all entries of all tensors together."""
-    total = sum(part.numel() for part in parts.values())
+def mean_of(parts: Mapping[str, Tensor], *, total: int | None = None) -> Tensor:
+    """The mean over all entries of all tensors together. total: of entries, where these are one process's parts."""
+    total = sum(part.numel() for part in parts.values()) if total is None else total
     return torch.stack([part.sum() / total for part in parts.values()]).sum()
 
 

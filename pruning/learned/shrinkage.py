@@ -1,6 +1,6 @@
 """Penalties and proximal steps as methods of training: weights that shrink, and the smallest set to 0."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import final
 
 import torch
@@ -9,10 +9,11 @@ from torch.optim import Optimizer
 
 from pruning.allocation import Allocation, uniform
 from pruning.axes import Axis
-from pruning.learned.base import LearnedSparsity
+from pruning.learned.base import LearnedSparsity, add_to_part
 from pruning.learned.penalties import Penalty, l1, unit_blocks, unit_norms, unit_size
 from pruning.learned.thresholds import soft_threshold
 from pruning.masking import Masks
+from pruning.sharding import gathered, own_part, sharded_as, whole
 from pruning.sparsifier import select_masks
 from pruning.structure import check_fraction
 
@@ -44,16 +45,27 @@ class Regularized(LearnedSparsity):
 
     def prepare(self) -> None:
         """Choose the largest weights."""
-        scores = {name: weight.detach().abs() for name, weight in self._weights.items()}
+        scores = {name: weight.abs() for name, weight in self.views().items()}
         self._largest = select_masks(scores, sparsity=self.sparsity, allocation=self.allocation)
 
     def effective(self, name: str, theta: Tensor, *, training: bool) -> Tensor:
         """θ in training, the largest of θ in evaluation."""
-        return theta if training else theta * self._largest.kept[name]
+        return theta if training else theta * own_part(self._largest.kept[name])
 
     def loss(self) -> Tensor:
-        """strength · penalty / number of weights."""
-        return self.strength * self.penalty(self._weights) / sum(w.numel() for w in self._weights.values())
+        """strength · penalty / number of weights, all of it on every rank: weights held in part are gathered for it."""
+        return self._priced(gathered(self.views()))
+
+    @torch.enable_grad()
+    def _add_loss(self) -> None:
+        views = self.views()
+        leaves = {name: weight.detach().requires_grad_() for name, weight in gathered(views).items()}
+        slopes = torch.autograd.grad(self._priced(leaves), list(leaves.values()))
+        for (name, weight), slope in zip(self._weights.items(), slopes, strict=True):
+            add_to_part(weight, own_part(sharded_as(slope, views[name])))
+
+    def _priced(self, weights: Mapping[str, Tensor]) -> Tensor:
+        return self.strength * self.penalty(weights) / sum(weight.numel() for weight in weights.values())
 
 
 @final
@@ -86,12 +98,13 @@ class Proximal(LearnedSparsity):
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         if self.axes is None:
             for weight in self._weights.values():
-                weight.copy_(soft_threshold(weight, rates.get(id(weight), 0.0) * self.strength))
+                own = own_part(weight.data)
+                own.copy_(soft_threshold(own, rates.get(id(weight), 0.0) * self.strength))
             return
-        values = {name: weight.data for name, weight in self._weights.items()}
-        for axis in self.axes:
-            owners = [self._weights[s.parameter] for s in axis.slices if s.parameter in self._weights]
-            shrink_units(values, axis, rates.get(id(owners[0]), 0.0) * self.strength if owners else 0.0)
+        with whole(self.views()) as values:
+            for axis in self.axes:
+                owners = [self._weights[s.parameter] for s in axis.slices if s.parameter in self._weights]
+                shrink_units(values, axis, rates.get(id(owners[0]), 0.0) * self.strength if owners else 0.0)
 
 
 def shrink_units(weights: dict[str, Tensor], axis: Axis, delta: float) -> None:

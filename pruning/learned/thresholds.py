@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.learned.base import LearnedSparsity
+from pruning.sharding import met_by, own_part
 
 
 def soft_threshold(weight: Tensor, threshold: Tensor | float) -> Tensor:
@@ -16,7 +17,7 @@ def soft_threshold(weight: Tensor, threshold: Tensor | float) -> Tensor:
 
 @final
 class STR(LearnedSparsity):
-    """w = sign(θ) · max(|θ| − σ(s), 0), one s a matrix, each expert of a stack its own.
+    """w = sign(θ) · max(|θ| − σ(s), 0), one s a matrix, each of a stack its own.
 
     Kusupati et al. 2020 (arXiv:2002.03231), eq. 3–5. s starts at ``start``, far below 0 where σ(s) ≈ 0, and weight
     decay draws it to 0, which raises the threshold; the loss draws it back. strength is that decay, as AdamW and SGD
@@ -34,17 +35,17 @@ class STR(LearnedSparsity):
         weights: Sequence[str] | None = None,
     ) -> None:
         super().__init__(model, strength=strength, gate_lr=gate_lr, weights=weights)
-        self._own_gates({name: weight.new_full((weight.shape[0], 1, 1) if weight.ndim == 3 else (1, 1), start)
-                       for name, weight in self._weights.items()})  # fmt: skip
+        self._own_gates({name: own_part(weight).new_full((*weight.shape[:-2], 1, 1), start)
+                       for name, weight in self.views().items()})  # fmt: skip
 
     def effective(self, name: str, theta: Tensor, *, training: bool) -> Tensor:
         """The weight shrunk by its matrix' threshold."""
-        return soft_threshold(theta, torch.sigmoid(self._gates[name]))
+        return soft_threshold(theta, torch.sigmoid(met_by(self._gates[name], self.view(name))))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The thresholds, decayed by ``strength``."""
         return [group | {"weight_decay": self.strength} for group in super().parameter_groups()]
 
     def thresholds(self) -> dict[str, Tensor]:
-        """σ(s) of each parameter: [1, 1], or [E, 1, 1] for a stack."""
+        """σ(s) of each parameter: [1, 1], [E, 1, 1] for a stack of experts, [heads, 2, 1, 1] for sub-keys."""
         return {name: torch.sigmoid(gate.detach()) for name, gate in self._gates.items()}

@@ -17,6 +17,7 @@ from pruning.learned.movement import mean_of
 from pruning.learned.penalties import polarization
 from pruning.learned.variational import CLIP, kl_to_prior
 from pruning.model_axes import prunable_axes
+from pruning.sharding import as_wholes, gathered, met_by, own_part, spread_layouts
 from pruning.structure import check_fraction, removal_count, unstructured
 
 STACKED_OUTPUTS = ("down", "down_proj")
@@ -54,7 +55,8 @@ def unit_groups(
     chosen = [axis for axis in (prunable_axes(model) if axes is None else axes) if axis.kind in kinds]
     groups = [_of_axis(model, axis) for axis in chosen]
     if "neuron" in kinds:
-        groups += [UnitGroup(name, name, 2, (p.shape[0], p.shape[2]), 1) for name, p in model.named_parameters()
+        wholes = as_wholes({name: p.data for name, p in model.named_parameters()}, spread_layouts(model))
+        groups += [UnitGroup(name, name, 2, (p.shape[0], p.shape[2]), 1) for name, p in wholes.items()
                    if p.ndim == 3 and name.rpartition(".")[2] in STACKED_OUTPUTS]  # fmt: skip
     if not groups:
         raise ValueError(f"{type(model).__name__} must have units of kinds {tuple(kinds)}, got none")
@@ -91,7 +93,8 @@ class UnitSparsity(LearnedSparsity):
             model, strength=strength, gate_lr=gate_lr, weights=[g.parameter for g in groups], generator=generator
         )
         self.groups = {group.parameter: group for group in groups}
-        self._own_gates({name: self._weights[name].new_full(group.units, start) for name, group in self.groups.items()})
+        values = {name: own_part(weight.data) for name, weight in self._weights.items()}
+        self._own_gates({name: values[name].new_full(group.units, start) for name, group in self.groups.items()})
 
     @abstractmethod
     def gate(self, name: str, *, training: bool) -> Tensor:
@@ -99,7 +102,10 @@ class UnitSparsity(LearnedSparsity):
 
     def effective(self, name: str, theta: Tensor, *, training: bool) -> Tensor:
         """θ with scaled columns."""
-        return theta * self.groups[name].spread(self.gate(name, training=training)).to(theta.dtype)
+        factors = self.groups[name].spread(self.gate(name, training=training))
+        return theta * met_by(factors.view(*[1] * (theta.ndim - factors.ndim), *factors.shape), self.view(name)).to(
+            theta.dtype
+        )
 
     @torch.no_grad()
     def kept(self) -> dict[str, list[int]]:
@@ -117,7 +123,7 @@ class UnitSparsity(LearnedSparsity):
         return found
 
     def _alive(self, name: str) -> Tensor:
-        group, weight = self.groups[name], self._weights[name].detach()
+        group, weight = self.groups[name], gathered({name: self.view(name)})[name]
         inputs = weight.movedim(group.dim, -1)
         return (inputs != 0).any(-2).unflatten(-1, (-1, group.width)).any(-1)
 

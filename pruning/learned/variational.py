@@ -87,7 +87,7 @@ class VariationalDropout(LearnedSparsity):
 
     def loss(self) -> Tensor:
         """strength · mean KL, whose gradient reaches σ² and θ."""
-        parts = {name: kl_to_prior(log_alpha(weight, self._gates[name])) for name, weight in self._weights.items()}
+        parts = {name: kl_to_prior(log_alpha(self.part(name), gate)) for name, gate in self._gates.items()}
         return self.strength * mean_of(parts)
 
     def noise_levels(self) -> dict[str, Tensor]:

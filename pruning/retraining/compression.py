@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from pruning.allocation import Allocation, guarded_ranking
 from pruning.learned.base import LearnedSparsity
+from pruning.sharding import gathered, own_part, put
 from pruning.sparsifier import select_masks
 from pruning.structure import check_fraction
 from pruning.weights import check_unshared
@@ -47,7 +48,7 @@ class LearningCompression(LearnedSparsity):
                 raise ValueError(f"{name} must be >= 1, got {value}")
         self.sparsity, self.mu, self.growth, self.every = sparsity, mu, growth, every
         self.multipliers, self.allocation = multipliers, allocation
-        self._lambda = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
+        self._lambda = {name: torch.zeros_like(own_part(weight.data)) for name, weight in self._weights.items()}
         self._compressed = self._c_step()
         self._evaluated: dict[str, Tensor] = {}
 
@@ -61,8 +62,8 @@ class LearningCompression(LearnedSparsity):
 
     def loss(self) -> Tensor:
         """μ/2 ‖w − c − λ/μ‖²."""
-        gaps = [(weight - self._compressed[name] - self._lambda[name] / self.mu).square().sum()
-                for name, weight in self._weights.items()]  # fmt: skip
+        gaps = [(self.part(name) - compressed - self._lambda[name] / self.mu).square().sum()
+                for name, compressed in self._compressed.items()]  # fmt: skip
         return self.mu / 2 * torch.stack(gaps).sum()
 
     def settle(self, optimizer: Optimizer) -> None:
@@ -72,30 +73,32 @@ class LearningCompression(LearnedSparsity):
         self._compressed = self._c_step()
         if self.multipliers:
             for name, weight in self._weights.items():
-                self._lambda[name].sub_(self.mu * (weight - self._compressed[name]))
+                self._lambda[name].sub_(self.mu * (own_part(weight.data) - self._compressed[name]))
         self.mu *= self.growth
 
     def gap(self) -> float:
         """‖w − c‖ / ‖w‖ over all weights: how far the constraint is from being met."""
-        off = sum(float((w.detach() - self._compressed[n]).square().sum()) for n, w in self._weights.items())
-        whole = sum(float(w.detach().square().sum()) for w in self._weights.values())
+        values, compressed = gathered(self.views()), gathered(self.wholes(self._compressed))
+        off = sum(float((w - compressed[n]).square().sum()) for n, w in values.items())
+        whole = sum(float(w.square().sum()) for w in values.values())
         return (off / whole) ** 0.5 if whole else 0.0
 
     def extra_state(self) -> dict[str, Any]:
         """μ, the compressed weights and the multipliers."""
-        return {"mu": self.mu, "compressed": dict(self._compressed), "multipliers": dict(self._lambda)}
+        return {"mu": self.mu, "compressed": self.wholes(self._compressed), "multipliers": self.wholes(self._lambda)}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Take them back."""
         self.mu = state["mu"]
         for own, saved in ((self._compressed, state["compressed"]), (self._lambda, state["multipliers"])):
-            for name, tensor in own.items():
-                tensor.copy_(saved[name])
+            for name, tensor in self.wholes(own).items():
+                put(tensor, saved[name])
 
     @torch.no_grad()
     def _c_step(self, *, shifted: bool = True) -> dict[str, Tensor]:
-        values = {name: weight - self._lambda[name] / self.mu if shifted else weight.clone()
-                  for name, weight in self._weights.items()}  # fmt: skip
-        scores = {name: value.abs() for name, value in values.items()}
+        values = {name: own_part(weight.data).clone() for name, weight in self._weights.items()}
+        if shifted:
+            values = {name: value - self._lambda[name] / self.mu for name, value in values.items()}
+        scores = self.wholes({name: value.abs() for name, value in values.items()})
         masks = select_masks(scores, sparsity=self.sparsity, allocation=self.allocation)
-        return {name: value * masks.kept[name] for name, value in values.items()}
+        return {name: value * own_part(masks.kept[name]) for name, value in values.items()}

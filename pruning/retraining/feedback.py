@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pruning.allocation import Allocation, guarded_ranking, uniform
 from pruning.learned.chosen import ChosenMasks
 from pruning.schedules import Schedule, one_shot
+from pruning.sharding import own_part
 
 
 @final
@@ -34,11 +35,11 @@ class Feedback(ChosenMasks):
 
     def scores(self) -> dict[str, Tensor]:
         """|θ|."""
-        return {name: weight.detach().abs() for name, weight in self._weights.items()}
+        return {name: weight.abs() for name, weight in self.views().items()}
 
     def effective(self, name: str, theta: Tensor, *, training: bool) -> Tensor:
         """θ ⊙ mask, whose gradient passes to all of θ."""
-        return straight_through(theta, theta * self.masks().kept[name])
+        return straight_through(theta, theta * own_part(self.masks().kept[name]))
 
 
 @final
@@ -59,11 +60,11 @@ class NeuralWirings(ChosenMasks):
 
     def scores(self) -> dict[str, Tensor]:
         """|θ|."""
-        return {name: weight.detach().abs() for name, weight in self._weights.items()}
+        return {name: weight.abs() for name, weight in self.views().items()}
 
     def effective(self, name: str, theta: Tensor, *, training: bool) -> Tensor:
         """θ ⊙ mask, whose gradient passes to all of θ."""
-        return straight_through(theta, theta * self.masks().kept[name])
+        return straight_through(theta, theta * own_part(self.masks().kept[name]))
 
 
 def straight_through(theta: Tensor, value: Tensor) -> Tensor:

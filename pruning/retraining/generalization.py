@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pruning.agreement import of_first
 from pruning.allocation import Allocation, guarded_ranking
 from pruning.learned.base import LearnedSparsity
 from pruning.masking import Masks
+from pruning.sharding import own_part
 from pruning.sparsifier import select_masks
 from pruning.structure import check_fraction
 
@@ -70,11 +72,12 @@ class GeneralizationDriven(LearnedSparsity):
             raise ValueError(f"when must be 'low' or 'high', got {when!r}")
         self.sparsity, self.most, self.alpha, self.when, self.begin = sparsity, most, alpha, when, begin
         self.allocation, self.best, self.now = allocation, float("inf"), 0.0
-        self._masks = Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in self._weights.items()})
+        self._masks = Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in self.views().items()})
 
     @torch.no_grad()
     def observe(self, held_out: float) -> None:
         """Take an evaluation's loss into account, and prune. Before step ``begin`` only the best is noted."""
+        held_out = of_first(held_out, device=next(iter(self._weights.values())).device)
         self.best = min(self.best, held_out)
         loss = generalization_loss(held_out, self.best)
         if self.step < self.begin or self.finished:
@@ -82,13 +85,13 @@ class GeneralizationDriven(LearnedSparsity):
         share = pruning_share(loss, most=self.most, alpha=self.alpha, when=self.when)
         self.now = max(self.now, min(self.sparsity, 1 - (1 - self.now) * (1 - share)))
         scores = {name: weight.abs().masked_fill(~self._masks.kept[name], -torch.inf)
-                  for name, weight in self._weights.items()}  # fmt: skip
+                  for name, weight in self.views().items()}  # fmt: skip
         self._masks = select_masks(scores, sparsity=self.now, allocation=self.allocation)
         self._masks.apply(self.model)
 
     def effective(self, name: str, theta: Tensor, *, training: bool) -> Tensor:
         """θ, which has its zeros."""
-        return theta * self._masks.kept[name]
+        return theta * own_part(self._masks.kept[name])
 
     def settle(self, optimizer: Optimizer) -> None:
         """Hold the zeros."""

@@ -12,6 +12,7 @@ from pruning.allocation import Allocation, uniform
 from pruning.dynamic.base import reset_state
 from pruning.learned.base import LearnedSparsity
 from pruning.masking import Masks, clear_gradients
+from pruning.sharding import own_part
 from pruning.sparsifier import select_masks
 from pruning.structure import check_fraction
 from pruning.weights import check_unshared
@@ -50,7 +51,7 @@ class Phases(LearnedSparsity):
 
     def largest(self) -> Masks:
         """The weights of largest magnitude, counted by the allocation."""
-        scores = {name: weight.detach().abs() for name, weight in self._weights.items()}
+        scores = {name: weight.abs() for name, weight in self.views().items()}
         return select_masks(scores, sparsity=self.sparsity, allocation=self.allocation)
 
     def effective(self, name: str, theta: Tensor, *, training: bool) -> Tensor:
@@ -73,7 +74,7 @@ class Phases(LearnedSparsity):
             self._now = None
         if self._now is not None:
             for name, mask in self._now.kept.items():
-                reset_state(optimizer, self._weights[name], ~mask)
+                reset_state(optimizer, self._weights[name], ~own_part(mask))
 
     def extra_state(self) -> dict[str, Any]:
         """The masks of a sparse phase."""
@@ -162,7 +163,7 @@ class HardThresholding(Phases):
 
     def effective(self, name: str, theta: Tensor, *, training: bool) -> Tensor:
         """θ in training, the largest of θ in evaluation."""
-        return theta if training else theta * self._largest.kept[name]
+        return theta if training else theta * own_part(self._largest.kept[name])
 
     @torch.no_grad()
     def masks(self) -> Masks:

@@ -12,6 +12,7 @@ from pruning.lottery import EarlyBird, Ticket, tensors_to_rewind
 from pruning.mask_selection import select_masks
 from pruning.masking import Masks, check_kept, check_same, clear_gradients
 from pruning.saliency.data_free import magnitude
+from pruning.sharding import as_wholes, put, sharded_as, spread_layouts
 from pruning.structure import check_fraction
 from pruning.weights import growable_weights
 
@@ -46,8 +47,8 @@ class Rewinding:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
         self.model, self.sparsity, self.every, self.rounds, self.rewind = model, sparsity, every, rounds, rewind
         self.allocation, self.step = allocation, 0
-        self._weights = growable_weights(model, weights)
-        self._masks = Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in self._weights.items()})
+        self._weights, self._layouts = growable_weights(model, weights), spread_layouts(model)
+        self._masks = Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in self._views().items()})
         self._values = {} if rewind else self._now()
 
     def before_step(self, optimizer: Optimizer) -> bool:
@@ -79,23 +80,38 @@ class Rewinding:
 
     def state_dict(self) -> dict[str, Any]:
         """Step, masks and W_k, for a checkpoint."""
-        return {"step": self.step, "masks": self._masks.state_dict(), "values": dict(self._values)}
+        values = as_wholes(self._values, self._layouts)
+        return {"step": self.step, "masks": self._masks.state_dict(), "values": values}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict()``; the masks are applied to the model at once.
 
         Raises: ValueError if the masks are not those of this model's weights; then nothing has changed."""
-        check_same(state["masks"], self._weights)
-        masks = Masks.from_state_dict({n: mask.to(self._weights[n].device) for n, mask in state["masks"].items()})
+        views = self._views()
+        check_same(state["masks"], views)
+        kept = {name: sharded_as(mask.to(views[name].device), views[name]) for name, mask in state["masks"].items()}
+        masks = Masks.from_state_dict(kept)
         masks.apply(self.model)
-        self._masks, self.step, self._values = masks, state["step"], dict(state["values"])
+        self._masks, self.step, self._values = masks, state["step"], self._own_values(state["values"])
+
+    def _views(self) -> dict[str, Tensor]:
+        return as_wholes({name: weight.data for name, weight in self._weights.items()}, self._layouts)
+
+    def _own_values(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of W_k, which a checkpoint holds whole, the parts that this process holds of the model, as it holds them."""
+        if not saved:
+            return {}
+        mine = {name: torch.empty_like(tensor) for name, tensor in self._now().items()}
+        for name, view in as_wholes(mine, self._layouts).items():
+            put(view, saved[name].to(view.device))
+        return mine
 
     def _now(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in tensors_to_rewind(self.model).items()}
 
     def _prune(self, sparsity: float) -> None:
         kept = self._masks.kept
-        scores = {n: magnitude(w.detach()).masked_fill(~kept[n], -torch.inf) for n, w in self._weights.items()}
+        scores = {n: magnitude(w).masked_fill(~kept[n], -torch.inf) for n, w in self._views().items()}
         self._masks = select_masks(scores, sparsity=sparsity, allocation=self.allocation)
         check_kept(self._masks.kept, sparsity)
 
@@ -136,7 +152,7 @@ class EarlyBirdPruning:
                               allocation=allocation, weights=weights)  # fmt: skip
         self.found: int | None = None
         self.forced = False
-        self._weights = growable_weights(model, weights)
+        growable_weights(model, weights)
 
     def before_step(self, optimizer: Optimizer) -> bool:
         """Once it pruned, clear the gradients of what went: they would count where training clips. True: step."""
@@ -159,7 +175,7 @@ class EarlyBirdPruning:
         """All weights before it pruned, then those that stay."""
         if self.found is not None:
             return self.bird.masks()
-        return Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in self._weights.items()})
+        return Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in self.bird.views().items()})
 
     def state_dict(self) -> dict[str, Any]:
         """Step, the step at which it pruned and whether it had to, and the masks seen, for a checkpoint."""
@@ -168,7 +184,7 @@ class EarlyBirdPruning:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict()``. Raises: ValueError if the masks are not those of this model's weights."""
         for masks in state["bird"]["last"]:
-            check_same(masks, self._weights)
+            check_same(masks, self.bird.views())
         self.step, self.found, self.forced = state["step"], state["found"], state["forced"]
         self.bird.load_state_dict(state["bird"])
 
