@@ -10,6 +10,7 @@ from torch import nn
 from pruning import global_ranking, magnitude, prunable_weights, select_masks
 from pruning.saliency import snip_scores, synflow_scores
 from pruning.saliency.flow import flow_input, flow_model, total_flow
+from tests.pruning.adapters.models import HEADS, KNOWN, LAYERS, peer
 from tests.pruning.test_transformer import build, ids
 from tests.pruning.toy import toy
 from tests.tolerances import close
@@ -125,18 +126,36 @@ def test_the_score_is_the_weight_times_the_slope_of_the_flow(kind):
         assert score[index].item() == pytest.approx(value * slope, rel=1e-4)
 
 
-def test_llama_flows_like_our_own_model():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                                      num_attention_heads=4, num_key_value_heads=2, head_dim=4)  # fmt: skip
-    model = transformers.LlamaForCausalLM(config)
-    scores = synflow_scores(model, prunable_weights(model))
-    for layer in range(2):
-        at = f"model.layers.{layer}."
-        whole = scores["model.layers.0.self_attn.o_proj.weight"].sum()
-        for name, share in (("self_attn.o", 1), ("self_attn.q", 3), ("self_attn.k", 3), ("self_attn.v", 3),
-                            ("mlp.gate", 2), ("mlp.up", 2), ("mlp.down", 1)):  # fmt: skip
-            close(scores[f"{at}{name}_proj.weight"].sum(), whole / share)
+# of each layer's flow: what a third or a half of it passes by, and what all of it does
+THIRDS, HALVES = (
+    ("q_proj", "k_proj", "v_proj", "self.query", "self.key", "self.value"),
+    ("mlp.gate_proj", "mlp.up_proj"),
+)
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in KNOWN), ("OPT", POST)])
+def test_all_of_the_flow_passes_every_layer_of_a_known_architecture(name, options):
+    model = peer(name, **options)
+    scores = synflow_scores(model, {k: w for k, w in prunable_weights(model).items() if ".layer" in k or ".h." in k})
+    known = KNOWN[name]
+    whole = scores[f"{known.layer(LAYERS - 1)}.{known.output}.weight"].sum()
+    for key, score in scores.items():
+        module = key.removesuffix(".weight")
+        share = 3 if module.endswith(THIRDS) else 2 if module.endswith(HALVES) else 1
+        close(score.sum(), whole / share)
+        assert (score > 0).all()
+        if module.endswith("c_attn"):
+            close(torch.stack([part.sum() for part in score.chunk(3, -1)]), (whole / 3).expand(3))
+
+
+def test_a_norm_of_queries_weighs_them():
+    model = peer("Qwen3")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_norm.weight[0] = 0
+    scores = synflow_scores(model, prunable_weights(model))["model.layers.0.self_attn.q_proj.weight"]
+    rows = scores.view(HEADS, 6, -1)
+    assert not rows[:, 0].any()
+    assert (rows[:, 1:] > 0).all()
 
 
 def kept_by_layer(scores, sparsity):
