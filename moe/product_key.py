@@ -42,8 +42,12 @@ class ProductKeys(nn.Module):
     query_norm: over the key_dim of each head ("layer"), over the tokens of the batch ("batch", as in the paper: it
     lets tokens see each other, the future included, in training) or "none". shared: one set of sub-keys for all
     heads, as in PEER, rather than each head its own. Scores and softmax are float32 whatever autocast says.
+    ``weight`` [heads or 1, 2, num_keys, half] is a stack of matrices [num_keys, half], one for each half of a query:
+    ``matrix_stacks`` says so to what prunes matrices.
     Raises: ValueError for a size below 1, k > num_keys, or an odd key_dim.
     """
+
+    matrix_stacks = ("weight",)
 
     def __init__(
         self,
@@ -90,6 +94,15 @@ class ProductKeys(nn.Module):
         slots, scores = search(self._queries(x), self._sub_keys(), self.k, pairs=self.pairs)
         _require_finite(scores, self.name)
         return Lookup(slots, scores.softmax(-1), self.num_keys**2)
+
+    def matrix_inputs(self, x: Float[Tensor, "R D"]) -> dict[tuple[int, int], Float[Tensor, "rows half"]]:
+        """(head, half) → the halves of queries that this matrix of ``weight`` multiplies; of a shared one, all heads'.
+
+        As in evaluation: with query_norm="batch" call it in evaluation mode, or it counts the rows as seen."""
+        halves = self._queries(x).unflatten(2, (2, -1))
+        if len(self.weight) == self.heads:
+            return {(head, half): halves[:, head, half] for head in range(self.heads) for half in (0, 1)}
+        return {(0, half): halves[:, :, half].flatten(0, 1) for half in (0, 1)}
 
     def _queries(self, x: Float[Tensor, "R D"]) -> Float[Tensor, "R H c"]:
         query = self.query(x)

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Collection, Mapping
 
-import torch
 from torch import Tensor
 
 from pruning.allocation.counts import Allocation, global_ranking, uniform
 from pruning.masking import Masks
 from pruning.sharding import gathered, sharded_as
 from pruning.structure import Structure, Tiles, tile_sizes, unstructured
-from pruning.weights import inputs_last, matrices
+from pruning.weights import assembled, matrices
 
 # (scores by parameter name, sparsity) → masks
 Select = Callable[[Mapping[str, Tensor], float], Masks]
@@ -31,15 +30,15 @@ def select_masks(
     """Scores by parameter name → masks: `allocation` says how many weights each matrix loses, `structure` which.
 
     turned: names of matrices stored [in, out] (Conv1D; `pruning.weights.stored_turned`), whose masks lie so too.
-    Stacked experts are taken expert by expert, each as a matrix [out, in]. Under tiles (blocks, rows, columns) the
-    allocation counts tiles, each with the sum of its weights' scores. Scores that are DTensors are compared whole on
-    every rank of their mesh, and their masks are laid out as they are.
+    Stacks are taken matrix by matrix, each as [out, in] (`pruning.weights.matrices`). Under tiles (blocks, rows,
+    columns) the allocation counts tiles, each with the sum of its weights' scores. Scores that are DTensors are
+    compared whole on every rank of their mesh, and their masks are laid out as they are.
     Raises: ValueError if sparsity is outside [0, 1), a score is NaN, or tiles of unequal size meet an allocation that
     shares one number of removals among matrices."""
     parts = matrices(gathered(scores), turned)
     counts = weight_counts(parts, sparsity, allocation, structure)
     kept = {name: _chosen(name, structure, part, counts[name]) for name, part in parts.items()}
-    return Masks({name: sharded_as(_assembled(name, score, kept, turned), score) for name, score in scores.items()})
+    return Masks({name: sharded_as(assembled(name, score, kept, turned), score) for name, score in scores.items()})
 
 
 def weight_counts(
@@ -66,10 +65,3 @@ def _chosen(name: str, structure: Structure, scores: Tensor, count: int) -> Tens
         return structure(scores, count)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-def _assembled(name: str, score: Tensor, kept: Mapping[str, Tensor], turned: Collection[str]) -> Tensor:
-    if score.ndim == 2:
-        return (kept[name].mT if name in turned else kept[name]).contiguous()
-    parts = [kept[f"{name}[{expert}]"] for expert in range(len(score))]
-    return torch.stack([part if inputs_last(name) else part.mT for part in parts])

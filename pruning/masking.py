@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pruning.formats.bits import pack_flags, unpack_flags
 from pruning.sharding import as_wholes, gathered, own_part, sharded_as, spread_layouts
-from pruning.weights import matrices, prunable_weights
+from pruning.weights import TABLE, matrices, prunable_weights
 
 SHAPES = "shapes"  # of the packed masks, in the file's metadata; files without it hold one byte a weight
 
@@ -113,9 +113,11 @@ class Masks:
 def clear_gradients(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Set the gradients of absent weights to 0: what is not there must not count in the norm by which training clips.
 
-    masks: by parameter name, of shards where the parameters are."""
+    masks: by parameter name, of shards where the parameters are. Raises: ValueError for a gradient of rows."""
     for name, mask in masks.items():
         gradient = model.get_parameter(name).grad
+        if gradient is not None and gradient.is_sparse:
+            raise ValueError(f"weights that are pruned in training must have dense gradients, got {name!r}, {TABLE}")
         if gradient is not None:
             own_part(gradient).masked_fill_(~own_part(mask), 0)
 

@@ -30,7 +30,7 @@ from pruning.saliency.data_free import magnitude
 from pruning.schedules import Schedule
 from pruning.sharding import as_wholes, sharded_as, spread_layouts
 from pruning.structure import Structure, check_fraction, named_structure, unstructured
-from pruning.weights import check_unquantised, check_values, prunable_weights, stored_turned
+from pruning.weights import check_dense_gradients, check_unquantised, check_values, prunable_weights, stored_turned
 
 
 def sparsify(
@@ -179,9 +179,9 @@ class Sparsifier:
     needs all experts on every rank.
     averages: models that hold running averages of this one's weights, as `AveragedModel.module` does; what is pruned is
     0 in them too. A sparsity that the schedule asks at step 0 is applied at once.
-    Raises: ValueError if the schedule leaves [0, 1), for unknown names, and for choices that do not go together; when
-    it prunes, for a matrix of which nothing would be left (one ranking: pass allocation=guarded_ranking of
-    `pruning.allocation`)."""
+    Raises: ValueError if the schedule leaves [0, 1), for unknown names, for choices that do not go together, and for
+    tables whose gradients are the rows that were read; when it prunes, for a matrix of which nothing would be left (one
+    ranking: pass allocation=guarded_ranking of `pruning.allocation`)."""
 
     def __init__(
         self,
@@ -215,6 +215,7 @@ class Sparsifier:
         self._apart = CRITERIA[method].data or method == "random" or self.calibration is not None
         self.step, self.sparsity = 0, 0.0
         check_unquantised(model)
+        check_dense_gradients(model, prunable_weights(model, weights))
         layouts = spread_layouts(model)
         if layouts and isinstance(saliency, str):
             raise ValueError(f"saliency must be a function where ranks hold a part of the experts, got {saliency!r}")

@@ -47,18 +47,27 @@ def num_parameters(model: "Transformer", *, active: bool = False) -> int:
 
 
 def used_shares(model: "Transformer") -> dict[str, float]:
-    """Parameter's name → share of the tokens whose products use a weight of it, where it is not 1.
+    """Parameter's name → in how many products a weight of it takes part for each token, where it is not 1.
 
-    k/E for the weights of experts, times the capacity of a layer that only some tokens pass. Capacity may drop more."""
+    k/E for the weights of experts, the number of heads for the sub-keys that PEER's heads share, times the capacity of
+    a layer that only some tokens pass. Capacity may drop more."""
     shares: dict[str, float] = {}
     for index, layer in enumerate(model.config.layers):
         passing = 1.0 if layer.depth is None else layer.depth.capacity
         for name, _ in model.layers[index].named_parameters():
-            of_expert = name.startswith("feedforward.experts.") and isinstance(layer.feedforward, MoEConfig)
-            chosen = layer.feedforward.k / layer.feedforward.num_experts if of_expert else 1.0
-            if passing * chosen < 1 and not name.startswith("depth."):
-                shares[f"layers.{index}.{name}"] = passing * chosen
+            uses = passing * _uses(layer, name)
+            if uses != 1 and not name.startswith("depth."):
+                shares[f"layers.{index}.{name}"] = uses
     return shares
+
+
+def _uses(layer: LayerConfig, name: str) -> float:
+    """Products a token that passes the layer."""
+    if isinstance(layer.feedforward, MoEConfig) and name.startswith("feedforward.experts."):
+        return layer.feedforward.k / layer.feedforward.num_experts
+    if isinstance(layer.feedforward, PEERConfig) and name == "feedforward.keys.weight":
+        return layer.feedforward.heads
+    return 1.0
 
 
 def flops_per_token(config: TransformerConfig, length: int, *, active: bool = True) -> float:

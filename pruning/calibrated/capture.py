@@ -52,7 +52,7 @@ def recording(inputs: Sequence[Inputs], moments: Moments) -> Iterator[None]:
     """While inside, every call of these modules adds its rows to `moments`."""
     with ExitStack() as stack:
         for use in inputs:
-            hook = _plain if "weight" in use.weights else _routed
+            hook = _plain if "weight" in use.weights else _keys if "keys" in use.weights else _routed
             stack.callback(use.module.register_forward_pre_hook(partial(hook, use, moments), with_kwargs=True).remove)
             if hasattr(use.module, "forward_one"):
                 stack.enter_context(_calls_of_one(use, moments))
@@ -62,6 +62,13 @@ def recording(inputs: Sequence[Inputs], moments: Moments) -> Iterator[None]:
 
 def _plain(use: Inputs, moments: Moments, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     moments.add(use.weights["weight"][0].label, args[0] if args else kwargs["input"])
+
+
+@torch.no_grad()
+def _keys(use: Inputs, moments: Moments, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    found = module.matrix_inputs(args[0] if args else kwargs["x"])
+    for matrix in use.weights["keys"]:
+        moments.add(matrix.label, found[matrix.place])
 
 
 @torch.no_grad()

@@ -2,32 +2,35 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from pruning.weights import labelled
+
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of a parameter: all of it, or the one of expert `expert` in a stack [E, ·, ·].
+    """One matrix of a parameter: all of it, or that at `place` of it, (e,) for an expert, (head, half) for sub-keys.
 
     transposed: it is stored as [in, out]."""
 
     name: str
     parameter: nn.Parameter
     transposed: bool = False
-    expert: int | None = None
+    place: tuple[int, ...] = ()
 
     @property
     def label(self) -> str:
-        """The parameter's name, and "[e]" after it for an expert."""
-        return self.name if self.expert is None else f"{self.name}[{self.expert}]"
+        """The parameter's name, and "[e]" after it for an expert, "[head][half]" for sub-keys."""
+        return labelled(self.name, self.place)
 
     def view(self, tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "out in"]:
         """This matrix in a tensor of the parameter's shape, as [out, in], sharing memory."""
-        part = tensor if self.expert is None else tensor[self.expert]
+        part = tensor[self.place] if self.place else tensor
         return part.mT if self.transposed else part
 
 
@@ -36,7 +39,7 @@ class Inputs:
     """A module that multiplies rows by prunable weights.
 
     weights: of a plain layer its matrix, under "weight"; of stacked experts theirs by role, "up" (from the layer's
-    input) and "down" (from the hidden activation), one an expert."""
+    input) and "down" (from the hidden activation), one an expert; of product keys all sub-keys, under "keys"."""
 
     name: str
     module: nn.Module
@@ -50,8 +53,9 @@ _PLAIN = {"Linear": False, "Conv1D": True}
 def find_inputs(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> list[Inputs]:
     """The modules that use `weights`, each use of a shared weight apart.
 
-    Known are nn.Linear, transformers' Conv1D, this library's stacked experts (a module with hidden_one, up and down)
-    and transformers' (gate_up_proj and down_proj, [E, out, in], without biases).
+    Known are nn.Linear, transformers' Conv1D, this library's stacked experts (a module with hidden_one, up and down),
+    transformers' (gate_up_proj and down_proj, [E, out, in], without biases) and product keys (a module with
+    matrix_inputs).
     Raises: ValueError naming a weight of any other module."""
     found = []
     names = {id(parameter): name for name, parameter in weights.items()}
@@ -66,16 +70,22 @@ def _matrices(where: str, module: nn.Module, held: dict[str, tuple[str, nn.Param
     kind = "Linear" if isinstance(module, nn.Linear) else type(module).__name__
     if kind in _PLAIN and held.keys() == {"weight"}:
         return {"weight": [Matrix(*held["weight"], transposed=_PLAIN[kind])]}
+    if hasattr(module, "matrix_inputs"):
+        return {"keys": [Matrix(name, p, place=place) for name, p in held.values() for place in _places(p)]}
     roles = _expert_roles(module)
     if not held.keys() <= roles.keys():
         raise ValueError(
             f"calibration must know what {where or 'the model'} ({kind}) multiplies by {sorted(held)}: supported are "
-            f"Linear, Conv1D, moe.Experts and stacked gate_up_proj/down_proj without biases; choose others with "
-            f"weights=, or a method without calibration"
+            f"Linear, Conv1D, moe.Experts, moe.ProductKeys and stacked gate_up_proj/down_proj without biases; choose "
+            f"others with weights=, or a method without calibration"
         )
     return {
-        roles[key][0]: [Matrix(name, p, roles[key][1], e) for e in range(len(p))] for key, (name, p) in held.items()
+        roles[key][0]: [Matrix(name, p, roles[key][1], (e,)) for e in range(len(p))] for key, (name, p) in held.items()
     }
+
+
+def _places(parameter: Tensor) -> list[tuple[int, ...]]:
+    return list(product(*map(range, parameter.shape[:-2])))
 
 
 def _expert_roles(module: nn.Module) -> dict[str, tuple[str, bool]]:

@@ -68,9 +68,10 @@ def ranking_stability(
 
 
 def layer_kind(name: str, weight: Tensor) -> str:
-    """ "expert" for a stack [E, in, out], "attention" by its name, else "dense"."""
-    if weight.ndim == 3:
-        return "expert"
+    """ "expert" for a stack [E, in, out], "product key" for sub-keys [heads, 2, keys, half], "attention" by its name,
+    else "dense"."""
+    if weight.ndim > 2:
+        return "expert" if weight.ndim == 3 else "product key"
     return "attention" if any(word in part for part in name.lower().split(".") for word in ATTENTION) else "dense"
 
 

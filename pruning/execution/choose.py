@@ -187,7 +187,7 @@ def _choice(
 ) -> Choice:
     density = int((weight.detach() != 0).sum()) / max(weight.numel(), 1)
     if seconds is None:
-        why = "a stack of experts is not covered" if weight.ndim == 3 else "no Linear of its own"
+        why = "a stack of matrices is not covered" if weight.ndim > 2 else "no Linear of its own"
         return Choice(name, tuple(weight.shape), density, {}, DENSE, why)
     shares = {e: [t / d for t, d in zip(seconds[e], seconds[DENSE], strict=True)] for e in seconds if e != DENSE}
     faster = {e: statistics.mean(s) for e, s in shares.items() if max(s) <= 1 - margin}

@@ -141,7 +141,7 @@ def pack(
     """A tensor's entry in the header, and its parts. Stacks of experts are laid out as one matrix [E · out, in]."""
     turned = tensor.ndim == 3 and not inputs_last(name)
     matrix = _matrix(tensor, turned)
-    encoded = encode(matrix, smallest(matrix, formats=formats) if tensor.ndim in (2, 3) else "dense")
+    encoded = encode(matrix, smallest(matrix, formats=formats) if tensor.ndim > 1 else "dense")
     entry = {
         "format": encoded.format, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."),
         "turned": turned, "crc32": {part: _checksum(held) for part, held in encoded.parts.items()},

@@ -79,7 +79,7 @@ def _correlation(weight: Float[Tensor, "out in"], covariance: Float[Tensor, "in 
 def _watching(inputs: Iterable[Inputs], seen: Seen) -> Iterator[None]:
     with ExitStack() as stack:
         for use in inputs:
-            hook = _plain if "weight" in use.weights else _routed
+            hook = _plain if "weight" in use.weights else _keys if "keys" in use.weights else _routed
             stack.callback(use.module.register_forward_pre_hook(partial(hook, use, seen), with_kwargs=True).remove)
             if hasattr(use.module, "forward_one"):
                 # a shared expert is called past the hooks of nn.Module
@@ -90,6 +90,12 @@ def _watching(inputs: Iterable[Inputs], seen: Seen) -> Iterator[None]:
 
 def _plain(use: Inputs, seen: Seen, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     seen(use.weights["weight"][0].label, args[0] if args else kwargs["input"])
+
+
+def _keys(use: Inputs, seen: Seen, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    found = module.matrix_inputs(args[0] if args else kwargs["x"])
+    for matrix in use.weights["keys"]:
+        seen(matrix.label, found[matrix.place])
 
 
 def _routed(use: Inputs, seen: Seen, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

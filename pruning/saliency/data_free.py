@@ -19,11 +19,11 @@ def magnitude(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 def lamp(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """w_u² / Σ_{v: |w_v| ≥ |w_u|} w_v² over one matrix, float64: magnitudes made comparable across matrices.
 
-    Lee et al. 2021 (arXiv:2010.07611), eq. 2. A stack of experts [E, ·, ·] is scored expert by expert. Of equal
+    Lee et al. 2021 (arXiv:2010.07611), eq. 2. Stacks [..., out, in] are scored matrix by matrix. Of equal
     magnitudes the earlier position scores lower, as it goes first. Inside a matrix the order is that of the magnitudes:
     the score means something under one ranking of all matrices."""
     matrix = weight.detach().abs()
-    parts = matrix if weight.ndim == 3 else matrix[None]
+    parts = matrix.flatten(0, -3) if weight.ndim > 2 else matrix[None]
     return torch.stack([lamp_of_magnitudes(part) for part in parts]).view(weight.shape)
 
 

@@ -5,7 +5,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pruning.batches import Batch, Loss, batch_size, evaluating, scalar_loss
@@ -13,6 +15,8 @@ from pruning.saliency.first_order import mean_gradients
 from pruning.saliency.rounds import restored
 
 PRODUCTS = ("exact", "difference")
+# what every function under the decorator runs
+_ONCE = once_differentiable(lambda ctx: None).__code__
 
 
 @contextmanager
@@ -30,14 +34,61 @@ def replaced_method(module: nn.Module, name: str, method: Callable[..., Any]) ->
 
 @contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """Inside, torch's attention and this library's stacked experts run as plain operations, which can be
-    differentiated again: torch's mathematical kernel, and a loop over the experts."""
+    """Inside, torch's attention and this library's stacked experts and tables of memories run as plain operations,
+    which can be differentiated again: torch's mathematical kernel, a loop over the experts, gathered rows."""
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for module in model.modules():
             if hasattr(module, "hidden_one") and hasattr(module, "forward_one"):
                 stack.enter_context(replaced_method(module, "forward", _mixture(module)))
+            if hasattr(module, "num_slots") and hasattr(module, "dot"):
+                stack.enter_context(replaced_method(module, "forward", _summed(module)))
+                stack.enter_context(replaced_method(module, "dot", _dotted(module)))
         yield
+
+
+def check_twice_differentiable(value: Tensor) -> None:
+    """Raises: ValueError naming a function of the graph of ``value`` that is marked with ``once_differentiable``.
+
+    A gradient of a gradient takes what such a function puts out for a constant, without an error where
+    `torch.autograd.grad` asks for some tensors' gradients alone."""
+    seen, waiting = set(), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        owner = getattr(node, "_forward_cls", None)
+        if owner is not None and _marked(owner.backward):
+            raise ValueError(
+                f"functions of the loss must be differentiable twice, got {owner.__name__} of {owner.__module__}"
+            )
+        waiting += [parent for parent, _ in node.next_functions]
+
+
+def _marked(backward: Any) -> bool:
+    """Whether it went through ``once_differentiable``, whatever else wraps it."""
+    while backward is not None:
+        if getattr(backward, "__code__", None) is _ONCE:
+            return True
+        backward = getattr(backward, "__wrapped__", None)
+    return False
+
+
+def _summed(table: Any) -> Callable[..., Tensor]:
+    def forward(slots: Tensor, weights: Tensor) -> Tensor:
+        rows = F.embedding(slots, table.weight, sparse=table.sparse)
+        return (weights.to(rows.dtype)[..., None] * rows).sum(-2)
+
+    return forward
+
+
+def _dotted(table: Any) -> Callable[..., Tensor]:
+    def dot(slots: Tensor, x: Tensor) -> Tensor:
+        rows = F.embedding(slots, table.weight, sparse=table.sparse)
+        return (rows * x.to(rows.dtype)[:, None]).sum(-1)
+
+    return dot
 
 
 def _mixture(experts: Any) -> Callable[..., Tensor]:
@@ -93,12 +144,13 @@ def _exact(
             samples += batch_size(batch)
             value = scalar_loss(model, batch, loss)
             try:
+                check_twice_differentiable(value)
                 first = torch.autograd.grad(
                     value, parameters, create_graph=True, allow_unused=True, materialize_grads=True
                 )
                 inner = torch.stack([(g * v).sum() for g, v in zip(first, vectors.values(), strict=True)]).sum()
                 second = torch.autograd.grad(inner, parameters, allow_unused=True, materialize_grads=True)
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 raise ValueError(
                     f"{type(model).__name__} cannot be differentiated twice ({error}): pass product='difference'"
                 ) from error

@@ -18,7 +18,7 @@ from pruning.batches import (
     samples_of,
     scalar_loss,
 )
-from pruning.saliency.products import twice_differentiable
+from pruning.saliency.products import check_twice_differentiable, twice_differentiable
 
 ESTIMATORS = ("empirical_fisher", "fisher", "hutchinson")
 
@@ -50,7 +50,8 @@ def hessian_diagonal(
     Hessian, which may be negative and needs a model that is differentiable twice.
     loss(model, batch) is a sum over samples (None: next-token loss; "fisher" takes no other). draws: of labels or
     signs, for each batch, from `generator`. The two Fisher estimators run one sample at a time.
-    Raises: ValueError for another estimator, draws < 1, a loss with "fisher", no batches and frozen weights."""
+    Raises: ValueError for another estimator, draws < 1, a loss with "fisher", no batches, frozen weights, and under
+    "hutchinson" a function that is differentiable once."""
     _check(estimator, loss, draws, weights)
     totals = {name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
               for name, weight in weights.items()}  # fmt: skip
@@ -100,6 +101,7 @@ def _terms(
 
 
 def _hutchinson(value: Tensor, weights: list[nn.Parameter], generator: torch.Generator | None) -> list[Tensor]:
+    check_twice_differentiable(value)
     gradients = torch.autograd.grad(value, weights, create_graph=True, allow_unused=True, materialize_grads=True)
     signs = [_signs(weight, generator) for weight in weights]
     product = torch.stack([(g * v).sum() for g, v in zip(gradients, signs, strict=True)]).sum()

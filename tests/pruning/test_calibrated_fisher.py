@@ -84,7 +84,7 @@ def test_padding_has_no_part_and_one_row_of_an_expert_is_exact():
     assert len(taken) == 1
     matrix = next(one for use in inputs for part in use.weights.values() for one in part if one.label == taken[0])
     (gradient,) = torch.autograd.grad(loss(model, batch), matrix.parameter)
-    x = gradient[matrix.expert].abs().sum(1)
+    x = gradient[matrix.place].abs().sum(1)
     # the gradient is an outer product x gᵀ: its rows are multiples of g
     squares = matrix.view(gradient).square()
     close(found.outputs[taken[0]] * found.inputs[taken[0]].sum(), squares.sum(1))

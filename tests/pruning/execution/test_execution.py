@@ -122,7 +122,7 @@ def test_experts_and_shared_weights_stay_dense_and_say_so():
                                        feedforward=MoEConfig(hidden=16, num_experts=2, k=1))  # fmt: skip
     report = choose_execution(Transformer(config), rounds=1)
     experts = [choice for choice in report.choices if ".experts." in choice.name]
-    assert len(experts) == 2 and all(choice.why == "a stack of experts is not covered" for choice in experts)
+    assert len(experts) == 2 and all(choice.why == "a stack of matrices is not covered" for choice in experts)
     shared = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     shared[1].weight = shared[0].weight
     report = choose_execution(shared, rounds=1)

@@ -7,13 +7,15 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from moe import MemoryValues
 from pruning import prunable_weights
-from pruning.saliency import grasp_scores
+from pruning.saliency import grasp_scores, hessian_diagonal
 from pruning.saliency.first_order import mean_gradients
 from pruning.saliency.products import hessian_product
 from tests.pruning.test_transformer import build, ids
 from tests.pruning.toy import tokens, toy
 from tests.tolerances import close
+from transformer import PEERConfig, ProductKeyConfig, Transformer, TransformerConfig
 
 
 class Point(nn.Module):
@@ -124,6 +126,46 @@ def test_a_model_that_is_differentiable_once_is_told_what_to_do():
     found = grasp_scores(model, weights, BATCHES, loss=loss, product="difference")["weight"]
     # L = Σ w⁴: g = 4w³, H = 12 w²
     close(found, 48 * model.weight.detach() ** 6, torch.float32)
+
+
+@pytest.mark.parametrize("product", ["grasp", "hutchinson"])
+def test_a_part_that_is_differentiable_once_is_named_where_torch_takes_it_for_a_constant(product):
+    """L = Σ w² + Σ w⁸ with w⁸ = (w²)⁴: torch alone would return the Hessian 2 + 56 w⁶ without its largest part."""
+    model = Point([1.0, -1.0, 2.0])
+    weights = {"weight": model.weight}
+
+    def loss(model, batch):
+        return len(batch) * (model.weight.square().sum() + Once.apply(model.weight.square()))
+
+    with pytest.raises(ValueError, match="functions of the loss must be differentiable twice, got Once of "):
+        if product == "grasp":
+            grasp_scores(model, weights, BATCHES, loss=loss)
+        else:
+            hessian_diagonal(model, weights, BATCHES, estimator="hutchinson", loss=loss)
+
+
+MEMORIES = {
+    "product_key": ProductKeyConfig(8, 2, 3, 8),
+    "gated": ProductKeyConfig(8, 2, 3, 8, gated=True),
+    "peer": PEERConfig(8, 2, 3, 8),
+}
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("kind", MEMORIES)
+def test_the_product_of_a_memory_is_the_difference_of_gradients(kind, sparse):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "dim": 16, "num_layers": 1, "num_heads": 2, "max_length": 64}
+    model = Transformer(TransformerConfig.uniform(feedforward=MEMORIES[kind], **sizes)).double()
+    for table in (module for module in model.modules() if isinstance(module, MemoryValues)):
+        table.sparse = sparse
+    weights, batches = prunable_weights(model), [ids(2, 6)]
+    vectors = {name: torch.randn_like(weight) for name, weight in weights.items()}
+    found = hessian_product(model, weights, batches, vectors)
+    expected = hessian_product(model, weights, batches, vectors, product="difference", step=1e-5)
+    for name in weights:
+        assert (found[name] - expected[name]).norm() < 1e-6 * expected[name].norm(), name
+    assert not any("forward" in vars(module) or "dot" in vars(module) for module in model.modules())
 
 
 def test_bad_options():
