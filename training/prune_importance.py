@@ -67,7 +67,9 @@ def _statistic(ask: Ask, statistic: Statistic) -> AxisScores:
 
 
 def _confidence(ask: Ask) -> AxisScores:
-    return attention_confidence(ask.model, ask.batches, axes=ask.axes, normalize=ask.normalize, progress=ask.progress)
+    # heads with nothing to do rest on the first token
+    return attention_confidence(ask.model, ask.batches, axes=ask.axes, skip_first=1, normalize=ask.normalize,
+                                progress=ask.progress)  # fmt: skip
 
 
 def _leave_one_out(ask: Ask) -> AxisScores:

@@ -1,11 +1,11 @@
 """How sure a head is of where it looks: the mean of its largest attention weight."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from pruning.axes import Axis
@@ -16,6 +16,8 @@ from pruning.saliency.activations import units_of
 from pruning.saliency.record import AxisScores, Normalize, record
 
 VALUES = ("value", "v_proj", "v")
+# the value is the last third of what it gives
+FUSED = "c_attn"
 
 
 def attention_confidence(
@@ -23,29 +25,38 @@ def attention_confidence(
     batches: Iterable[Batch],
     *,
     axes: Sequence[Axis] | None = None,
+    skip_first: int = 0,
+    skip_ids: Collection[int] = (),
     normalize: Normalize = None,
     progress: Progress = None,
 ) -> AxisScores:
     """mean over queries of max_s P_hts, the largest attention weight of head h; larger = more important.
 
-    Voita et al. 2019 (arXiv:1905.09418), section 4. Attention is linear in its values: with unit vectors in their place
+    Voita et al. 2019 (arXiv:1905.09418), section 4, who leave the end of a sentence out of the maximum: a head that
+    has nothing to do rests on such a key. skip_first: so many keys at the beginning of each sequence are left out (the
+    first token is where causal language models rest); skip_ids: keys of these tokens (BERT's [CLS] and [SEP]).
+    Attention is linear in its values: with unit vectors in their place
     a layer puts out its probabilities, whatever kernel or pattern computes them, `width` keys in each pass. So a batch
     costs one pass of the model and L/width passes of each attention. Padding under ``attention_mask`` does not count.
-    The value projection is a module named value, v_proj or v in the nearest module around the axis' gate that has one;
-    attention must not depend on the values in any other way.
-    Raises: ValueError without batches, if no value projection is found, or if an attention does not run."""
+    The value projection is a module named value, v_proj or v, or the last third of a c_attn, in the nearest module
+    around the axis' gate that has one; attention must not depend on the values in any other way.
+    Raises: ValueError without batches, for skip_first < 0, if no value projection is found, if an attention does not
+    run, or if no token is left."""
+    if skip_first < 0:
+        raise ValueError(f"skip_first must be >= 0, got {skip_first}")
     chosen = axes_of(model, "head", axes)
     sums = {axis.name: torch.zeros(axis.size + 1, dtype=torch.float64) for axis in chosen}
     samples = 0
     with evaluating(model), without_cache(model), torch.no_grad(), ExitStack() as hooks:
-        real: list[Tensor | None] = [None]
+        # what the hooks read of a batch: its real tokens, and the keys that do not count
+        real: list[Tensor | None] = [None, None]
         for axis in chosen:
             owner, value = _attention(model, axis)
             hook = _reader(axis, axis.gate_module(model), value, sums[axis.name], real)
             hooks.callback(owner.register_forward_hook(hook, with_kwargs=True).remove)
         for batch in model_batches(model, batches, progress=progress):
             mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
-            real[0] = None if mask is None else mask.bool()
+            real[:] = None if mask is None else mask.bool(), _skipped(batch, skip_first, skip_ids)
             run_model(model, batch)
             samples += batch_size(batch)
     for axis in chosen:
@@ -55,6 +66,16 @@ def attention_confidence(
     return record(chosen, values, method="attention confidence", samples=samples, normalize=normalize)
 
 
+def _skipped(batch: Batch, first: int, ids: Collection[int]) -> Bool[Tensor, "B S"] | None:
+    """Keys that no maximum is taken over."""
+    tokens = batch if isinstance(batch, Tensor) else batch["input_ids"]
+    if not first and not ids:
+        return None
+    skipped = torch.isin(tokens, torch.tensor(sorted(ids), dtype=tokens.dtype, device=tokens.device))
+    skipped[:, :first] = True
+    return skipped
+
+
 def _attention(model: nn.Module, axis: Axis) -> tuple[nn.Module, nn.Module]:
     """The nearest module around the gate that holds a value projection, and that projection."""
     path = axis.gate
@@ -62,9 +83,12 @@ def _attention(model: nn.Module, axis: Axis) -> tuple[nn.Module, nn.Module]:
         path = path.rpartition(".")[0]
         owner = model.get_submodule(path)
         for name, module in owner.named_modules():
-            if name.rpartition(".")[2] in VALUES and isinstance(module, nn.Linear):
+            last = name.rpartition(".")[2]
+            if (last in VALUES and isinstance(module, nn.Linear)) or last == FUSED:
                 return owner, module
-    raise ValueError(f"axis {axis.name!r} must have a Linear named {', '.join(VALUES)} near {axis.gate!r}, got none")
+    raise ValueError(
+        f"axis {axis.name!r} must have a Linear named {', '.join(VALUES)}, or a {FUSED}, near {axis.gate!r}, got none"
+    )
 
 
 def _reader(
@@ -76,7 +100,8 @@ def _reader(
         read: list[Tensor] = []
         first, best = 0, torch.empty(0)
         with ExitStack() as stack:
-            stack.callback(value.register_forward_hook(lambda _, a, v: _units(v, axis.width, first)).remove)
+            # `first` is read when the hook runs
+            stack.callback(value.register_forward_hook(lambda m, a, v: _units(m, v, axis, first, real[1])).remove)
             stack.callback(gate.register_forward_pre_hook(lambda _, a: read.append(units_of(a[0], axis))).remove)
             length = None
             while length is None or first < length:
@@ -92,9 +117,16 @@ def _reader(
     return hook
 
 
-def _units(values: Float[Tensor, "B S U"], width: int, first: int) -> Float[Tensor, "B S U"]:
-    """Key s of [first, first + width) gets the unit vector s − first in every head, all other keys 0."""
-    unit = torch.zeros(values.shape[1], width, dtype=values.dtype, device=values.device)
-    here = torch.arange(first, min(first + width, values.shape[1]), device=values.device)
-    unit[here, here - first] = 1
-    return unit.repeat(1, values.shape[-1] // width).expand_as(values)
+def _units(
+    module: nn.Module, made: Float[Tensor, "B S U"], axis: Axis, first: int, skipped: Tensor | None
+) -> Float[Tensor, "B S U"]:
+    """Key s of [first, first + width) gets the unit vector s − first in every head, all other keys 0, skipped too."""
+    parts = [] if isinstance(module, nn.Linear) else list(made.chunk(3, -1))
+    values = parts[-1] if parts else made
+    unit = torch.zeros(*values.shape[:2], axis.width, dtype=values.dtype, device=values.device)
+    here = torch.arange(first, min(first + axis.width, values.shape[1]), device=values.device)
+    unit[:, here, here - first] = 1
+    if skipped is not None:
+        unit[skipped] = 0
+    units = unit.repeat(1, 1, values.shape[-1] // axis.width)
+    return torch.cat([*parts[:-1], units], -1)

@@ -4,12 +4,17 @@ import pytest
 import torch
 
 from pruning.saliency import attention_confidence
+from tests.pruning.adapters.models import peer
 from tests.pruning.saliency.models import MODELS, axes_of_kind, bert, llama, padded_batch
 from tests.tolerances import close
 from transformer.attention import rotary_angles, rotate
 
 
-@pytest.mark.parametrize("make", [llama, bert], ids=["llama", "bert"])
+def gpt2(**options):
+    return peer("GPT2", attention=options["attn_implementation"])
+
+
+@pytest.mark.parametrize("make", [llama, bert, gpt2], ids=["llama", "bert", "gpt2"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_transformers_probabilities(make, padded):
     model = make(attn_implementation="eager")
@@ -53,6 +58,24 @@ def test_our_own_attention_under_a_pattern(pattern, kind):
         close(found[axis.name], probabilities.amax(-1).transpose(1, 2).flatten(0, 1).mean(0), torch.float32)
 
 
+@pytest.mark.parametrize("make", [llama, bert, gpt2], ids=["llama", "bert", "gpt2"])
+def test_keys_on_which_heads_rest_are_left_out(make):
+    model, batch = (
+        make(attn_implementation="eager"),
+        {"input_ids": torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])},
+    )
+    skipped = {(0, 0), (1, 0), (0, 4), (1, 2), (1, 4)}
+    with torch.no_grad():
+        every = model(**batch, output_attentions=True).attentions
+    found = attention_confidence(model, [batch], skip_first=1, skip_ids=(5,))
+    for axis, probabilities in zip(axes_of_kind(model, "head"), every, strict=True):
+        for row, key in skipped:
+            probabilities[row, :, :, key] = 0
+        close(found[axis.name], probabilities.amax(-1).mean((0, 2)), torch.float32)
+    with pytest.raises(ValueError, match="skip_first must be >= 0, got -1"):
+        attention_confidence(model, [batch], skip_first=-1)
+
+
 def test_the_model_is_as_before_and_runs_again():
     model, batch = MODELS["own"](), padded_batch()
     with torch.no_grad():
@@ -78,5 +101,5 @@ def test_attention_without_a_value_projection_is_named():
     (axis, *_) = axes_of_kind(model, "head")
     axis = replace(axis, gate="norm")
     model.layers = torch.nn.ModuleList()
-    with pytest.raises(ValueError, match="must have a Linear named value, v_proj, v near 'norm', got none"):
+    with pytest.raises(ValueError, match="must have a Linear named value, v_proj, v, or a c_attn, near .norm., got none"):
         attention_confidence(model, [padded_batch()], axes=[axis])

@@ -127,10 +127,10 @@ def test_the_score_is_the_weight_times_the_slope_of_the_flow(kind):
 
 
 # of each layer's flow: what a third or a half of it passes by, and what all of it does
-THIRDS, HALVES = (
-    ("q_proj", "k_proj", "v_proj", "self.query", "self.key", "self.value"),
-    ("mlp.gate_proj", "mlp.up_proj"),
-)
+THIRDS = ("q_proj", "k_proj", "v_proj", "self.query", "self.key", "self.value")
+HALVES = ("mlp.gate_proj", "mlp.up_proj")
+# norms after the sum
+POST = {"do_layer_norm_before": False}
 
 
 @pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in KNOWN), ("OPT", POST)])
