@@ -9,6 +9,8 @@ from torch import nn
 
 from moe import SigmoidRouter
 from pruning import Masks
+from pruning.retraining import start_afresh
+from pruning.sharding import sharded_as
 from sparse_attn.selection.kmeans import KMeansRouting
 from sparse_attn.selection.sinkhorn import SinkhornSorting
 
@@ -83,6 +85,15 @@ class Observer(Protocol):
         ...
 
 
+@runtime_checkable
+class Rewinder(Protocol):
+    """A sparsifier that sets parameters back, all of them (lottery tickets)."""
+
+    def rewound(self) -> bool:
+        """Whether the last ``after_step`` did: then every optimiser starts afresh, its own it has seen to itself."""
+        ...
+
+
 def add_gates(sparsifiers: Sequence[Sparsifier], optimizer: torch.optim.Optimizer) -> None:
     """Give the optimiser the sparsifiers' own parameters, as groups of their own."""
     for sparsifier in sparsifiers:
@@ -105,9 +116,10 @@ def load_gate_moments(
         raise ValueError(f"the optimiser's state must be that of {len(gates)} gates, got {odd[0]!r} besides")
     for name, gate in gates.items():
         optimizer.state[gate] = {
-            slot: value.to(gate.device) if value.ndim or optimizer.defaults.get("fused") else value
+            slot: sharded_as(value.to(gate.device), gate.detach()) if value.ndim else
+            value.to(gate.device) if optimizer.defaults.get("fused") else value
             for slot, value in saved[name].items()
-        }
+        }  # fmt: skip
 
 
 def _all_gates(sparsifiers: Sequence[Sparsifier]) -> dict[str, nn.Parameter]:
@@ -135,6 +147,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def settle_all(
+    sparsifiers: Sequence[Sparsifier], optimizer: torch.optim.Optimizer, others: Sequence[torch.optim.Optimizer] = ()
+) -> None:
+    """Tell every sparsifier that the step was taken or vetoed. others: of parameters that ``optimizer`` has not (tables
+    of memories); they forget their moments where a sparsifier set all parameters back."""
+    for sparsifier in sparsifiers:
+        sparsifier.after_step(optimizer)
+        if isinstance(sparsifier, Rewinder) and sparsifier.rewound():
+            for other in others:
+                start_afresh(other)
 
 
 def finish_all(sparsifiers: Sequence[Sparsifier]) -> None:

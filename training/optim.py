@@ -22,11 +22,16 @@ class Optimizers:
     """The optimisers of one model, which step together.
 
     main: of every parameter with a dense gradient; sparsifiers see this one. tables: of the tables of memories, None
-    for a model without any.
+    for a model without any, which forget their moments where a lottery goes back (:mod:`training.moments`).
     """
 
     main: torch.optim.Optimizer
     tables: RowwiseAdam | None = None
+
+    @property
+    def others(self) -> tuple[torch.optim.Optimizer, ...]:
+        """All but ``main``."""
+        return () if self.tables is None else (self.tables,)
 
     def step(self) -> None:
         """Update every parameter that has a gradient."""

@@ -34,6 +34,7 @@ from training.moments import (
     load_gate_moments,
     observe_all,
     parametrised,
+    settle_all,
 )
 from training.optim import longest_warmup, lr_multiplier, make_optimizers, set_lr
 from training.parallel import Alone, Parallel, blame
@@ -212,8 +213,7 @@ class Trainer:
             self.optimizers.step()
         self.optimizers.zero_grad()
         balance_routers(self.model)
-        for sparsifier in self.sparsifiers:
-            sparsifier.after_step(self.optimizers.main)
+        settle_all(self.sparsifiers, self.optimizers.main, others=self.optimizers.others)
         if self.step + 1 == self.train.steps:
             finish_all(self.sparsifiers)
         seconds = time.perf_counter() - started

@@ -5,7 +5,7 @@ from pruning.retraining.compression import LearningCompression
 from pruning.retraining.feedback import Feedback, NeuralWirings
 from pruning.retraining.generalization import GeneralizationDriven, generalization_loss, pruning_share
 from pruning.retraining.phases import DenseSparseDense, HardThresholding
-from pruning.retraining.tickets import EarlyBirdPruning, Rewinding
+from pruning.retraining.tickets import EarlyBirdPruning, Rewinding, start_afresh
 
 __all__ = [
     "DenseSparseDense",
@@ -18,4 +18,5 @@ __all__ = [
     "Rewinding",
     "generalization_loss",
     "pruning_share",
+    "start_afresh",
 ]

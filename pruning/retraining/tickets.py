@@ -24,8 +24,10 @@ class Rewinding:
     Steps 0 … rewind − 1 train all weights; the values that they end with, W_k, are kept. Then rounds + 1 passes of
     ``every`` steps. After pass r ≤ rounds the smallest magnitudes go, until a share (1 − sparsity)^(r/rounds) of the
     weights is left; what stays, and every other parameter and buffer, goes back to W_k, and the optimiser forgets its
-    moments. The last pass trains the ticket: the run takes rewind + (rounds + 1) · every steps, of which rewind + every
-    train the weights that it ends with. The stream of data is not wound back. Frankle et al. 2020 (arXiv:1912.05671).
+    moments; where there are others (of tables with sparse gradients), call :func:`start_afresh` on each once
+    ``rewound()``, as the trainer does. The last pass trains the ticket: the run takes rewind + (rounds + 1) · every
+    steps, of which rewind + every train the weights that it ends with. The stream of data is not wound back. Frankle et
+    al. 2020 (arXiv:1912.05671).
     Raises: ValueError for a sparsity outside [0, 1), rounds or every below 1, rewind below 0, and weights that are
     frozen or shared by two layers.
     """
@@ -63,11 +65,15 @@ class Rewinding:
         self._masks.apply(self.model)
         if self.step == self.rewind:
             self._values = self._now()
-        ended, inside = divmod(self.step - self.rewind, self.every)
-        if not inside and 1 <= ended <= self.rounds:
+        if self.rewound():
             self._prune(self.share(self.step))
             Ticket(self._masks, self._values, self.rewind).apply(self.model)
-            _start_afresh(optimizer)
+            start_afresh(optimizer)
+
+    def rewound(self) -> bool:
+        """Whether the last step ended a pass, so that every parameter has gone back to W_k."""
+        ended, inside = divmod(self.step - self.rewind, self.every)
+        return not inside and 1 <= ended <= self.rounds
 
     def share(self, step: int) -> float:
         """Share of zeros after ``step`` steps: that of the rounds that have ended."""
@@ -189,7 +195,7 @@ class EarlyBirdPruning:
         self.bird.load_state_dict(state["bird"])
 
 
-def _start_afresh(optimizer: Optimizer) -> None:
+def start_afresh(optimizer: Optimizer) -> None:
     """Moments and counts of steps to 0; whole numbers, such as places of sparse moments, stay."""
     for slots in optimizer.state.values():
         for slot in slots.values():

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from moe.memory_values import sparse_tables
 from pruning import Masks
 from tests.training.models import small_trainer
+from tests.training.test_memories import memory_trainer
 from training.config import SparsifyConfig
 from training.sparsify_config import check_sparsify
 from training.sparsity import make_pace, make_sparsifiers
@@ -54,6 +56,42 @@ def test_every_pass_of_a_lottery_has_the_same_rates(tmp_path):
     assert passes[0] == passes[1] == passes[2] == passes[3]
     # each is a whole schedule of 8 steps: warm-up to the peak of 0.01, and a last rate of a tenth
     assert max(rates) == pytest.approx(0.01) and rates[-1] == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize("kind", ["product_key", "peer", "pool"])
+def test_a_rewound_memory_starts_afresh_in_every_optimiser(kind, tmp_path):
+    """Three passes of 4 steps from step 2: at 6 and 10 all parameters are those of step 2, all moments 0."""
+    made = memory_trainer(tmp_path, kind, train={"steps": 14, "save_every": 50})
+    config = SparsifyConfig(sparsity=0.8, method="lottery", begin=2, rounds=2)
+    made.sparsifiers = tuple(make_sparsifiers(config, made.model, steps=14))
+    begun = {}
+    for step in range(1, 15):
+        made.train_step()
+        optimizers = (made.optimizers.main, made.optimizers.tables)
+        slots = [s for o in optimizers for state in o.state.values() for s in state.values()]
+        if step == 2:
+            begun = {name: value.clone() for name, value in made.model.state_dict().items()}
+        assert (not any(slot.any() for slot in slots)) == (step in (6, 10))
+        if step in (6, 10):
+            kept = made.sparsifiers[0].masks().kept
+            for name, value in made.model.state_dict().items():
+                assert value.equal(begun[name] * kept[name] if name in kept else begun[name])
+    assert int(made.optimizers.tables.state[next(sparse_tables(made.model))]["step"]) == 4
+
+
+def test_a_rewound_memory_resumes_to_the_same_losses(tmp_path):
+    def run(out, **train):
+        made = memory_trainer(out, "product_key", train={"save_every": 1, "keep": 1} | train)
+        made.sparsifiers = tuple(make_sparsifiers(CONFIGS["lottery"], made.model, steps=STEPS))
+        return made
+
+    whole, first = run(tmp_path / "whole"), run(tmp_path / "parts", stop_at=8)
+    whole.run(), first.run()
+    second = run(tmp_path / "parts")
+    second.resume(first.saved[1])
+    second.run()
+    for left, right in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert left.equal(right)
 
 
 def test_steps_that_are_no_whole_passes_are_refused():
