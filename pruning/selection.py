@@ -43,6 +43,26 @@ def select_units(
     return {axis.name: _keep(tables[axis.name], option)[1] for axis, option in zip(axes, chosen, strict=True)}
 
 
+def select_alike(
+    scores: Mapping[str, Tensor], axes: Sequence[Axis], *, count: int, min_units: int = 0
+) -> dict[str, list[int]]:
+    """Axis name → sorted units to keep, after the removal of `count` units from each axis, so that all end alike.
+
+    The axes have equally many units in equally many groups, and end with equally many groups of equally many units:
+    of the shapes whose count is the largest feasible that does not exceed `count`, the one with the least total score
+    over all axes. Each axis then keeps its best units of that shape. Raises: as `select_units`."""
+    if all(axis.groups == 1 or axis.group_size == 1 for axis in axes):
+        found = [select_units(scores, [axis], count=count, min_units=min_units) for axis in axes]
+        return {name: units for kept in found for name, units in kept.items()}
+    check_scores(scores, axes)
+    tables = [_table(scores[axis.name], axis) for axis in axes]
+    least = max(_floor(axis, min_units) for axis in axes)
+    shapes = list(zip(*(_shapes(table, least) for table in tables), strict=True))
+    # fewer groups come first, and win on equal scores
+    chosen = min((s for s in shapes if s[0].removed <= count), key=lambda s: (-s[0].removed, sum(o.score for o in s)))
+    return {axis.name: _keep(table, chosen[0])[1] for axis, table in zip(axes, tables, strict=True)}
+
+
 def check_scores(scores: Mapping[str, Tensor], axes: Sequence[Axis]) -> None:
     """Raises: ValueError unless each axis has one finite score for each of its units."""
     for axis in axes:
@@ -91,17 +111,25 @@ def _keep(table: np.ndarray, option: Option) -> tuple[float, list[int]]:
 
 def _options(table: np.ndarray, least: int) -> list[Option]:
     """The cheapest option for each feasible number of removals, in ascending order of that number."""
-    total_groups, size = table.shape
     best: dict[int, Option] = {}
+    for option in _shapes(table, least):
+        # on equal scores fewer groups win: they free keys and values too
+        if option.removed not in best or option.score < best[option.removed].score:
+            best[option.removed] = option
+    return [best[removed] for removed in sorted(best)]
+
+
+def _shapes(table: np.ndarray, least: int) -> list[Option]:
+    """Every feasible number of groups and of units in each, fewest groups first."""
+    total_groups, size = table.shape
+    found = []
     for groups in range(total_groups + 1):
         for units in range(1, size + 1) if groups else [0]:
             removed = table.size - groups * units
-            kept, _ = _keep(table, Option(removed, 0.0, groups, units))
-            option = Option(removed, float(table.sum()) - kept, groups, units)
-            # on equal scores fewer groups win: they free keys and values too
-            if groups * units >= least and (removed not in best or option.score < best[removed].score):
-                best[removed] = option
-    return [best[removed] for removed in sorted(best)]
+            if groups * units >= least:
+                kept, _ = _keep(table, Option(removed, 0.0, groups, units))
+                found.append(Option(removed, float(table.sum()) - kept, groups, units))
+    return found
 
 
 def _knapsack(options: Sequence[Sequence[Option]], count: int) -> list[Option]:

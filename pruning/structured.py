@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pruning.axes import Axis
 from pruning.model_axes import axes_of
 from pruning.saliency.data_free import magnitude_importance
-from pruning.selection import select_units
+from pruning.selection import select_alike, select_units
 from pruning.structure import removal_count
 from pruning.surgery import count_parameters, predict_parameters, shrink
 
@@ -66,7 +66,8 @@ def prune_heads(
     min(min_heads, its heads), and with 0 a layer may lose all. Of equal scores the earlier head goes first. Under
     grouped queries a layer loses whole key-value groups, or every surviving group the same number of heads: the choice
     is the exact optimum, least total score at the largest feasible count that does not exceed the one asked
-    (`selection.select_units`); the report says what was asked and what was achieved.
+    (`selection.select_units`); the report says what was asked and what was achieved. With `layerwise`, layers that were
+    alike end alike, with equally many groups of equally many heads, so that stock transformers can load the model.
     Optimisers hold the old parameters: make a new one.
 
     >>> print(prune_heads(model, head_importance(model, batches), fraction=0.3))
@@ -171,12 +172,12 @@ def _prune(
     least: int,
     multiple: int = 1,
 ) -> PruneReport:
-    kept: dict[str, list[int]] = {}
-    for part in [[axis] for axis in axes] if layerwise else [axes]:
-        size = sum(axis.size for axis in part)
+    if layerwise:
+        kept = _alike(scores, axes, fraction, least)
+    else:
+        size = sum(axis.size for axis in axes)
         left = -(-(size - removal_count(fraction, size)) // multiple) * multiple
-        count = max(0, size - left)
-        kept |= select_units(scores, part, count=count, min_units=least)
+        kept = select_units(scores, axes, count=max(0, size - left), min_units=least)
     before, predicted = count_parameters(model), predict_parameters(model, axes, kept)
     shrink(model, axes, kept)
     after = count_parameters(model)
@@ -195,3 +196,12 @@ def _prune(
         bytes_predicted=predicted[1],
         bytes_after=after[1],
     )
+
+
+def _alike(scores: Mapping[str, Tensor], axes: Sequence[Axis], fraction: float, least: int) -> dict[str, list[int]]:
+    """The same share of each axis; axes of the same shape end with the same shape."""
+    kept: dict[str, list[int]] = {}
+    for shape in dict.fromkeys((axis.size, axis.groups) for axis in axes):
+        part = [axis for axis in axes if (axis.size, axis.groups) == shape]
+        kept |= select_alike(scores, part, count=removal_count(fraction, shape[0]), min_units=least)
+    return kept

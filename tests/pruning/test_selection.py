@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruning import Axis, select_units
+from pruning.selection import select_alike
 from pruning.structure import removal_count
 
 few = st.integers(-2, 3)  # few values: ties everywhere
@@ -40,6 +41,34 @@ def brute_force(scores, axes, count, least):
 
 
 shapes = st.lists(st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2), (3, 2), (2, 3)]), min_size=1, max_size=2)
+
+
+@given(data=st.data(), layout=st.sampled_from([(2, 2), (3, 2), (2, 3), (3, 3)]), least=st.integers(0, 2))
+def test_alike_is_the_best_shape_for_all_axes_together(data, layout, least):
+    groups, size = layout
+    axes = [axis(f"a{k}", groups, size) for k in range(2)]
+    scores = {a.name: torch.tensor(data.draw(st.lists(few, min_size=a.size, max_size=a.size))).float() for a in axes}
+    count = data.draw(st.integers(0, groups * size - 1))
+    found = select_alike(scores, axes, count=count, min_units=least)
+
+    def shape(kept):
+        return tuple(sorted(sum(unit // size == group for unit in kept) for group in range(groups)))
+
+    assert len({shape(kept) for kept in found.values()}) == 1
+    every = [list(feasible(a, groups, least)) for a in axes]
+    best = (0, 0.0)
+    for common in {shape(kept) for kept in every[0]}:
+        removed = groups * size - sum(common)
+        lost = 0.0
+        for a, choices in zip(axes, every, strict=True):
+            stays = [scores[a.name][list(kept)].sum().item() for kept in choices if shape(kept) == common]
+            lost += scores[a.name].sum().item() - max(stays)
+        if removed <= count and (removed > best[0] or (removed == best[0] and lost < best[1])):
+            best = (removed, lost)
+    gone = [a.size - len(found[a.name]) for a in axes]
+    lost = sum(scores[a.name].sum().item() - scores[a.name][found[a.name]].sum().item() for a in axes)
+    assert gone == [best[0]] * 2
+    assert lost == pytest.approx(best[1])
 
 
 @given(shapes, st.data(), st.integers(0, 3))

@@ -72,6 +72,20 @@ def test_a_uniform_result_needs_no_record(name, tmp_path):
     same(load_pruned(tmp_path), model)
 
 
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral"])
+@pytest.mark.parametrize("fraction", [0.25, 0.5])
+def test_heads_taken_from_every_layer_alike_leave_a_model_for_stock_transformers(name, fraction, tmp_path):
+    """4 heads on 2 key-value heads: layers left to themselves would choose groups here and single heads there."""
+    model = peer(name)
+    scores = random_importance([axis for axis in prunable_axes(model) if axis.kind == "head"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = prune_heads(model, scores, fraction=fraction, layerwise=True)
+    assert report.achieved == (0 if fraction < 0.5 else 0.5)  # one of four goes from no layer
+    model.save_pretrained(tmp_path)
+    same(stock(model, tmp_path), model)
+
+
 @pytest.mark.parametrize("name", ["GPT2", "OPT", "Bert"])
 def test_fewer_heads_in_every_layer_are_recorded_where_the_config_cannot_say_so(name, tmp_path):
     model = peer(name)
