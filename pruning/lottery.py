@@ -231,13 +231,14 @@ def transferred(masks: Masks, model: nn.Module) -> Masks:
 
     Nothing is applied: train the other from its own values under them (Morcos et al. 2019, arXiv:1906.02773).
     Raises: ValueError if a weight is missing there or has another shape."""
-    own = dict(model.named_parameters(remove_duplicate=False))
+    own = as_wholes(dict(model.named_parameters(remove_duplicate=False)), spread_layouts(model))
     for name, mask in masks.kept.items():
         if name not in own:
             raise ValueError(f"masks name parameter {name!r}, which the model does not have")
         if own[name].shape != mask.shape:
             raise ValueError(f"mask of {name!r} must have shape {list(own[name].shape)}, got {list(mask.shape)}")
-    return Masks({name: mask.to(own[name].device).clone() for name, mask in masks.kept.items()})
+    here = {name: mask.to(own[name].device).clone() for name, mask in masks.kept.items()}
+    return Masks({name: sharded_as(mask, own[name].detach()) for name, mask in here.items()})
 
 
 def stretched(
@@ -256,7 +257,7 @@ def stretched(
     shape."""
     if order not in ("repeat", "cycle"):
         raise ValueError(f"order must be 'repeat' or 'cycle', got {order!r}")
-    own = prunable_weights(model, weights)
+    own = as_wholes(prunable_weights(model, weights), spread_layouts(model))
     source, target = _depth(masks.kept), _depth(own)
     if not source or not target:
         raise ValueError(f"masks and model must have numbered layers, got {source} and {target}")

@@ -32,7 +32,7 @@ class Prescribed:
 
     def __init__(self, model: nn.Module, masks: Masks) -> None:
         self._masks = transferred(masks, model)
-        self._weights = growable_weights(model, list(masks.kept))
+        growable_weights(model, list(masks.kept))
         check_kept(self._masks.kept, masks.sparsity)
         self.model = model
         self._masks.apply(model)
@@ -56,9 +56,8 @@ class Prescribed:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict()``. Raises: ValueError if the masks are not of the same weights."""
-        check_same(state["masks"], self._weights)
-        masks = {name: mask.to(self._weights[name].device) for name, mask in state["masks"].items()}
-        self._masks = Masks.from_state_dict(masks)
+        check_same(state["masks"], self._masks.kept)
+        self._masks = transferred(Masks.from_state_dict(state["masks"]), self.model)
         self._masks.apply(self.model)
 
 

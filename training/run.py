@@ -34,7 +34,7 @@ from training.durable import replace_durably
 from training.folders import mark, only_user
 from training.model_config import model_config
 from training.parallel import Alone, Parallel
-from training.sparsity import calibration_ids, make_pace, make_sparsifiers
+from training.sparsity import calibration_ids, make_pace, make_sparsifiers, masks_at_start
 from training.tokenizer import FILE_NAME as TOKENIZER
 from training.trainer import CHECKPOINTS, Outcome, Trainer, choose_device
 from transformer import Transformer
@@ -132,6 +132,12 @@ def make_trainer(config: RunConfig, *, parallel: Parallel | None = None) -> Trai
     data = load_data(data_config)
     seed_everything(config.seed)
     model = make_model(config, vocab_size=data.tokenizer.vocab_size).to(choose_device(config.train.device))
+    calibration = partial(
+        calibration_ids, data, batch=config.train.batch, length=config.data.length, seed=config.seed,
+        device=next(model.parameters()).device,
+    )  # fmt: skip
+    # before ranks hold parts of it: scores of the initial weights come from passes of the whole model
+    masks = masks_at_start(config.sparsify, model, seed=config.seed, calibration=calibration)
     parallel.place(model)
     if parallel.rank:
         seed_everything(config.seed + SEEDS_APART * parallel.rank)
@@ -148,13 +154,7 @@ def make_trainer(config: RunConfig, *, parallel: Parallel | None = None) -> Trai
             model,
             steps=config.train.steps,
             seed=config.seed,
-            calibration=lambda: calibration_ids(
-                data,
-                batch=config.train.batch,
-                length=config.data.length,
-                seed=config.seed,
-                device=next(model.parameters()).device,
-            ),
+            masks=masks,
         ),
         pace=make_pace(config.sparsify, steps=config.train.steps, warmup=config.optim.warmup),
         parallel=parallel,

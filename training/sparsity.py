@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pruning import Masks, Sparsifier, erk, prunable_axes, uniform
+from pruning.agreement import follow_first
 from pruning.allocation import guarded_ranking
 from pruning.axes import Axis
 from pruning.dynamic import (
@@ -101,10 +102,12 @@ def make_sparsifiers(
     steps: int,
     seed: int = 0,
     calibration: Callable[[], Sequence[Tensor]] | None = None,
+    masks: Masks | None = None,
 ) -> list[Method]:
     """The method of a [sparsify] section, none where it asks for no sparsity. seed: of what it draws.
 
-    calibration: makes the token ids [B, L] on which 'snip' and 'grasp' score the initial weights.
+    calibration: makes the token ids [B, L] on which 'snip' and 'grasp' score the initial weights. masks: found by
+    :func:`masks_at_start` while the model was whole; needed where ranks hold it in part.
     Raises: ValueError for either without it, and for a mask that does not fit the model."""
     if config.method in FINDING:
         return [_finding(config, model, seed)]
@@ -118,7 +121,8 @@ def make_sparsifiers(
     if config.method in FROM_THE_START:
         return [_sparse_from_the_start(config, model, steps, seed)]
     if config.method in BEFORE:
-        return [_before_training(config, model, seed, calibration)]
+        found = masks_at_start(config, model, seed=seed, calibration=calibration) if masks is None else masks
+        return [] if found is None else [Prescribed(model, found)]
     return [_asked(config, model, steps)]
 
 
@@ -138,9 +142,18 @@ def read_masks(path: Path) -> Masks:
     return masks
 
 
-def _before_training(
-    config: SparsifyConfig, model: Transformer, seed: int, calibration: Callable[[], Sequence[Tensor]] | None
-) -> Method:
+def masks_at_start(
+    config: SparsifyConfig,
+    model: Transformer,
+    *,
+    seed: int = 0,
+    calibration: Callable[[], Sequence[Tensor]] | None = None,
+) -> Masks | None:
+    """The masks of a method that looks at the initial weights, put on them; None for any other. Ranks that hold the
+    whole model take rank 0's, and its weights. Raises: as :func:`pruning.prescribed.masks_before_training`."""
+    if config.method not in BEFORE or config.sparsity == 0:
+        return None
+
     def other() -> Transformer:
         with torch.random.fork_rng():
             torch.manual_seed(seed + 1)
@@ -155,7 +168,8 @@ def _before_training(
         build=other if config.reinitialise else None,
         generator=torch.Generator().manual_seed(seed),
     )
-    return Prescribed(model, masks)
+    follow_first([*masks.kept.values(), *model.parameters()])
+    return masks
 
 
 def make_pace(config: SparsifyConfig, *, steps: int, warmup: int) -> Pace:
