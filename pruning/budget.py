@@ -17,14 +17,17 @@ from pruning.surgery import count_parameters, predict_parameters, shrink
 
 Counts = dict[str, int]
 Kept = dict[str, list[int]]
+# bisections of a measured budget, at most
+PASSES = 5
 
 
 @dataclass(frozen=True)
 class BudgetReport:
     """budget: "params", "flops" or "latency"; asked and achieved are shares of the dense model's.
 
-    removed and total: units of each kind; kept: axis name → units, by their indices before. steps: how many removals
-    were looked at (with latency: measured)."""
+    removed and total: units of each kind; kept: axis name → units, by their indices before. steps: how many looks at a
+    removal were taken (with latency: measurements). quartiles: with latency, of the measured shares, whose median is
+    `achieved`."""
 
     budget: str
     asked: float
@@ -35,12 +38,15 @@ class BudgetReport:
     parameters_before: int
     parameters_after: int
     steps: int
+    quartiles: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         units = ", ".join(f"{count} of {self.total[kind]} {kind}s" for kind, count in self.removed.items())
         share = self.parameters_after / self.parameters_before
+        spread = "" if self.quartiles is None else "; quartiles {:.2%} and {:.2%}".format(*self.quartiles)
         return (
-            f"{self.budget} {self.achieved:.2%} of the dense model's (asked {self.asked:.2%}), without {units}; "
+            f"{self.budget} {self.achieved:.2%} of the dense model's (asked {self.asked:.2%}{spread}), "
+            f"without {units}; "
             f"parameters {self.parameters_before:,} -> {self.parameters_after:,} ({share:.1%})"
         )
 
@@ -64,11 +70,13 @@ def prune_to_budget(
     scores_by_kind: {"head": head_importance(...), "neuron": neuron_importance(...)}; every kind loses the same share of
     its units, to the unit, the lowest scores first over all layers (`select_units`); axes keep at least min_units.
     params: parameters, tied ones once. flops: of the matrix products of a token, by the model's own
-    `flops_per_token(length)`, else 2 · the elements of its Linear and Conv1D weights. Both are found by bisection over
-    all counts, without touching a weight, and are the fewest where a further unit never costs more, as it does not but
-    for heads that share keys. latency: median seconds of `run(model)` beside the dense model, in turns,
-    `rounds` times for each try, bisected to a share of `resolution`; it needs memory for a second model, and
-    on a GPU `run` must synchronise.
+    `flops_per_token(length)`, else 2 · the elements of its Linear and Conv1D weights and of the experts that a token
+    passes, k of E. Both are found by bisection over all counts, without touching a weight, and are the fewest where a
+    further unit never costs more, as it does not but for heads that share keys. latency: median seconds of `run(model)`
+    by the dense model's, `rounds` pairs in turns for each look, bisected to a share of `resolution`; the bisection is
+    repeated until it ends twice at the same removal (5 times at most), so that one disturbed look does not decide, and
+    what was found must meet the budget by the median of all looks at it. It needs memory for a second model, and on a
+    GPU `run` must synchronise.
 
     >>> prune_to_budget(model, {"head": heads, "neuron": neurons}, params=0.7)
     >>> prune_to_budget(model, {"neuron": neurons}, latency=0.6, run=lambda m: m(ids))
@@ -81,12 +89,13 @@ def prune_to_budget(
     search = _Search(_checked_axes(model, scores_by_kind), scores_by_kind, min_units)
     cost = _costs(name, model, search, length, run, rounds, clock)
     tries = search.shares(resolution) if name == "latency" else search.steps()
-    found, achieved, looked = _least(search, tries, cost, asked, name)
+    found = _least(search, tries, cost, asked, name)
     before = count_parameters(model)[0]
-    shrink(model, search.flat, found)
-    gone = {kind: sum(axis.size - len(found[axis.name]) for axis in axes) for kind, axes in search.axes.items()}
-    kept = {axis: tuple(units) for axis, units in found.items()}
-    return BudgetReport(name, asked, achieved, gone, search.sizes(), kept, before, count_parameters(model)[0], looked)
+    shrink(model, search.flat, found.kept)
+    gone = {kind: sum(axis.size - len(found.kept[axis.name]) for axis in axes) for kind, axes in search.axes.items()}
+    kept = {axis: tuple(units) for axis, units in found.kept.items()}
+    return BudgetReport(name, asked, found.share, gone, search.sizes(), kept, before, count_parameters(model)[0],
+                        found.looks, found.quartiles)  # fmt: skip
 
 
 def _checked_axes(model: nn.Module, scores_by_kind: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[Axis]]:
@@ -147,28 +156,57 @@ class _Search:
         return found
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What to keep, the share that it takes, how many looks it took, and the quartiles of measured shares."""
+
+    kept: Kept
+    share: float
+    looks: int
+    quartiles: tuple[float, float] | None
+
+
 def _least(
-    search: _Search, tries: Sequence[Counts], cost: Callable[[Kept], float], asked: float, name: str
-) -> tuple[Kept, float, int]:
-    """The first of `tries` that costs at most `asked`, its cost, and how many were looked at."""
-    seen: dict[int, tuple[Kept, float]] = {}
+    search: _Search, tries: Sequence[Counts], cost: Callable[[Kept], list[float]], asked: float, name: str
+) -> _Found:
+    """The first of `tries` that costs at most `asked`. Each bisection decides by its own looks, of which it takes the
+    median, and what was found by the median of all looks at it: if that is too dear, a little more goes."""
+    seen: dict[int, tuple[Kept, list[float]]] = {}
+    looks = 0
 
     def at(place: int) -> float:
+        nonlocal looks
         if place not in seen:
-            kept = search.kept(tries[place])
-            seen[place] = (kept, cost(kept))
-        return seen[place][1]
+            seen[place] = (search.kept(tries[place]), [])
+        kept, shares = seen[place]
+        if shares and name != "latency":
+            return shares[0]
+        now = cost(kept)
+        shares += now
+        looks += 1
+        return statistics.median(now)
 
-    low, high = 0, len(tries) - 1
-    if at(high) > asked:
-        raise ValueError(f"{name} must be at least {at(high):.4f}, all that may be removed, got {asked}")
-    while low < high:
-        middle = (low + high) // 2
-        if at(middle) <= asked:
-            high = middle
-        else:
-            low = middle + 1
-    return *seen[high], len(seen)
+    def bisected() -> int:
+        low, high = 0, len(tries) - 1
+        # a clock gets as many looks as there may be bisections
+        if all(at(high) > asked for _ in range(PASSES if name == "latency" else 1)):
+            raise ValueError(f"{name} must be at least {at(high):.4f}, all that may be removed, got {asked}")
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if at(middle) <= asked else (middle + 1, high)
+        return high
+
+    found = bisected()
+    for _ in range(PASSES - 1 if name == "latency" else 0):
+        before, found = found, bisected()
+        if found == before:
+            break
+    while found + 1 < len(tries) and statistics.median(seen[found][1]) > asked:
+        found += 1
+        at(found)
+    kept, shares = seen[found]
+    spread = statistics.quantiles(shares, n=4) if len(shares) > 1 else None
+    return _Found(kept, statistics.median(shares), looks, None if spread is None else (spread[0], spread[2]))
 
 
 def _costs(
@@ -179,8 +217,9 @@ def _costs(
     run: Callable[[nn.Module], object] | None,
     rounds: int,
     clock: Callable[[], float],
-) -> Callable[[Kept], float]:
-    """What is left of the budget's quantity, as a share of the dense model's, once only some units are kept."""
+) -> Callable[[Kept], list[float]]:
+    """What is left of the budget's quantity, as a share of the dense model's, once only some units are kept: one value,
+    or one for each round of a clock."""
     if name == "latency":
         if run is None:
             raise ValueError("latency is measured: run must be a function of the model, got None")
@@ -188,15 +227,15 @@ def _costs(
     return _params(model, search.flat) if name == "params" else _flops(model, length)
 
 
-def _params(model: nn.Module, axes: Sequence[Axis]) -> Callable[[Kept], float]:
+def _params(model: nn.Module, axes: Sequence[Axis]) -> Callable[[Kept], list[float]]:
     before = count_parameters(model)[0]
-    return lambda kept: predict_parameters(model, axes, kept)[0] / before
+    return lambda kept: [predict_parameters(model, axes, kept)[0] / before]
 
 
-def _flops(model: nn.Module, length: int) -> Callable[[Kept], float]:
+def _flops(model: nn.Module, length: int) -> Callable[[Kept], list[float]]:
     hollow = _hollow(model)
     before = _model_flops(hollow, length)
-    return lambda kept: _model_flops(_smaller(hollow, kept), length) / before
+    return lambda kept: [_model_flops(_smaller(hollow, kept), length) / before]
 
 
 def _model_flops(model: nn.Module, length: int) -> float:
@@ -204,7 +243,19 @@ def _model_flops(model: nn.Module, length: int) -> float:
     if own is not None:
         return own(length)
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
-    return 2.0 * sum(layer.get_parameter("weight").numel() for layer in layers)
+    plain = sum(layer.get_parameter("weight").numel() for layer in layers)
+    return 2.0 * (plain + _expert_weights(model, {id(layer.get_parameter("weight")) for layer in layers}))
+
+
+def _expert_weights(model: nn.Module, counted: set[int]) -> float:
+    """Elements that a token meets of the stacked experts, k of E, and of their routers."""
+    weights, total = dict(model.named_parameters()), 0.0
+    for axis in prunable_axes(model):
+        for piece in axis.slices if axis.kind == "expert" else ():
+            weight = weights[piece.parameter]
+            share = axis.least / axis.size if weight.ndim > 2 else 1.0
+            total += share * weight.numel() if id(weight) not in counted else 0
+    return total
 
 
 def _hollow(model: nn.Module) -> nn.Module:
@@ -224,18 +275,18 @@ def _smaller(model: nn.Module, kept: Kept) -> nn.Module:
 
 def _latency(
     model: nn.Module, run: Callable[[nn.Module], object], rounds: int, clock: Callable[[], float]
-) -> Callable[[Kept], float]:
-    """Median over rounds of the shrunk model's seconds by the dense one's, after one run of each."""
+) -> Callable[[Kept], list[float]]:
+    """Of each round the shrunk model's seconds by the dense one's, after one run of each."""
 
     def seconds(other: nn.Module) -> float:
         start = clock()
         run(other)
         return clock() - start
 
-    def ratio(kept: Kept) -> float:
+    def ratios(kept: Kept) -> list[float]:
         other = _smaller(model, kept)
         with torch.no_grad():
             run(model), run(other)
-            return statistics.median(seconds(other) / seconds(model) for _ in range(rounds))
+            return [seconds(other) / seconds(model) for _ in range(rounds)]
 
-    return ratio
+    return ratios

@@ -5,9 +5,18 @@ import copy
 import pytest
 import torch
 
-from pruning import count_parameters, head_importance, magnitude_importance, neuron_importance, prunable_axes, shrink
+from pruning import (
+    count_parameters,
+    head_importance,
+    magnitude_importance,
+    neuron_importance,
+    prunable_axes,
+    random_importance,
+    shrink,
+)
 from pruning.budget import prune_to_budget
 from pruning.selection import select_units
+from tests.pruning.adapters.models import peer
 from tests.pruning.test_merge import ids, own
 from tests.pruning.toy import tokens, toy
 from transformer import DenseConfig, MoEConfig
@@ -128,8 +137,62 @@ def test_latency_is_bisected_to_its_resolution():
     report = prune_to_budget(model, scores, latency=0.6, run=clock.run, clock=clock, resolution=1 / 32, rounds=2)
     assert report.budget == "latency" and report.achieved == count_parameters(model)[0] / before <= 0.6
     # a step of the grid is two neurons, 26 parameters each
-    assert report.achieved > 0.6 - 2 * 26 / before and report.steps <= 7
+    assert report.achieved > 0.6 - 2 * 26 / before and report.steps <= 2 * 7
     assert model(tokens()).isfinite().all()
+
+
+class Disturbed(Clock):
+    """A clock that some runs hold up a hundredfold."""
+
+    def __init__(self, held_up):
+        super().__init__()
+        self.runs, self.held_up = 0, held_up
+
+    def run(self, model):
+        before = self.now
+        super().run(model)
+        self.runs += 1
+        self.now += 99 * (self.now - before) if self.runs in self.held_up else 0
+
+
+@pytest.mark.parametrize("first", range(3, 15, 4))
+def test_one_disturbed_look_does_not_decide(first):
+    """All runs of one look at a smaller model are slow: the first bisection goes wrong, the others set it right."""
+    undisturbed, model = toy((4, 4, 64)), toy((4, 4, 64))
+    options = {"latency": 0.6, "resolution": 1 / 32, "rounds": 1}
+    clock, disturbed = Clock(), Disturbed({first})
+    wanted = prune_to_budget(undisturbed, scores_of(model, ("neuron",)), run=clock.run, clock=clock, **options)
+    found = prune_to_budget(model, scores_of(model, ("neuron",)), run=disturbed.run, clock=disturbed, **options)
+    assert abs(found.removed["neuron"] - wanted.removed["neuron"]) <= 2
+    assert found.quartiles[0] <= found.achieved <= found.quartiles[1]
+    assert "quartiles" in str(found)
+
+
+def flops_by_hand(model):
+    """2 · the weights that a token meets: all matrices, of stacked experts k of E."""
+    return 2 * sum(
+        (model.config.num_experts_per_tok / len(p) if p.ndim == 3 else 1) * p.numel()
+        for name, p in model.named_parameters()
+        if p.ndim > 1 and "embed" not in name and "wte" not in name and "wpe" not in name
+    ) + 2 * (model.lm_head.weight.numel() if model.config.tie_word_embeddings else 0)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("GPT2", "neuron"), ("Mixtral", "head"), ("Olmoe", "layer")])
+def test_flops_of_transformers_models_count_all_that_a_token_meets(name, kind):
+    model = peer(name)
+    whole = flops_by_hand(model)
+    axes = [axis for axis in prunable_axes(model) if axis.kind == kind]
+    scores = random_importance(axes)
+    report = prune_to_budget(model, {kind: scores}, flops=0.9)
+    assert report.achieved == pytest.approx(flops_by_hand(model) / whole)
+    assert report.achieved <= 0.9
+
+
+def test_experts_that_go_save_a_token_only_their_rows_of_the_router():
+    model = peer("Mixtral")
+    axes = [axis for axis in prunable_axes(model) if axis.kind == "expert"]
+    with pytest.raises(ValueError, match="flops must be at least 0.9.*, all that may be removed, got 0.7"):
+        prune_to_budget(model, {"expert": random_importance(axes)}, flops=0.7)
 
 
 def test_time_that_nothing_removes_is_said():
