@@ -184,6 +184,9 @@ def importances(model: Any, tokenizer: Any, text: str) -> dict[str, Callable[[],
         "activation variance": partial(activation_importance, model, first, axes=axes, statistic="variance"),
         "magnitude": partial(magnitude_importance, model, axes),
         "confidence": partial(attention_confidence, model, first),
+        "confidence past [CLS] and [SEP]": partial(
+            attention_confidence, model, first, skip_ids=(tokenizer.cls_token_id, tokenizer.sep_token_id)
+        ),
         "leave one out": partial(leave_one_out, model, batches, loss=contrastive),
         "hard-concrete gates": partial(learned_gates, model, lessons, axes=axes, loss=contrastive, strength=5.0),
     }

@@ -107,6 +107,7 @@ def importances(model: Any, calibration: Tensor, precision: Precision) -> dict[s
         "activation variance": partial(activation_importance, model, batches, axes=axes, statistic="variance"),
         "magnitude": partial(magnitude_importance, model, axes),
         "confidence": partial(attention_confidence, model, batches),
+        "confidence past the first token": partial(attention_confidence, model, batches, skip_first=1),
         "leave one out": lambda: leave_one_out(copy.deepcopy(model).to(precision.dtype), [calibration[:1]]),
         "hard-concrete gates": partial(
             learned_gates, model, calibration[:GATE_STEPS].split(1), axes=axes, loss=loss, strength=5.0
