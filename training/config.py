@@ -243,6 +243,10 @@ def _check(config: RunConfig) -> None:
             f"optim.sparse_state must be false unless sparsify.method is one of {', '.join(COMPACT)} and its sparsity"
             f" above 0, got method={config.sparsify.method!r}, sparsity={config.sparsify.sparsity}: it would be dense"
         )
+    if train.compile and config.sparsify.fisher_penalty:
+        raise ValueError(
+            "train.compile must be false with sparsify.fisher_penalty: compiled layers are differentiable once"
+        )
     if train.compile and config.sparsify.method == "variational":
         raise ValueError("train.compile must be false for sparsify.method='variational', whose hooks it would skip")
     _check_optim(optim)

@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -121,6 +122,23 @@ def tokenise(documents: Sequence[str], tokenizer: Tokenizer, *, cache: Path | No
         np.save(content, _pack(documents, tokenizer), allow_pickle=False)
         replace_durably(file, content.getvalue())
     return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """An endless run of training batches that can go on where it stopped."""
+
+    def next(self) -> Batch:
+        """The next batch."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is: tensors and JSON values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        ...
 
 
 class Batches:

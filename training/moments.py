@@ -94,6 +94,15 @@ class Rewinder(Protocol):
         ...
 
 
+@runtime_checkable
+class Contributor(Protocol):
+    """A sparsifier whose own loss has other passes than the batch's (a Fisher penalty)."""
+
+    def contribute(self) -> None:
+        """The batch's gradients are complete, the weights still those of its passes: add one's own gradients."""
+        ...
+
+
 def add_gates(sparsifiers: Sequence[Sparsifier], optimizer: torch.optim.Optimizer) -> None:
     """Give the optimiser the sparsifiers' own parameters, as groups of their own."""
     for sparsifier in sparsifiers:
@@ -176,6 +185,16 @@ def parametrised(sparsifiers: Sequence[Sparsifier]) -> Iterator[None]:
             if isinstance(sparsifier, Parametriser):
                 stack.enter_context(sparsifier.parametrise())
         yield
+
+
+@contextmanager
+def passes(sparsifiers: Sequence[Sparsifier]) -> Iterator[None]:
+    """Around the passes of a training step: :func:`parametrised`, and at its end those that contribute do."""
+    with parametrised(sparsifiers):
+        yield
+        for sparsifier in sparsifiers:
+            if isinstance(sparsifier, Contributor):
+                sparsifier.contribute()
 
 
 def balance_routers(model: nn.Module) -> None:

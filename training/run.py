@@ -31,6 +31,7 @@ from training.distributed.agreement import (
 )
 from training.distributed.faults import how_to_go_on, one_clear_error
 from training.durable import replace_durably
+from training.fisher_control import in_order, make_penalties
 from training.folders import mark, only_user
 from training.model_config import model_config
 from training.parallel import Alone, Parallel
@@ -141,7 +142,7 @@ def make_trainer(config: RunConfig, *, parallel: Parallel | None = None) -> Trai
     parallel.place(model)
     if parallel.rank:
         seed_everything(config.seed + SEEDS_APART * parallel.rank)
-    return Trainer(
+    trainer = Trainer(
         model,
         data,
         out=config.out,
@@ -149,16 +150,15 @@ def make_trainer(config: RunConfig, *, parallel: Parallel | None = None) -> Trai
         optim=config.optim,
         train=config.train,
         seed=config.seed,
-        sparsifiers=make_sparsifiers(
-            config.sparsify,
-            model,
-            steps=config.train.steps,
-            seed=config.seed,
-            masks=masks,
-        ),
+        sparsifiers=[
+            *make_sparsifiers(config.sparsify, model, steps=config.train.steps, seed=config.seed, masks=masks),
+            *make_penalties(config, model, data, ranks=parallel.ranks),
+        ],
         pace=make_pace(config.sparsify, steps=config.train.steps, warmup=config.optim.warmup),
         parallel=parallel,
     )
+    trainer.batches = in_order(config, trainer)
+    return trainer
 
 
 def make_model(config: RunConfig, *, vocab_size: int) -> Transformer:

@@ -1,5 +1,6 @@
 """The [sparsify] table of a run's config, and which of its settings go together."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -87,6 +88,24 @@ class SparsifyConfig:
     the same share of what is left in equal times, or in rounds of 'every' steps of retraining."""
     scope: Literal["layerwise", "global"] = "layerwise"
     """Whether weights are compared inside each matrix or over all of them, of which each then keeps at least one."""
+    fisher_penalty: float = 0.0
+    """Coefficient of the trace of the Fisher information of the weights that are not 0, which is estimated on a
+    micro-batch of its own and added to the loss in every 'fisher_every'-th step (Jastrzebski et al. 2021); with any
+    method, and without one. 0 for none."""
+    fisher_every: int = 10
+    """Steps between estimates of the Fisher penalty, the first of which is step 0."""
+    curriculum: Literal["none", "low_fisher", "random"] = "none"
+    """Which sequences training begins with: 'low_fisher' draws from a pool that opens with the steps, those of least
+    Fisher trace first; 'random' opens as large a pool in a random order, its control. With any method, and without."""
+    curriculum_pool: int = 256
+    """Sequences of the pool."""
+    curriculum_begin: int = 0
+    """Step at which the pool is ranked, with the model as it is then, and drawing from it begins."""
+    curriculum_end: int = 0
+    """Step at which all of the pool is open and batches come from all text again; 0 for a fifth of the training after
+    'curriculum_begin'."""
+    curriculum_start: float = 0.2
+    """Share of the pool that is open at 'curriculum_begin'."""
     rate: Literal["keep", "rewarm", "rewind"] = "keep"
     """What each pruning of magnitude, movement or feedback does to the learning rate: nothing, a warm-up of
     optim.warmup steps again, or the rate's schedule starting again after its warm-up (Renda et al. 2020)."""
@@ -113,6 +132,7 @@ def check_sparsify(config: SparsifyConfig, *, steps: int) -> None:
         raise ValueError(f"sparsify.gate_lr must be positive, got {config.gate_lr}")
     if config.rate != "keep" and config.method not in ("magnitude", "movement", "feedback"):
         raise ValueError(f"sparsify.rate must be 'keep' for method={config.method!r}, got {config.rate!r}")
+    _check_fisher(config, steps)
     if config.rounds < 1:
         raise ValueError(f"sparsify.rounds must be >= 1, got {config.rounds}")
     if config.sparsity:
@@ -124,6 +144,30 @@ def check_sparsify(config: SparsifyConfig, *, steps: int) -> None:
                 f"train.steps - sparsify.begin must be a multiple of sparsify.rounds + 1 = {passes}, got {left}: each"
                 " pass has as many steps"
             )
+
+
+def _check_fisher(config: SparsifyConfig, steps: int) -> None:
+    if not 0 <= config.fisher_penalty < math.inf:
+        raise ValueError(f"sparsify.fisher_penalty must be at least 0 and finite, got {config.fisher_penalty}")
+    if config.fisher_penalty and not 1 <= config.fisher_every <= steps:
+        raise ValueError(f"sparsify.fisher_every must be in [1, train.steps={steps}], got {config.fisher_every}")
+    if config.curriculum == "none":
+        return
+    if config.curriculum_pool < 1:
+        raise ValueError(f"sparsify.curriculum_pool must be >= 1, got {config.curriculum_pool}")
+    if not 0 < config.curriculum_start <= 1:
+        raise ValueError(f"sparsify.curriculum_start must be in (0, 1], got {config.curriculum_start}")
+    begin, end = config.curriculum_begin, curriculum_end(config, steps)
+    if not 0 <= begin < end <= steps:
+        raise ValueError(
+            f"sparsify.curriculum_begin and sparsify.curriculum_end must satisfy 0 <= begin < end <="
+            f" train.steps={steps}, got {begin} and {end}"
+        )
+
+
+def curriculum_end(config: SparsifyConfig, steps: int) -> int:
+    """The step at which all text is open: ``curriculum_end``, or a fifth of the training after the beginning."""
+    return config.curriculum_end or min(steps, config.curriculum_begin + max(1, steps // 5))
 
 
 def _check_before(config: SparsifyConfig) -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 from moe import MixtureOfDepths, MoE, NoisyTopKRouter
 from training.checkpoint import Write, checkpoint_bytes, latest_checkpoint
 from training.config import OptimConfig, TrainConfig
-from training.data import Batch, Batches, Data
+from training.data import Batch, Batches, Data, Stream
 from training.durable import write_durably
 from training.evaluation import Evaluation, evaluate
 from training.finite import NonFiniteError, first_non_finite
@@ -34,6 +34,7 @@ from training.moments import (
     load_gate_moments,
     observe_all,
     parametrised,
+    passes,
     settle_all,
 )
 from training.optim import longest_warmup, lr_multiplier, make_optimizers, set_lr
@@ -111,7 +112,7 @@ class Trainer:
         )
         add_gates(sparsifiers, self.optimizers.main)
         self.pace = pace or Pace()
-        self.batches = Batches(data.train, batch=train.batch, length=length, seed=seed)
+        self.batches: Stream = Batches(data.train, batch=train.batch, length=length, seed=seed)
         self.sparsifiers, self.seed, self._write = tuple(sparsifiers), seed, write
         self.side = SideLosses(
             balance=train.aux,
@@ -291,7 +292,7 @@ class Trainer:
         return number > 0
 
     def _forward_backward(self, batch: Batch, *, diagnose: bool = False) -> StepOutput:
-        with parametrised(self.sparsifiers):
+        with passes(self.sparsifiers):
             return accumulate(
                 self.model,
                 batch,

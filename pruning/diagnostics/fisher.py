@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pruning.batches import Batch, Loss, batch_size, model_batches, next_token_loss
 from pruning.diagnostics.figure import axes_for, labelled
 from pruning.masking import Masks
+from pruning.saliency.products import check_twice_differentiable
 from pruning.saliency.second_order import hessian_diagonal
 
 
@@ -146,11 +147,11 @@ def fisher_penalty(
     """T/B · ‖∇ Σ_b mean_t −log p(ŷ_bt | x_b)‖², ŷ drawn from the model: an estimate of tr F that can be minimised.
 
     The Fisher penalty of Jastrzebski et al. 2021 (arXiv:2012.14193), there on every tenth batch: add λ times it to the
-    loss. Differentiable twice; attention must be so too (scaled_dot_product_attention under
-    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``), and this library's experts are not: through them torch raises
-    RuntimeError. In expectation over ŷ it is :func:`fisher_trace`, under masks too: the gradients of absent weights
-    count for nothing.
-    Raises: ValueError for padding, labels of one's own or fewer than two tokens."""
+    loss. Differentiable twice, as the model must be: run both passes under
+    :func:`pruning.saliency.products.twice_differentiable`, which sees to attention, experts and memories. In
+    expectation over ŷ it is :func:`fisher_trace`, under masks too: the gradients of absent weights count for nothing.
+    Raises: ValueError for padding, labels of one's own, fewer than two tokens, and a function that is differentiable
+    once only, by name."""
     ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
     if not isinstance(batch, Tensor) and set(batch) != {"input_ids"}:
         raise ValueError(f"a Fisher penalty draws all labels and takes input_ids alone, got {sorted(batch)}")
@@ -162,6 +163,7 @@ def fisher_penalty(
         chances = logits[:, :-1].float().softmax(-1).flatten(0, 1).cpu()
         drawn = torch.multinomial(chances, 1, generator=generator).view(len(ids), -1).to(ids.device)
     loss = next_token_loss(model, {"input_ids": ids, "labels": torch.cat([ids[:, :1], drawn], dim=1)})
+    check_twice_differentiable(loss)
     chosen, kept = _chosen(model, weights), {} if masks is None else masks.kept
     found = torch.autograd.grad(
         loss, list(chosen.values()), create_graph=True, allow_unused=True, materialize_grads=True

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
 from pruning import Masks, global_ranking, magnitude, prunable_weights, select_masks
 from pruning.diagnostics import LossPath, fisher_trace, loss_path
 from training.config import RunConfig, from_dict
-from training.data import Batches
+from training.data import Batches, Stream
+from training.fisher_control import Admitted, Penalised
 from training.moments import Sparsifier
-from training.probes.curriculum import Admitted, Penalised
 from training.probes.lab import State, Watch, fit, fresh, make_trainer, put, sequences, state_of
 from training.probes.runner import Lab
 from training.probes.spec import Task
@@ -68,8 +67,7 @@ class Finetuning:
             put(model, self.lab.state(DENSE, seed))
         trainer = make_trainer(model, config, self.lab.data, masks=masks, extra=self._extra(task, model, config, masks))
         if task.arm in ("curriculum", "shuffled") and masks is not None:
-            # Trainer asks its stream of batches for nothing but the next one
-            trainer.batches = cast(Batches, self._admitted(task, trainer.batches, model, masks, seed))
+            trainer.batches = self._admitted(task, trainer.batches, model, masks, seed)
         traces: list[tuple[int, float]] = []
         result = fit(trainer, watch=self._watch(model, masks, traces, seed))
         end = state_of(model)
@@ -140,9 +138,10 @@ class Finetuning:
         return [Penalised(model, stream, strength=strength, every=self.options.penalty_every,
                           weights=list(prunable_weights(model)), masks=masks, seed=config.seed)]  # fmt: skip
 
-    def _admitted(self, task: Task, stream: Batches, model: Transformer, masks: Masks, seed: int) -> Admitted:
+    def _admitted(self, task: Task, stream: Stream, model: Transformer, masks: Masks, seed: int) -> Admitted:
         options = self.options
-        pool = sequences(self.lab.data.train, length=stream.length, count=options.pool, seed=seed + 2000)
+        length = self.lab.config(lr=self.lab.probe.lrs[0], seed=seed).data.length
+        pool = sequences(self.lab.data.train, length=length, count=options.pool, seed=seed + 2000)
         return Admitted(stream, model, pool, begin=options.begin, end=options.end, start=options.start,
                         lowest=task.arm == "curriculum", weights=list(prunable_weights(model)), masks=masks,
                         seed=seed)  # fmt: skip

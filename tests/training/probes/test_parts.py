@@ -8,8 +8,8 @@ import torch
 from pruning import Masks, prunable_weights
 from pruning.diagnostics import LossPath
 from training.data import Batches
+from training.fisher_control import Admitted, Penalised
 from training.probes.chart import Dots, dots_svg, mean_points
-from training.probes.curriculum import Admitted, Penalised
 from training.probes.finetuning_page import barrier, closed
 from training.probes.lab import Held, fit, fresh, make_trainer
 from training.probes.summary import expectations, mean_spread, outcome, versus
@@ -80,17 +80,19 @@ def test_the_penalty_adds_its_gradient_in_every_second_step_in_proportion_to_its
     found = []
     for _ in range(3):
         model.zero_grad()
+        penalty.contribute()
         assert penalty.before_step(optimizer)
+        penalty.after_step(optimizer)
         found.append([w.grad is not None and bool(w.grad.any()) for w in prunable_weights(model).values()])
     assert all(found[0]) and not any(found[1]) and all(found[2])
     double = Penalised(model, Batches(made.data.train, batch=2, length=16, seed=0), strength=0.2, every=2,
                        weights=names, masks=masks, seed=0)  # fmt: skip
     model.zero_grad()
-    double.before_step(optimizer)
+    double.contribute()
     twice = [w.grad.clone() for w in prunable_weights(model).values()]
     model.zero_grad()
     Penalised(model, Batches(made.data.train, batch=2, length=16, seed=0), strength=0.1, every=2, weights=names,
-              masks=masks, seed=0).before_step(optimizer)  # fmt: skip
+              masks=masks, seed=0).contribute()  # fmt: skip
     for grad, weight in zip(twice, prunable_weights(model).values(), strict=True):
         torch.testing.assert_close(grad, 2 * weight.grad, rtol=1e-4, atol=1e-7)
     with pytest.raises(ValueError, match="strength must be > 0, got 0"):

@@ -1,0 +1,216 @@
+"""Two ways to keep the Fisher trace low while a model trains: low samples first, and a penalty."""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from pruning import Masks, prunable_weights
+from pruning.diagnostics import FisherCurriculum, fisher_penalty, low_fisher_first
+from pruning.saliency.products import twice_differentiable
+from training.config import RunConfig
+from training.data import Batch, Batches, Data, Stream
+from training.finite import NonFiniteError
+from training.moments import evaluating, parametrised
+from training.sparsify_config import curriculum_end
+from training.trainer import Trainer
+from transformer import Transformer
+
+# what is drawn for the penalty and for the pool is not what the run trains on at the same time
+PENALTY_SEED, POOL_SEED = 1000, 2000
+
+
+class Admitted:
+    """Batches of a stream; between two steps only from samples of a pool, lowest Fisher trace first.
+
+    The pool is ranked once, with the model as it is at step ``begin``; the lowest share ``start`` of it is open then,
+    and more each step, all of it just before ``end``. lowest=False opens it in a random order: the control, with as
+    few samples and as many repetitions. weights, masks: of which the trace is; masks None: those that are not 0.
+    within: a context for the ranking (:func:`training.moments.parametrised`).
+    Raises: ValueError unless 0 ≤ begin < end; as :meth:`FisherCurriculum.admitted`."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        model: Transformer,
+        pool: Int[Tensor, "n length"],
+        *,
+        begin: int,
+        end: int,
+        start: float,
+        lowest: bool,
+        weights: list[str],
+        masks: Masks | None = None,
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        seed: int,
+    ) -> None:
+        if not 0 <= begin < end:
+            raise ValueError(f"begin must be in [0, end={end}), got {begin}")
+        self.stream, self.model, self.pool, self.weights, self.masks = stream, model, pool, weights, masks
+        self.begin, self.end, self.start, self.lowest, self.within = begin, end, start, lowest, within
+        self._draw = torch.Generator().manual_seed(seed)
+        self._order: FisherCurriculum | None = None
+        self._step = 0
+
+    def next(self) -> Batch:
+        """The next batch: from the stream, or drawn from what the pool has open."""
+        step, self._step = self._step, self._step + 1
+        whole = self.stream.next()
+        if not self.begin <= step < self.end:
+            return whole
+        if self._order is None:
+            self._order = self._ranked()
+        # the targets are the window's own tokens one later
+        open_now = self._order.admitted(step - self.begin, steps=self.end - self.begin, start=self.start)
+        chosen = open_now[torch.randint(len(open_now), (len(whole.inputs),), generator=self._draw)]
+        rows = self.pool[chosen]
+        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the stream, the step, the generator and the order of the pool once there is one."""
+        found = {"step": self._step, "draw": self._draw.get_state()}
+        if self._order is not None:
+            found |= {"order": self._order.order, "traces": self._order.traces}
+        return {**self.stream.state_dict(), "curriculum": found}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict()``. Raises: ValueError for a state without a curriculum; as the stream."""
+        if "curriculum" not in state:
+            raise ValueError("the checkpoint was trained without a curriculum, this run has sparsify.curriculum:"
+                             " resume without it, or start a new --out")  # fmt: skip
+        self.stream.load_state_dict(state)
+        found = state["curriculum"]
+        self._step = found["step"]
+        self._draw.set_state(found["draw"].cpu())
+        self._order = FisherCurriculum(found["order"], found["traces"]) if "order" in found else None
+
+    def _ranked(self) -> FisherCurriculum:
+        count = len(self.pool)
+        if not self.lowest:
+            return FisherCurriculum(torch.randperm(count, generator=self._draw), torch.zeros(count, dtype=torch.double))
+        pool = self.pool[:, : self.model.config.max_length].to(next(self.model.parameters()).device)
+        with self.within():
+            masks = present(self.model, self.weights) if self.masks is None else self.masks
+            return low_fisher_first(self.model, [pool], weights=self.weights, masks=masks, generator=self._draw)
+
+
+class Penalised:
+    """λ · :func:`pruning.diagnostics.fisher_penalty` in every ``every``-th step, on batches of a stream of its own.
+
+    Of the weights that the masks keep, None: that are not 0. The passes are those of evaluation: no dropout, nothing
+    that routers count. A :class:`training.moments.Contributor`.
+    Raises: ValueError unless strength > 0 and every ≥ 1."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        batches: Stream,
+        *,
+        strength: float,
+        every: int,
+        weights: list[str],
+        masks: Masks | None = None,
+        seed: int,
+    ) -> None:
+        if not strength > 0:
+            raise ValueError(f"strength must be > 0, got {strength}")
+        if every < 1:
+            raise ValueError(f"every must be >= 1, got {every}")
+        self.model, self.batches, self.strength, self.every = model, batches, strength, every
+        self.weights, self.masks = weights, masks
+        self._draw = torch.Generator().manual_seed(seed)
+        self._step = 0
+
+    def contribute(self) -> None:
+        """Add the penalty's gradient, if it is time.
+
+        Raises: NonFiniteError where it is not finite; ValueError for a model that is differentiable once."""
+        if self._step % self.every:
+            return
+        ids = self.batches.next().inputs.to(next(self.model.parameters()).device)
+        masks = present(self.model, self.weights) if self.masks is None else self.masks
+        with evaluating(self.model), twice_differentiable(self.model):
+            value = fisher_penalty(self.model, ids, weights=self.weights, masks=masks, generator=self._draw)
+            if not math.isfinite(value.item()):
+                raise NonFiniteError(
+                    f"step {self._step + 1}: the Fisher penalty is {value.item()}; nothing was updated:"
+                    " lower sparsify.fisher_penalty or optim.lr"
+                )
+            (self.strength * value).backward()
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """True: every step is taken."""
+        return True
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Count the step."""
+        self._step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step, the position in the text and the generator."""
+        return {"step": self._step, "data": self.batches.state_dict(), "draw": self._draw.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict()``."""
+        self._step = state["step"]
+        self.batches.load_state_dict(state["data"])
+        self._draw.set_state(state["draw"].cpu())
+
+
+def make_penalties(config: RunConfig, model: Transformer, data: Data, *, ranks: int = 1) -> list[Penalised]:
+    """The Fisher penalty of a run's [sparsify] section, none if it asks for none; estimated on a micro-batch.
+
+    Raises: ValueError for several processes, whose gradients are reduced in the batch's own backward pass."""
+    sparsify, train = config.sparsify, config.train
+    if not sparsify.fisher_penalty:
+        return []
+    if ranks > 1:
+        raise ValueError(f"sparsify.fisher_penalty must be 0 with several processes, got {sparsify.fisher_penalty}")
+    stream = Batches(
+        data.train, batch=train.batch // train.accumulation, length=config.data.length, seed=config.seed + PENALTY_SEED
+    )
+    return [Penalised(model, stream, strength=sparsify.fisher_penalty, every=sparsify.fisher_every,
+                      weights=trained(model), seed=config.seed)]  # fmt: skip
+
+
+def in_order(config: RunConfig, trainer: Trainer) -> Stream:
+    """The trainer's batches in the order that a [sparsify] section asks for; as they are if it asks for none.
+
+    Raises: ValueError for several processes, and for a pool of more sequences than the text has."""
+    sparsify, length, ranks = config.sparsify, config.data.length, trainer.parallel.ranks
+    if sparsify.curriculum == "none":
+        return trainer.batches
+    if ranks > 1:
+        raise ValueError(f"sparsify.curriculum must be 'none' with several processes, got {sparsify.curriculum!r}")
+    text, count = trainer.data.train, sparsify.curriculum_pool
+    most = (len(text) - 1) // length
+    if count > most:
+        raise ValueError(f"sparsify.curriculum_pool must be at most {most}, the sequences of data.length={length} in"
+                         f" the text, got {count}")  # fmt: skip
+    drawn = Batches(text, batch=count, length=length, seed=config.seed + POOL_SEED).next()
+    return Admitted(
+        trainer.batches,
+        trainer.model,
+        torch.cat([drawn.inputs, drawn.targets[:, -1:]], dim=1),
+        begin=sparsify.curriculum_begin,
+        end=curriculum_end(sparsify, config.train.steps),
+        start=sparsify.curriculum_start,
+        lowest=sparsify.curriculum == "low_fisher",
+        weights=trained(trainer.model),
+        within=lambda: parametrised(trainer.sparsifiers),
+        seed=config.seed,
+    )
+
+
+def trained(model: Transformer) -> list[str]:
+    """Names of the prunable weights that train."""
+    return [name for name, weight in prunable_weights(model).items() if weight.requires_grad]
+
+
+def present(model: Transformer, names: list[str]) -> Masks:
+    """The weights of these names that are not 0."""
+    return Masks({name: model.get_parameter(name).detach() != 0 for name in names})
