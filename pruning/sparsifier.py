@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pruning.adapters import forget_file
 from pruning.agreement import averaged, follow_first
 from pruning.allocation import Allocation
 from pruning.batches import Batch, Loss, Progress
@@ -77,6 +78,7 @@ def sparsify(
         check_fraction("sparsity", sparsity)
     check_unquantised(model)
     check_values(prunable_weights(model, weights))
+    forget_file(model)
     chosen = default_allocation(method, allocation, structure)
     if method not in CALIBRATED:
         if order is not None:
@@ -221,6 +223,7 @@ class Sparsifier:
             raise ValueError(f"saliency must be a function where ranks hold a part of the experts, got {saliency!r}")
         self._weights = cast(dict[str, nn.Parameter], as_wholes(prunable_weights(model, weights), layouts))
         check_values(self._weights)
+        forget_file(model)
         self._masks = Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in self._weights.items()})
         self._advance()
 

@@ -4,9 +4,10 @@ from torch import nn
 
 from pruning.adapters.families import FAMILIES, SUPPORTED, Place, family_of
 from pruning.adapters.geometry import axes_of_place
+from pruning.adapters.record import forget_file
 from pruning.axes import Axis
 
-__all__ = ["FAMILIES", "SUPPORTED", "adapted_axes"]
+__all__ = ["FAMILIES", "SUPPORTED", "adapted_axes", "forget_file"]
 
 
 def adapted_axes(model: nn.Module) -> list[Axis] | None:

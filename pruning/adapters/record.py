@@ -73,7 +73,7 @@ def describe(place: Place) -> None:
 
     A warning says so when the record changes: stock transformers does not read it."""
     config, family = place.model.config, place.family
-    _forget_file(place.model)
+    forget_file(place.model)
     sizes = [sizes_of(family, layer) for layer in place.layers]
     config.num_hidden_layers = len(sizes)
     if family.heads_in_config:
@@ -87,8 +87,9 @@ def describe(place: Place) -> None:
         warnings.warn(_warning(place, sizes, width), stacklevel=2)
 
 
-def _forget_file(model: nn.Module) -> None:
-    """Let a model that was read from a .gguf file be saved: transformers marks it as packed, which axes refuse."""
+def forget_file(model: nn.Module) -> None:
+    """Let a model that was read from a .gguf file be saved: transformers marks it as packed, though its weights are
+    plain (others are refused) and no longer those of the file."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and quantizer.quantization_config.quant_method == "gguf":
         quantizer.remove_quantization_config(model)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from pruning.adapters import forget_file
 from pruning.allocation.counts import Allocation, uniform
 from pruning.batches import Batch, Loss, Progress, evaluating, model_batches
 from pruning.calibrated import reconstruct
@@ -78,6 +79,7 @@ def prune_calibrated(
     that its module never multiplied with, and for a journal of another model."""
     plan = make_plan(method, sparsity, structure, allocation, loss, refit, damping, block, dtype, order)
     check_unquantised(model)
+    forget_file(model)
     chosen = prunable_weights(model, weights)
     inputs = find_inputs(model, chosen)
     check_shapes(inputs, plan)
