@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pruning.formats.bits import pack_flags, unpack_flags
+from pruning.held import held_by
 from pruning.sharding import as_wholes, gathered, own_part, sharded_as, spread_layouts
 from pruning.weights import TABLE, matrices, prunable_weights
 
@@ -40,7 +41,8 @@ class Masks:
         parameters = as_wholes(dict(model.named_parameters(remove_duplicate=False)), spread_layouts(model))
         for name in self.kept:
             if name not in parameters:
-                raise ValueError(f"masks name parameter {name!r}, which the model does not have")
+                why = held_by(parameters, name)
+                raise ValueError(f"masks name parameter {name!r}, which the model does not have{why}")
         check_shapes(self.kept, parameters)
         for name, mask in self.kept.items():
             parameter = parameters[name]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pruning.axes import Axis, Slice
 from pruning.gates import check_kept
+from pruning.held import held_by
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def _kept_indices(
 
 def _key(parameters: Mapping[str, nn.Parameter], piece: Slice, axis: Axis) -> tuple[str, int]:
     if piece.parameter not in parameters:
-        raise ValueError(f"axis {axis.name!r} names parameter {piece.parameter!r}, which the model does not have")
+        why = held_by(parameters, piece.parameter)
+        raise ValueError(f"axis {axis.name!r} names parameter {piece.parameter!r}, which the model does not have{why}")
     dims = parameters[piece.parameter].ndim
     if not -dims <= piece.dim < dims:
         raise ValueError(f"dim of {piece.parameter!r} must be in [{-dims}, {dims}), got {piece.dim}")

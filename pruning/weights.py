@@ -8,6 +8,8 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pruning.held import check_free, held_by
+
 HEADS = ("head", "lm_head")
 INPUTS_LAST = ("down", "down_proj", "gate_up_proj")
 # what stacks of expert matrices are called: other parameters of three dimensions are positions, tables, convolutions
@@ -26,9 +28,11 @@ def prunable_weights(model: nn.Module, names: Sequence[str] | None = None) -> di
     Dense stay embeddings and what is tied to them, tables of memories, the output head (`get_output_embeddings()`, or a
     Linear named head or lm_head), routers (a module named router, or of a class so named), norms and biases. `names`
     chooses instead, from all parameters of two or three dimensions and those of ``matrix_stacks``.
-    Raises: ValueError for names that are unknown or have another number of dimensions, and if nothing is left."""
+    Raises: ValueError for names that are unknown or have another number of dimensions, if nothing is left, and for
+    matrices that torch.nn.utils.prune or adapters hold."""
     if names is not None:
         return _named(model, names)
+    check_free(model, STACKS, dense=_dense_modules(model))
     found = default_weights(model)
     if not found:
         raise ValueError(f"{type(model).__name__} must have prunable weights, got none; pass weights=")
@@ -47,7 +51,8 @@ def default_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 def declared_stacks(model: nn.Module) -> list[nn.Parameter]:
     """What modules name in ``matrix_stacks``: parameters [..., out, in] of which every [out, in] is a matrix that
     multiplies an input of its own, such as the sub-keys [heads, 2, keys, half] of `moe.ProductKeys`."""
-    return [module.get_parameter(name) for module in model.modules() for name in getattr(module, "matrix_stacks", ())]
+    return [module.get_parameter(name) for module in model.modules() for name in getattr(module, "matrix_stacks", ())
+            if name in dict(module.named_parameters(recurse=False))]  # fmt: skip
 
 
 def growable_weights(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
@@ -129,7 +134,7 @@ def _named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
     stacked = {id(parameter) for parameter in declared_stacks(model)}
     for name in names:
         if name not in parameters:
-            raise ValueError(f"weights must name parameters of the model, got {name!r}")
+            raise ValueError(f"weights must name parameters of the model, got {name!r}{held_by(parameters, name)}")
         if parameters[name].ndim not in (2, 3) and id(parameters[name]) not in stacked:
             more = ", no stack of matrices (its module has no matrix_stacks)" if parameters[name].ndim > 3 else ""
             shape = list(parameters[name].shape)

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from pruning.held import held_by
+
 _TASKS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _GPT2 = ("Model", "LMHeadModel", "DoubleHeadsModel", *_TASKS[2:])
 _BERT = ("Model", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForNextSentencePrediction", "ForMultipleChoice",
@@ -136,13 +138,14 @@ def weight_of(layer: nn.Module, name: str, tensor: str = "weight") -> nn.Paramet
     """Module `name` of a layer: its weight.
 
     Raises: ValueError unless it is a plain parameter in half, single or double precision."""
-    found = getattr(layer.get_submodule(name), tensor, None)
+    module = layer.get_submodule(name)
+    found = getattr(module, tensor, None)
     # quantised, sharded and reparametrised weights are other types, or hold scales that a cut would leave behind
     if type(found) is not nn.Parameter or not found.is_floating_point() or found.element_size() < 2:
         got = getattr(found, "dtype", None) if type(found) is nn.Parameter else type(found).__name__
         raise ValueError(
             f"{name}.{tensor} must be a plain parameter in float16, bfloat16, float32 or float64, got {got}: prune the "
-            "model before it is quantised, sharded or reparametrised"
+            f"model before it is quantised, sharded or reparametrised{held_by(dict(module.named_parameters()), tensor)}"
         )
     return found
 

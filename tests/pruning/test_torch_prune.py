@@ -1,11 +1,16 @@
 """Models pruned with torch come in as weights and masks, go out again, and are pruned further."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from pruning import Masks, Sparsifier, linear, sparsify
+from moe.product_key import ProductKeys
+from pruning import Masks, Sparsifier, linear, prune_neurons, random_importance, sparsify
+from pruning.model_axes import axes_of
+from pruning.recovery import add_adapters, merge_adapters
 from pruning.torch_prune import from_torch_prune, to_torch_prune
 from tests.pruning.toy import tokens, toy
 from tests.tolerances import close
@@ -93,3 +98,49 @@ def test_masks_that_keep_all_change_nothing():
     model = toy((2, 1, 6))
     to_torch_prune(model, Masks.of(model))
     assert not prune.is_pruned(model)
+
+
+def test_what_torch_holds_is_refused_not_left_out():
+    model = toy((2, 1, 6))
+    prune.l1_unstructured(model.feedforward[0].down, "weight", amount=0.5)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    message = "got 'feedforward.0.down.weight': torch.nn.utils.prune holds it, call pruning.torch_prune.from_torch_prun"
+    for refused in (
+        lambda: sparsify(model, sparsity=0.5),
+        lambda: sparsify(model, sparsity=0.5, weights=["feedforward.0.down.weight"]),
+        lambda: Sparsifier(model, schedule=linear(0.8, begin=0, end=4)),
+        lambda: Masks.of(model),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused()
+    with pytest.raises(ValueError, match="which the model does not have: torch.nn.utils.prune holds it"):
+        prune_neurons(model, random_importance(axes_of(model, "neuron")), fraction=0.5)
+    assert all(p.equal(before[name]) for name, p in model.named_parameters())
+    from_torch_prune(model)
+    sparsify(model, sparsity=0.5)
+
+
+def test_what_adapters_hold_and_stacks_that_torch_holds_are_refused():
+    model = toy((2, 1, 6))
+    add_adapters(model, rank=1, weights=["feedforward.0.down.weight"])
+    message = "got 'feedforward.0.down.weight': it is parametrised, call pruning.recovery.merge_adapters"
+    with pytest.raises(ValueError, match=message):
+        sparsify(model, sparsity=0.5)
+    merge_adapters(model)
+    assert Masks.of(model).total
+    config = TransformerConfig.uniform(vocab_size=16, dim=16, num_layers=1, num_heads=2, max_length=8,
+                                       feedforward=MoEConfig(hidden=16, num_experts=2, k=1))  # fmt: skip
+    mixture = Transformer(config)
+    prune.random_unstructured(mixture.layers[0].feedforward.experts, "up", amount=0.5)
+    with pytest.raises(ValueError, match="got 'layers.0.feedforward.experts.up': torch.nn.utils.prune holds it"):
+        Masks.of(mixture)
+    prune.random_unstructured(keys := ProductKeys(8, num_keys=4, heads=2, k=2, key_dim=4), "weight", amount=0.5)
+    with pytest.raises(ValueError, match="got 'weight': torch.nn.utils.prune holds it"):
+        Masks.of(keys)
+
+
+def test_biases_and_heads_of_the_vocabulary_that_torch_holds_stay_out_as_ever():
+    model = nn.Sequential(OrderedDict(up=nn.Linear(8, 8), head=nn.Linear(8, 4)))
+    prune.random_unstructured(model.up, "bias", amount=0.5)
+    prune.random_unstructured(model.head, "weight", amount=0.5)
+    assert list(Masks.of(model).kept) == ["up.weight"]

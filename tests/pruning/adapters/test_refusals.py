@@ -96,6 +96,13 @@ def test_reparametrised_weights_are_refused():
         prunable_axes(model)
 
 
+def test_heads_of_a_model_that_torch_has_pruned_are_refused_with_the_way_out():
+    model = peer("Llama")
+    nn.utils.prune.l1_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.2)
+    with pytest.raises(ValueError, match="reparametrised: torch.nn.utils.prune holds it, call .*from_torch_prune"):
+        prune_heads(model, {}, fraction=0.5)
+
+
 @pytest.mark.parametrize("name", ["GPT2", "Bert"])
 def test_cross_attention_is_refused(name):
     model = peer(name, task=None if name == "GPT2" else "LMHeadModel", is_decoder=True, add_cross_attention=True)
