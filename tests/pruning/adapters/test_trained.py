@@ -1,8 +1,6 @@
 """Trained models, whose weights come with packages: SmolLM2-135M-Instruct and the sentence encoder MiniLM."""
 
 import copy
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +18,9 @@ from pruning import (
     sparsify,
 )
 from tests.pruning.adapters.models import transformers
+from tests.trained import folder_of
+
+pytestmark = pytest.mark.trained
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -35,13 +36,6 @@ TEXTS = (
     "A compiler turns a program that people can read into one that a machine can run.",
     "Two loaves of rye bread, half a pound of butter and a jar of honey, please.",
 )
-
-
-def folder_of(package):
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        pytest.skip(f"needs the package {package.replace('_', '-')}")
-    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def kept_in(report):
@@ -92,9 +86,7 @@ def test_smollm2_without_a_quarter_of_its_heads(tmp_path):
     options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(text)}
     written = model.generate(text, **options)
     assert written.equal(model.generate(text, use_cache=False, **options))
-    model.save_pretrained(
-        tmp_path
-    )  # refused where the weights are those of the .gguf file
+    model.save_pretrained(tmp_path)  # refused where the weights are those of the .gguf file
     with torch.no_grad():
         torch.testing.assert_close(load_pruned(tmp_path)(text).logits, found, rtol=0, atol=0)
 

@@ -101,5 +101,5 @@ def test_attention_without_a_value_projection_is_named():
     (axis, *_) = axes_of_kind(model, "head")
     axis = replace(axis, gate="norm")
     model.layers = torch.nn.ModuleList()
-    with pytest.raises(ValueError, match="must have a Linear named value, v_proj, v, or a c_attn, near .norm., got none"):
+    with pytest.raises(ValueError, match="must have a Linear named value, .* near .norm., got none"):
         attention_confidence(model, [padded_batch()], axes=[axis])
