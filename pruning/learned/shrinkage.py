@@ -60,7 +60,9 @@ class Regularized(LearnedSparsity):
     def _add_loss(self) -> None:
         views = self.views()
         leaves = {name: weight.detach().requires_grad_() for name, weight in gathered(views).items()}
-        slopes = torch.autograd.grad(self._priced(leaves), list(leaves.values()))
+        priced = self._priced(leaves)
+        # a penalty of units does not reach the weights of product keys
+        slopes = torch.autograd.grad(priced, list(leaves.values()), allow_unused=True, materialize_grads=True)
         for (name, weight), slope in zip(self._weights.items(), slopes, strict=True):
             add_to_part(weight, own_part(sharded_as(slope, views[name])))
 
