@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pruning.execution.linear import SparseLinear, check_execution
 from pruning.formats.encoded import parse_format
-from pruning.weights import prunable_weights
+from pruning.weights import is_conv1d, prunable_weights
 
 DENSE = "dense"
 
@@ -73,7 +73,8 @@ def choose_execution(
     margin: float = 0.05,
     weights: Sequence[str] | None = None,
 ) -> ExecutionReport:
-    """Measure each Linear of `model` dense and as each candidate, and swap those that are faster sparse, in place.
+    """Measure each Linear (and Conv1D) of `model` dense and as each candidate, and swap those that are faster sparse,
+    in place.
 
     A matrix is swapped for the candidate that takes the least of the dense time, averaged over the batch sizes, if at
     every one of them it takes at most 1 − margin of the dense time; all others stay dense. Every round runs all
@@ -98,17 +99,28 @@ def choose_execution(
 
 
 def restore_dense(model: nn.Module) -> list[str]:
-    """Make every SparseLinear an nn.Linear again, in place, its parameters without requires_grad; returns their names.
+    """Make every SparseLinear an nn.Linear (or the Conv1D that it was) again, in place, its parameters without
+    requires_grad; returns their names.
 
     The weights are those that were swapped out, −0 as 0."""
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear)]
     for name, module in found:
-        linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-        linear.weight = nn.Parameter(module.dense_weight(), requires_grad=False)
+        dense = _empty(module)
+        held = module.dense_weight()
+        dense.weight = nn.Parameter(held.mT.contiguous() if module.turned else held, requires_grad=False)
         if module.bias is not None:
-            linear.bias = nn.Parameter(module.bias.clone(), requires_grad=False)
-        model.set_submodule(name, linear.train(module.training))
+            dense.bias = nn.Parameter(module.bias.clone(), requires_grad=False)
+        model.set_submodule(name, dense.train(module.training))
     return [name for name, _ in found]
+
+
+def _empty(module: SparseLinear) -> nn.Module:
+    if not module.turned:
+        return nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        return Conv1D(module.out_features, module.in_features)
 
 
 def _check(sizes: Sequence[int], rounds: int, margin: float, candidates: Sequence[str]) -> None:
@@ -122,21 +134,24 @@ def _check(sizes: Sequence[int], rounds: int, margin: float, candidates: Sequenc
         check_execution(candidate, torch.float32)
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear | None:
-    """The one nn.Linear that owns this weight, if nothing else does."""
+def _linear(model: nn.Module, name: str) -> nn.Module | None:
+    """The one nn.Linear or Conv1D that owns this weight, if nothing else does."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     weight = module.get_parameter(attribute)
     uses = [m for m in model.modules() for p in m.parameters(recurse=False) if p is weight]
     names = [key for key, p in model.named_parameters(remove_duplicate=False) if p is weight]
-    return module if type(module) is nn.Linear and len(uses) == len(names) == 1 and owner else None
+    known = type(module) is nn.Linear or is_conv1d(module)
+    return module if known and len(uses) == len(names) == 1 and owner else None
 
 
-def _executions(linear: nn.Linear, candidates: Sequence[str]) -> dict[str, nn.Module]:
-    runs: dict[str, nn.Module] = {DENSE: linear}
+def _executions(dense: nn.Module, candidates: Sequence[str]) -> dict[str, nn.Module]:
+    runs, turned = {DENSE: dense}, is_conv1d(dense)
+    weight, bias = dense.get_parameter("weight"), dict(dense.named_parameters()).get("bias")
+    matrix = weight.mT if turned else weight
     for candidate in candidates:
-        if _works(candidate, linear.weight):
-            runs[candidate] = SparseLinear(linear.weight, linear.bias, execution=candidate).train(linear.training)
+        if _works(candidate, weight):
+            runs[candidate] = SparseLinear(matrix, bias, execution=candidate, turned=turned).train(dense.training)
     return runs
 
 
@@ -145,13 +160,13 @@ def _works(candidate: str, weight: Tensor) -> bool:
 
 
 def _measure(
-    linears: dict[str, nn.Linear], runs: dict[str, dict[str, nn.Module]], sizes: Sequence[int], rounds: int
+    linears: dict[str, nn.Module], runs: dict[str, dict[str, nn.Module]], sizes: Sequence[int], rounds: int
 ) -> dict[str, dict[str, tuple[float, ...]]]:
     """Medians by matrix and execution, one for each size."""
     seconds: dict[tuple[str, str, int], list[float]] = {}
     with torch.no_grad():
         for size in sizes:
-            inputs = {name: torch.randn(size, owner.in_features).to(owner.weight) for name, owner in linears.items()}
+            inputs = {name: _rows(owner, size) for name, owner in linears.items()}
             for turn in range(1 + rounds):
                 for execution in _rotated(runs, turn):
                     for name in (name for name in runs if execution in runs[name]):
@@ -162,6 +177,11 @@ def _measure(
         name: {e: tuple(statistics.median(seconds[name, e, size]) for size in sizes) for e in executions}
         for name, executions in runs.items()
     }
+
+
+def _rows(dense: nn.Module, count: int) -> Tensor:
+    weight = dense.get_parameter("weight")
+    return torch.randn(count, weight.shape[0 if is_conv1d(dense) else 1]).to(weight)
 
 
 def _rotated(runs: dict[str, dict[str, nn.Module]], turn: int) -> list[str]:
@@ -187,7 +207,7 @@ def _choice(
 ) -> Choice:
     density = int((weight.detach() != 0).sum()) / max(weight.numel(), 1)
     if seconds is None:
-        why = "a stack of matrices is not covered" if weight.ndim > 2 else "no Linear of its own"
+        why = "a stack of matrices is not covered" if weight.ndim > 2 else "no Linear or Conv1D of its own"
         return Choice(name, tuple(weight.shape), density, {}, DENSE, why)
     shares = {e: [t / d for t, d in zip(seconds[e], seconds[DENSE], strict=True)] for e in seconds if e != DENSE}
     faster = {e: statistics.mean(s) for e, s in shares.items() if max(s) <= 1 - margin}

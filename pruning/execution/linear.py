@@ -14,6 +14,7 @@ CSR_TYPES = (torch.float32, torch.float64)
 class SparseLinear(nn.Module):
     """y = x Wᵀ + b from a weight [out, in] of which only what is not 0 is kept, for inference: there are no gradients.
 
+    turned: whether it stands for a Conv1D, whose weight lay [in, out]: `restore_dense` asks.
     execution: "csr" multiplies through torch's CSR (float32 and float64, 4-byte indices). "block HxW" gathers, for each
     panel of H outputs, the inputs that its blocks of W inputs with anything in them read, and makes one dense product
     of each panel. The order of additions is not the dense layer's, so outputs agree to rounding.
@@ -26,9 +27,17 @@ class SparseLinear(nn.Module):
     inputs: Tensor
     widths: Tensor
 
-    def __init__(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None, *, execution: str) -> None:
+    def __init__(
+        self,
+        weight: Float[Tensor, "out in"],
+        bias: Float[Tensor, "out"] | None,
+        *,
+        execution: str,
+        turned: bool = False,
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.turned = turned
         self.execution = check_execution(execution, weight.dtype)
         kind, numbers = parse_format(execution)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())

@@ -94,6 +94,8 @@ def load_compact(folder: str | Path, model: Model | Callable[[Path], Model]) -> 
     >>> load_compact(folder, lambda where: Transformer(TransformerConfig.load(where / "config.json")))
     >>> load_compact(folder, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
 
+    A model of int8 weights (`quantize_weights`) comes back through `pruning.recovery.load_quantized`.
+
     Raises: FileNotFoundError; ValueError if the file is damaged, is no compact file, or is that of another model."""
     folder = Path(folder)
     tensors, aliases = read_compact(folder)
@@ -105,7 +107,7 @@ def load_compact(folder: str | Path, model: Model | Callable[[Path], Model]) -> 
     expected |= {name: expected[first] for name, first in own.items()}
     found = {name: tuple(tensor.shape) for name, tensor in given.items()}
     if expected != found:
-        raise ValueError(f"{folder / FILE} does not fit the model: {_differences(expected, found)}")
+        raise ValueError(f"{folder / FILE} does not fit the model: {_differences(expected, found)}{_hint(given)}")
     if any(not given[name].equal(given[first]) for name, first in own.items()):
         raise ValueError(f"{folder / FILE} does not fit the model, which ties tensors that differ in the file")
     for name, tensor in names.items():
@@ -210,6 +212,11 @@ def _size(name: str, tensor: Tensor, entry: Mapping[str, Any], parts: Mapping[st
         dense_bytes=tensor.numel() * tensor.element_size(),
         bytes=sum(part.numel() * part.element_size() for part in parts.values()),
     )
+
+
+def _hint(given: Mapping[str, Tensor]) -> str:
+    packed = any(tensor.dtype == torch.int8 for tensor in given.values())
+    return "; its weights are int8: pruning.recovery.load_quantized reads them into a float model" if packed else ""
 
 
 def _differences(expected: Mapping[str, Any], found: Mapping[str, Any], limit: int = 5) -> str:

@@ -4,5 +4,7 @@ Distillation from the dense parent, which needs a loop, is :mod:`training.distil
 
 from pruning.recovery.adapters import MaskedLowRank, add_adapters, merge_adapters
 from pruning.recovery.quantize import Int8Linear, QuantizeReport, quantize_weights
+from pruning.recovery.quantized import load_quantized
 
-__all__ = ["Int8Linear", "MaskedLowRank", "QuantizeReport", "add_adapters", "merge_adapters", "quantize_weights"]
+__all__ = ["Int8Linear", "MaskedLowRank", "QuantizeReport", "add_adapters", "load_quantized", "merge_adapters",
+           "quantize_weights"]  # fmt: skip

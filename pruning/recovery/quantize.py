@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
-from pruning.weights import prunable_weights
+from pruning.weights import is_conv1d, prunable_weights
 
 LARGEST = 127
 # torch's kernel reads whole vectors of inputs and does not check: other widths give wrong products, or crash
@@ -124,10 +124,12 @@ class Quantised:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What `quantize_weights` did; batch: rows of the measured products. left: names of weights that stay float."""
+    """What `quantize_weights` did; batch: rows of the measured products. left: names of weights that stay float, and
+    why each does."""
 
     weights: tuple[Quantised, ...]
     left: tuple[str, ...]
+    why: tuple[str, ...]
     batch: int
     threads: int
 
@@ -143,7 +145,10 @@ class QuantizeReport:
         totals = [sum(getattr(row, name) for row in self.weights) for name in ("bytes_before", "bytes_after")]
         dense, fast = (sum(row.seconds[name or row.chosen] for row in self.weights) for name in ("dense", ""))
         lines.append(f"{totals[0]:,} -> {totals[1]:,} bytes, {dense * 1e3:.3f} -> {fast * 1e3:.3f} ms")
-        return "\n".join([*lines, *(f"{name} stays float: a stack, or shared" for name in self.left)])
+        return "\n".join([*lines, *(f"{name} stays float: {why}" for name, why in self._reasons())])
+
+    def _reasons(self) -> Iterator[tuple[str, str]]:
+        return zip(self.left, self.why, strict=True)
 
 
 def quantize_weights(
@@ -154,58 +159,120 @@ def quantize_weights(
     rounds: int = 5,
     weights: Sequence[str] | None = None,
 ) -> QuantizeReport:
-    """Replace each Linear of `model` by an `Int8Linear`, in place, executed in the way that is measured fastest here.
+    """Replace each Linear (and Conv1D) of `model` by an `Int8Linear`, in place, executed in the way that is measured
+    fastest here.
 
     Symmetric, one scale an output row, from the weights alone. Sizes and times are measured together: every candidate
     and the float layer multiply `batch` random rows, in turns, `rounds` times. "int_mm" may be a candidate too, where
     8-bit inputs will do. weights: parameter names; None is `prunable_weights`, so that embeddings and the output head
     stay float, and with them stacks of experts and weights that several modules share. "packed" is left out where
-    32 does not divide a layer's inputs. The model is then for inference.
+    32 does not divide a layer's inputs. The model is then for inference, and of one file: `save_compact` writes it and
+    `load_quantized` reads it; transformers' save_pretrained refuses it, for stock transformers would take the integers
+    for weights.
     Raises: ValueError for a batch or rounds below 1, unknown or no candidates, and weights that are not finite; the
     model has not changed then."""
+    check_measurement(batch, candidates, rounds)
+    chosen = prunable_weights(model, weights)
+    layers = {name: owner for name in chosen if (owner := _sole_linear(model, name)) is not None}
+    able = able_executions({name: matrix_of(layer).shape[1] for name, layer in layers.items()}, candidates)
+    made = {name: _small(layer) for name, layer in layers.items()}
+    rows = []
+    for name, layer in layers.items():
+        seconds = measure(made[name], able[name], batch, rounds, layer)
+        made[name].execution = min(able[name], key=lambda candidate: seconds[candidate])
+        rows.append(_row(name, matrix_of(layer), made[name], seconds))
+    for name, small in made.items():
+        model.set_submodule(name.rpartition(".")[0], small)
+    refuse_saving(model)
+    left = tuple(name for name in chosen if name not in layers)
+    why = tuple(_why(model, name) for name in left)
+    return QuantizeReport(tuple(rows), left, why, batch, torch.get_num_threads())
+
+
+def check_measurement(batch: int, candidates: Sequence[str], rounds: int) -> None:
+    """Raises: ValueError for a batch or rounds below 1, and unknown or no candidates."""
     if batch < 1 or rounds < 1:
         raise ValueError(f"batch and rounds must be >= 1, got {batch} and {rounds}")
     if not candidates:
         raise ValueError("candidates must name at least one execution, got none")
     for candidate in candidates:
         _checked(candidate)
-    chosen = prunable_weights(model, weights)
-    layers = {name: owner for name in chosen if (owner := _sole_linear(model, name)) is not None}
-    able = {name: [c for c in candidates if _fits(c, layer.in_features)] for name, layer in layers.items()}
+
+
+def able_executions(widths: Mapping[str, int], candidates: Sequence[str]) -> dict[str, list[str]]:
+    """Name of each layer → the candidates that work on as many inputs. Raises: ValueError where none does."""
+    able = {name: [candidate for candidate in candidates if _fits(candidate, widths[name])] for name in widths}
     for name, found in able.items():
         if not found:
-            raise ValueError(f"{name}: {_misfit(layers[name].in_features)}")
-    made = {name: Int8Linear(layer.weight, layer.bias).train(layer.training) for name, layer in layers.items()}
-    rows = []
-    for name, layer in layers.items():
-        seconds = _measure(layer, made[name], able[name], batch, rounds)
-        best = min(able[name], key=lambda candidate: seconds[candidate])
-        made[name].execution = best
-        rows.append(_row(name, layer.weight, made[name], seconds))
-    for name, small in made.items():
-        model.set_submodule(name.rpartition(".")[0], small)
-    left = tuple(name for name in chosen if name not in layers)
-    return QuantizeReport(tuple(rows), left, batch, torch.get_num_threads())
+            raise ValueError(f"{name}: {_misfit(widths[name])}")
+    return able
 
 
-def _sole_linear(model: nn.Module, name: str) -> nn.Linear | None:
+def _why(model: nn.Module, name: str) -> str:
+    if model.get_parameter(name).ndim > 2:
+        return "a stack of matrices"
+    if len(_names(model, name)) > 1:
+        return "shared"
+    owner = name.rpartition(".")[0]
+    return f"of class {type(model.get_submodule(owner)).__name__}" if owner else "of the model itself"
+
+
+def _names(model: nn.Module, name: str) -> list[str]:
+    weight = model.get_parameter(name)
+    return [other for other, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight]
+
+
+def _sole_linear(model: nn.Module, name: str) -> nn.Module | None:
+    """The one nn.Linear or Conv1D that owns this weight."""
     owner, _, attribute = name.rpartition(".")
-    module, weight = model.get_submodule(owner), model.get_parameter(name)
-    names = [other for other, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight]
-    return module if type(module) is nn.Linear and attribute == "weight" and len(names) == 1 and owner else None
+    module = model.get_submodule(owner)
+    known = type(module) is nn.Linear or is_conv1d(module)
+    return module if known and attribute == "weight" and len(_names(model, name)) == 1 and owner else None
+
+
+def matrix_of(layer: nn.Module) -> Float[Tensor, "out in"]:
+    """The weight of a Linear or Conv1D."""
+    weight = layer.get_parameter("weight")
+    return weight.mT if is_conv1d(layer) else weight
+
+
+def _small(layer: nn.Module) -> Int8Linear:
+    bias = dict(layer.named_parameters(recurse=False)).get("bias")
+    return Int8Linear(matrix_of(layer), bias).train(layer.training)
+
+
+@dataclass(frozen=True)
+class _Method:
+    quant_method: str = "pruning.recovery.quantize_weights (pruning.save_compact writes it, load_quantized reads it)"
+
+
+@dataclass(frozen=True)
+class _Unwritten:
+    quantization_config: _Method = _Method()
+
+
+def refuse_saving(model: nn.Module) -> None:
+    """Let transformers' save_pretrained refuse the model: it asks `hf_quantizer`, and without an answer it writes
+    integers that stock from_pretrained takes for weights. Models of other libraries stay as they are."""
+    for module in model.modules():
+        if any(kind.__name__ == "PreTrainedModel" for kind in type(module).__mro__):
+            module.hf_quantizer = _Unwritten()  # type: ignore[assignment]
 
 
 @torch.no_grad()
-def _measure(
-    layer: nn.Linear, small: Int8Linear, candidates: Sequence[str], batch: int, rounds: int
+def measure(
+    small: Int8Linear, candidates: Sequence[str], batch: int, rounds: int, dense: nn.Module | None = None
 ) -> dict[str, float]:
-    x = torch.randn(batch, layer.in_features).to(layer.weight)
-    taken: dict[str, list[float]] = {name: [] for name in ("dense", *candidates)}
+    """Median seconds of a product of `batch` random rows by each candidate, and by the float layer "dense"."""
+    x = torch.randn(batch, small.in_features).to(small.scale)
+    taken: dict[str, list[float]] = {name: [] for name in (*(["dense"] if dense else []), *candidates)}
     for turn in range(rounds + 1):
         for name in taken:
-            run: nn.Module = layer
-            if name != "dense":
-                small.execution, run = name, small
+            run: nn.Module = small
+            if name == "dense" and dense is not None:
+                run = dense
+            else:
+                small.execution = name
             start = time.perf_counter()
             run(x)
             elapsed = time.perf_counter() - start

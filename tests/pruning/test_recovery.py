@@ -215,7 +215,7 @@ def test_the_fastest_execution_is_taken(monkeypatch):
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 2))
     assert quantize_weights(copy.deepcopy(model)).weights[0].seconds.keys() == {"dense", "dequantise", "packed"}
     times = {"dense": 3.0, "dequantise": 2.0, "packed": 5.0, "int_mm": 1.0}
-    monkeypatch.setattr(quantize, "_measure", lambda *arguments: times)
+    monkeypatch.setattr(quantize, "measure", lambda *arguments: times)
     assert [row.chosen for row in quantize_weights(model).weights] == ["dequantise"] * 2
     model = nn.Sequential(nn.Linear(32, 4))
     assert quantize_weights(model, candidates=["packed", "int_mm"]).weights[0].chosen == "int_mm"
@@ -224,10 +224,13 @@ def test_the_fastest_execution_is_taken(monkeypatch):
 def test_stacks_and_shared_weights_stay_float():
     report = quantize_weights(own(FEEDFORWARDS["moe"]), rounds=1)
     assert [name.rpartition(".")[2] for name in report.left] == ["up", "down"] * 2
-    assert str(report).count("stays float") == 4
+    assert str(report).count("stays float: a stack of matrices") == 4
     shared = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     shared[1].weight = shared[0].weight
-    assert quantize_weights(shared, rounds=1).left == ("0.weight",)
+    report = quantize_weights(shared, rounds=1)
+    assert report.left == ("0.weight",) and report.why == ("shared",)
+    embedded = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))
+    assert quantize_weights(embedded, rounds=1, weights=["0.weight"]).why == ("of class Embedding",)
 
 
 @pytest.mark.parametrize(
