@@ -13,7 +13,7 @@ from pruning.merge import fold_constant_neurons, merge_neurons
 from pruning.merge_experts import merge_experts
 from pruning.model_axes import prunable_axes
 from pruning.prescribed import Prescribed, masks_before_training, masks_from
-from pruning.recovery import add_adapters, merge_adapters, quantize_weights
+from pruning.recovery import add_adapters, load_quantized, merge_adapters, quantize_weights
 from pruning.saliency import (
     AxisScores,
     WeightChange,
@@ -87,6 +87,7 @@ __all__ = [
     "linear",
     "load_compact",
     "load_pruned",
+    "load_quantized",
     "magnitude",
     "magnitude_importance",
     "masked",
