@@ -17,17 +17,26 @@ def gated(model: nn.Module, axes: Sequence[Axis], gates: Mapping[str, Tensor]) -
 
     A gate has shape [size], or [B, size] to give each sample its own (one backward then yields every sample's
     gradient). Yields the set of axis names whose gate module has run so far; hooks go on exit, errors included.
-    Raises: ValueError if an input is not [B, ..., size·width]."""
+    Raises: ValueError if an input is not [B, ..., size·width], and for axes of experts."""
     ran: set[str] = set()
     handles = []
     try:
         for axis in axes:
+            _check_gate(axis)
             hook = _multiplier(axis, gates[axis.name], ran)
             handles.append(axis.gate_module(model).register_forward_pre_hook(hook))
         yield ran
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _check_gate(axis: Axis) -> None:
+    if axis.kind == "expert":
+        raise ValueError(
+            f"axis {axis.name!r} of experts has no gates: a router that lost some shares out among those that stay, "
+            "which no product with 0 does; shrink a copy, or score with expert_importance"
+        )
 
 
 def _multiplier(axis: Axis, gate: Tensor, ran: set[str]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
@@ -58,7 +67,7 @@ def masked(model: nn.Module, axes: Sequence[Axis], kept: Mapping[str, Sequence[i
     """Inside the context every unit that is not in `kept[axis.name]` is multiplied by 0; axes that `kept` does not
     name stay whole. The masked model is what surgery must reproduce, and the way to try a removal out.
 
-    Raises: ValueError for unknown axes and units, and for axes that no gate stands for (layers, widths)."""
+    Raises: ValueError for unknown axes and units, and for axes that no gate stands for (experts, layers, widths)."""
     check_kept(axes, kept)
     chosen = [axis for axis in axes if axis.name in kept]
     for axis in chosen:
