@@ -53,8 +53,8 @@ class PruneArguments:
     structure: str | None = None
     """'2:4' (or another n:m, which implies the sparsity), 'block 16x16', 'row', 'column'; single weights if absent."""
     allocation: str | None = None
-    """How the zeros are shared out: uniform, global, erk, lamp, owl, sensitivity; for methods that go layer by layer
-    uniform or loss; the method's own if left out."""
+    """How the zeros are shared out: uniform, global, erk, lamp, owl, sensitivity, and for methods that go layer by
+    layer also loss; uniform alone with n:m; the method's own if left out."""
     scope: Literal["layerwise", "global"] | None = None
     """An older name: 'layerwise' is --allocation uniform, 'global' --allocation global."""
     heads: float = 0.0
