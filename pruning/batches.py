@@ -48,16 +48,24 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def model_batches(model: nn.Module, batches: Iterable[Batch], *, progress: Progress = None) -> Iterator[Batch]:
     """`batches` on the model's device, behind `progress` if given (rich.progress.track, tqdm, ...).
 
-    Raises: ValueError if there is no batch, or if one batch is passed instead of an iterable of batches."""
+    Raises: ValueError if there is no batch, if one holds no sample or no token, or if one batch is passed instead of an
+    iterable of batches."""
     if isinstance(batches, Tensor | Mapping):
         raise ValueError(f"batches must be an iterable of batches, got one {type(batches).__name__}; pass [batch]")
     device = next(model.parameters()).device
     empty = True
     for batch in progress(batches) if progress else batches:
         empty = False
+        _check_filled(batch)
         yield to_device(batch, device)
     if empty:
         raise ValueError("batches must hold at least one batch, got none")
+
+
+def _check_filled(batch: Batch) -> None:
+    tensors = [batch] if isinstance(batch, Tensor) else [v for v in batch.values() if isinstance(v, Tensor)]
+    if tensors and not tensors[0].numel():
+        raise ValueError(f"a batch must hold at least one sample of one token, got shape {list(tensors[0].shape)}")
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:

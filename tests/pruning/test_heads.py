@@ -7,9 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pruning import Axis, gate_importance, gated, head_importance, leave_one_out, neuron_importance, random_importance
+from pruning import (
+    Axis,
+    gate_importance,
+    gated,
+    head_importance,
+    leave_one_out,
+    neuron_importance,
+    random_importance,
+    sparsify,
+)
+from tests.pruning.test_merge import ids, own
 from tests.pruning.toy import tokens, toy
 from tests.tolerances import close
+from transformer import MoEConfig
 
 
 def per_sample_loss(model, ids, gates, axis):
@@ -213,3 +224,24 @@ def test_gradient_beats_random_against_leave_one_out():
             agreements += [(exact[name][a].abs() > exact[name][b].abs()) == (ours[name][a] > ours[name][b])
                            for a, b in pairs]  # fmt: skip
     assert sum(agreements) / len(agreements) > 0.6
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_batch_of_nothing_is_refused(shape, keyword):
+    model, nothing = toy((2, 1, 6)), torch.zeros(shape, dtype=torch.long)
+    batches = [tokens(), {"input_ids": nothing} if keyword else nothing]
+    message = rf"a batch must hold at least one sample of one token, got shape \[{shape[0]}, {shape[1]}\]"
+    with pytest.raises(ValueError, match=message):
+        head_importance(model, batches)
+    for method in ("snip", "wanda", "sparsegpt"):
+        with pytest.raises(ValueError, match=message):
+            sparsify(model, sparsity=0.5, method=method, calibration=batches)
+
+
+def test_experts_have_no_gates():
+    model = own(MoEConfig(hidden=8, num_experts=4, k=2))
+    axes = [axis for axis in model.prunable_axes() if axis.kind == "expert"]
+    for score in (leave_one_out, gate_importance):
+        with pytest.raises(ValueError, match="of experts has no gates: .*; shrink a copy, or score with expert_import"):
+            score(model, [ids()], axes=axes)
