@@ -1,5 +1,6 @@
 """Heads and neurons removed for good: scores → choice → surgery → report."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -144,8 +145,9 @@ def prune_width(
     and the head. Heads keep their number and size, for the width is independent of them; so does rotary embedding.
     scores: one for each channel; None ranks by magnitude (‖all weights of the channel‖₂).
     multiple: the width that stays is one of it, and so fewer channels may go than asked; matrix kernels like rows of 16
-    bytes, and transformers' products over stacked experts demand them. Stock transformers loads a Llama only if its
-    number of heads divides the width, and a GPT-2, OPT or BERT if the width is its heads times their size.
+    bytes, and transformers' grouped products over stacked experts demand them (`Axis.multiple`). Stock transformers
+    loads a Llama only if its number of heads divides the width, and a GPT-2, OPT or BERT if the width is its heads
+    times their size.
 
     The result equals the model in which the channels that go are zero wherever the stream is written (embedding rows,
     output columns, and what a LayerNorm puts out), and in which every norm over the stream takes its mean over the D'
@@ -154,7 +156,7 @@ def prune_width(
     pooler and the transform before its vocabulary map the stream to a vector as wide, and lose the same channels of it.
 
     >>> print(prune_width(model, fraction=0.1))
-    Raises: as `prune_heads`; ValueError if multiple is below 1."""
+    Raises: as `prune_heads`; ValueError if multiple is below 1, or leaves a width that the model's experts refuse."""
     if multiple < 1:
         raise ValueError(f"multiple must be >= 1, got {multiple}")
     chosen = axes_of(model, "width", axes)
@@ -199,9 +201,29 @@ def _prune(
 
 
 def _alike(scores: Mapping[str, Tensor], axes: Sequence[Axis], fraction: float, least: int) -> dict[str, list[int]]:
-    """The same share of each axis; axes of the same shape end with the same shape."""
+    """The same share of each axis; axes of the same shape end with the same shape. Warns where none of it can go."""
     kept: dict[str, list[int]] = {}
     for shape in dict.fromkeys((axis.size, axis.groups) for axis in axes):
         part = [axis for axis in axes if (axis.size, axis.groups) == shape]
-        kept |= select_alike(scores, part, count=removal_count(fraction, shape[0]), min_units=least)
+        count = removal_count(fraction, shape[0])
+        found = select_alike(scores, part, count=count, min_units=least)
+        if count and all(len(found[axis.name]) == axis.size for axis in part):
+            _warn_whole(scores, part, count, least)
+        kept |= found
     return kept
+
+
+def _warn_whole(scores: Mapping[str, Tensor], axes: Sequence[Axis], count: int, least: int) -> None:
+    """That nothing goes of these axes, though `count` units of each were asked for, and how many could go at least."""
+    axis = axes[0]
+    for more in range(count + 1, axis.size + 1):
+        left = len(select_alike(scores, axes, count=more, min_units=least)[axis.name])
+        if left < axis.size:
+            way = f"the least that can go is {more} of {axis.size}, fraction={more / axis.size:.4f}"
+            break
+    else:
+        way = f"none of its {axis.size} can go"
+    warnings.warn(
+        f"nothing was removed from {axis.name!r} and {len(axes) - 1} axes like it, of each of which {count} "
+        f"{axis.kind}s were asked: {axis.groups} groups must stay alike, and {way}", stacklevel=4,
+    )  # fmt: skip

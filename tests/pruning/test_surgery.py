@@ -1,6 +1,7 @@
 """The shrunk model against the masked model: outputs, every gradient, shapes, counts, ties."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -192,3 +193,19 @@ def test_masks_leave_no_hook_behind_and_unnamed_axes_stay_whole():
         assert model(ids).equal(before)
         with masked(model, model.prunable_axes(), {}):
             assert model(ids).equal(before)
+
+
+def test_a_share_that_no_layer_can_give_up_is_said():
+    """9 heads on 3 key-value heads, one of 9 asked: a group of 3 must go, or one head of each group."""
+    model = toy((9, 3, 6), (9, 3, 6))
+    scores = random_importance([axis for axis in model.prunable_axes() if axis.kind == "head"])
+    message = ("nothing was removed from .* 1 axes like it, of each of which 1 heads were asked: 3 groups must stay "
+               "alike, and the least that can go is 3 of 9, fraction=0.3333")  # fmt: skip
+    with pytest.warns(UserWarning, match=message):
+        assert prune_heads(model, scores, fraction=1 / 9, layerwise=True).achieved == 0
+    with pytest.warns(UserWarning, match="and none of its 9 can go"):
+        prune_heads(model, scores, fraction=1 / 9, layerwise=True, min_heads=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert prune_heads(model, scores, fraction=0.05, layerwise=True).achieved == 0
+        assert prune_heads(model, scores, fraction=1 / 3 + 1e-9, layerwise=True).achieved == pytest.approx(1 / 3)
