@@ -1,6 +1,7 @@
 """A budget is met with the fewest units: against a scan over all counts, and with a clock that tells what it should."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -166,6 +167,44 @@ def test_one_disturbed_look_does_not_decide(first):
     assert abs(found.removed["neuron"] - wanted.removed["neuron"]) <= 2
     assert found.quartiles[0] <= found.achieved <= found.quartiles[1]
     assert "quartiles" in str(found)
+
+
+class Cold(Clock):
+    """The first run of each model takes a hundredfold."""
+
+    def __init__(self):
+        super().__init__()
+        self.warm = weakref.WeakSet()
+
+    def run(self, model):
+        self.now += count_parameters(model)[0] * (1 if model in self.warm else 100)
+        self.warm.add(model)
+
+
+class Hasty(Clock):
+    """Two of five runs of a smaller model take a tenth."""
+
+    def __init__(self, whole):
+        super().__init__()
+        self.whole, self.runs = whole, 0
+
+    def run(self, model):
+        size = count_parameters(model)[0]
+        self.runs += size < self.whole
+        # the sixth run of each look is the first, which only warms up
+        self.now += size * (0.1 if size < self.whole and self.runs % 6 in (2, 4) else 1)
+
+
+@pytest.mark.parametrize("clock", ["cold", "hasty"])
+def test_first_runs_and_hasty_ones_have_no_part(clock):
+    model, plain = toy((4, 4, 64)), toy((4, 4, 64))
+    before, steady = count_parameters(model)[0], Clock()
+    clock = Cold() if clock == "cold" else Hasty(before)
+    options = {"latency": 0.6, "resolution": 1 / 32, "rounds": 5}
+    wanted = prune_to_budget(plain, scores_of(model, ("neuron",)), run=steady.run, clock=steady, **options)
+    found = prune_to_budget(model, scores_of(model, ("neuron",)), run=clock.run, clock=clock, **options)
+    assert found.removed == wanted.removed and found.steps == wanted.steps
+    assert found.achieved == count_parameters(model)[0] / before
 
 
 def flops_by_hand(model):

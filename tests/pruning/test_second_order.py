@@ -16,7 +16,7 @@ class Softmax(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.randn(vocab, vocab, dtype=torch.float64))
 
-    def forward(self, input_ids):
+    def forward(self, input_ids, attention_mask=None):
         return F.one_hot(input_ids, len(self.table)).double() @ self.table
 
 
@@ -86,3 +86,21 @@ def test_frozen_weights_are_named():
     model = Softmax().requires_grad_(False)
     with pytest.raises(ValueError, match="got 'table' frozen"):
         hessian_diagonal(model, {"table": model.table}, [IDS])
+
+
+@pytest.mark.parametrize("real", [[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+@pytest.mark.parametrize("by", ["attention_mask", "labels"])
+def test_fisher_is_scaled_by_the_predictions_that_count(real, by):
+    """mean over samples of T · g², g the gradient of the mean over the T pairs that padding or labels leave."""
+    model, ids = Softmax(), torch.tensor([[0, 1, 1, 2, 0]])
+    given = torch.tensor([real]) if by == "attention_mask" else ids.masked_fill(torch.tensor([real]) == 0, -100)
+    found = hessian_diagonal(model, {"table": model.table}, [{"input_ids": ids, by: given}], estimator="fisher",
+                             generator=torch.Generator().manual_seed(5))["table"]  # fmt: skip
+    chances = model(ids)[0, :-1].detach().float().softmax(-1)
+    drawn = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(5))[:, 0]
+    counted = [t for t in range(4) if real[t + 1] and (by == "labels" or real[t])]
+    gradient = torch.zeros_like(found)
+    for t in counted:
+        row = model.table.detach()[ids[0, t]].softmax(-1) - F.one_hot(drawn[t], 3)
+        gradient[ids[0, t]] += row / len(counted)
+    close(found, len(counted) * gradient.square())
