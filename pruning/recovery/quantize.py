@@ -38,6 +38,7 @@ class Int8Linear(nn.Module):
     execution: "dequantise" makes the float weight at every call; "packed" multiplies by the bytes through torch's
     weight-only kernel; "int_mm" rounds each row of x to 8 bits too and multiplies integers, which is another result
     (Dettmers et al. 2022, arXiv:2208.07339, without their outlier columns).
+    Inputs have the layer's dtype, that of s; under autocast any, as for nn.Linear. "packed" takes no float64.
     Raises: ValueError for another execution, "packed" unless 32 divides in_features, and as `quantize_rows`."""
 
     weight: Int8[Tensor, "out in"]
@@ -63,7 +64,11 @@ class Int8Linear(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """x [..., in] → [..., out]."""
+        """x [..., in] → [..., out]. Raises: ValueError for x of a dtype that the layer does not take."""
+        if x.dtype != self.scale.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"x must be {self.scale.dtype}, as the layer's scales, got {x.dtype}: cast one to the other"
+            )
         y = EXECUTIONS[self.execution](x.reshape(-1, self.in_features), self.weight, self.scale)
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
 
@@ -81,7 +86,11 @@ def _dequantise(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _packed(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    return torch._weight_int8pack_mm(x.contiguous(), weight, scale)
+    # torch's kernel is not among those whose inputs autocast casts
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if dtype == torch.float64:
+        raise ValueError("execution='packed' multiplies floats of 16 or 32 bits, got torch.float64")
+    return torch._weight_int8pack_mm(x.to(dtype).contiguous(), weight, scale.to(dtype))
 
 
 def _int_mm(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

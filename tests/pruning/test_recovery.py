@@ -258,3 +258,23 @@ def test_weights_that_are_not_finite_are_refused():
     assert all(type(layer) is nn.Linear for layer in model)
     with unchecked(), pytest.raises(RuntimeError):
         Int8Linear(torch.ones(2, 3), None)(torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("execution", ["dequantise", "packed", "int_mm"])
+def test_inputs_of_another_dtype_than_an_8_bit_layers_are_refused_and_autocast_takes_them(execution):
+    torch.manual_seed(0)
+    weight, x = torch.randn(5, 64), torch.randn(20, 64)
+    layer = Int8Linear(weight, torch.randn(5), execution=execution)
+    with pytest.raises(ValueError, match="x must be torch.float32, as the layer's scales, got torch.bfloat16: cast"):
+        layer(x.bfloat16())
+    wanted = x @ layer.dense_weight().mT + layer.bias
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for given in (x, x.bfloat16()):
+            assert float((layer(given).float() - wanted).abs().max()) < 0.02 * float(wanted.abs().max())
+    assert Int8Linear(weight.bfloat16(), None, execution=execution)(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_packed_multiplication_of_float64_is_refused():
+    layer = Int8Linear(torch.randn(5, 64, dtype=torch.float64), None, execution="packed")
+    with pytest.raises(ValueError, match="execution='packed' multiplies floats of 16 or 32 bits, got torch.float64"):
+        layer(torch.randn(20, 64, dtype=torch.float64))
