@@ -7,9 +7,9 @@ from statistics import mean
 
 from benchmarks.readme_tables import Line
 
-CHANCE, ZEROS, BEST = "chance", "as many single weights, SparseGPT", "activation taylor"
+CHANCE, ZEROS = "chance", "as many weights, SparseGPT"
 COLOURS = ("#1f8fbf", "#8f5bd6", "#d9822b", "#3a9a5b", "#c2455c", "#8a8f98", "#b8a21f", "#2f4b9c", "#e377c2", "#17a398",
-           "#7a4a21", "#9acd32")  # fmt: skip
+           "#7a4a21", "#9acd32", "#111111")  # fmt: skip
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 340, 60, 16, 34, 78
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#444}.title{font-weight:600;fill:#111}.grid{stroke:#ddd}"
@@ -39,7 +39,10 @@ def parameter_curves(lines: list[Line]) -> dict[str, dict[float, float]]:
     chance (means of its seeds), and as many single weights."""
     rows = heads_before(lines)
     whole = _whole_parameters(rows)
-    chosen = {"gradient": "heads, by gradient", BEST: f"heads, by {BEST}", CHANCE: "heads, by chance"}
+    curves = {label: curve for label, curve in head_curves(lines).items() if label != ZEROS}
+    # where most heads went
+    best = min(curves, key=lambda label: curves[label].get(max(curves["gradient"]), math.inf))
+    chosen = {name: f"heads, by {name}" for name in ("gradient", best, CHANCE)}
     found: dict[str, dict[float, list[tuple[float, float]]]] = {}
     for line in rows:
         importance = CHANCE if line["importance"].startswith(CHANCE) else line["importance"]
@@ -89,8 +92,8 @@ def chart(title: str, curves: Curves, *, dense: float, ticks: Sequence[float]) -
     for index, (label, curve) in enumerate(curves.items()):
         points = [place(0, dense), *(place(at, value) for at, value in sorted(curve.items()))]
         parts += _line(index, label, points)
-    # three labels a row, and room for three rows
-    height = HEIGHT + 14 * max(0, math.ceil(len(curves) / 3) - 3)
+    # three labels a row, below the ticks
+    height = HEIGHT + max(0, 14 * math.ceil(len(curves) / 3) - 26)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">'
     return "\n".join([head, f"<style>{STYLE}</style>", *parts, "</svg>\n"])
 

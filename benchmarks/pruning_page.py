@@ -29,6 +29,7 @@ SOURCE = RECORDS / "smollm2-pruning.jsonl"
 NAMES = ("smollm2-pruning", "smollm2-heads", "minilm-heads", "experts-removed", "sparse-execution", "smollm2-together",
          "layer-collapse")  # fmt: skip
 RUNS = tuple(ROOT / "runs" / f"{name}.jsonl" for name in NAMES)
+REFITTED = ", refitted"
 # method, allocation, order of columns
 LABELS = {
     ("magnitude", "uniform", None): "magnitude",
@@ -46,15 +47,19 @@ LABELS = {
 }
 
 
+# sequences of calibration of every table but the one that compares them
+SEQUENCES = 64
+
+
 def pruned(lines: list[Line]) -> str:
     """Perplexity of each method at each level, and as a multiple of the dense model's."""
-    rows = [line for line in named(lines, "pruned") if not line["refit"]]
+    rows = [line for line in named(lines, "pruned") if line["calibration"][0] == SEQUENCES]
     levels = sorted({line["level"] for line in rows}, key=lambda text: (":" in text, text))
-    found = {(_key(line), line["level"]): line for line in rows}
+    found = {(_label(line), line["level"]): line for line in rows}
     cells = []
-    for key, label in LABELS.items():
-        if any((key, level) in found for level in levels):
-            ones = [found.get((key, level)) for level in levels]
+    for label in [text + more for text in LABELS.values() for more in ("", REFITTED)]:
+        if any((label, level) in found for level in levels):
+            ones = [found.get((label, level)) for level in levels]
             cells.append([label, *("" if one is None else _ratio(one) for one in ones)])
     one = rows[-1]
     return (
@@ -65,8 +70,24 @@ def pruned(lines: list[Line]) -> str:
     )
 
 
+def calibrated(lines: list[Line]) -> str:
+    """Perplexity of one method by how much text it is calibrated on."""
+    rows = [line for line in named(lines, "pruned") if _key(line) == ("sparsegpt", "loss", None)]
+    rows = sorted((line for line in rows if line["level"] == "0.5" and not line["refit"]), key=_tokens)
+    cells = [[f"{_tokens(line):,}", _ratio(line), f"{line['seconds']:.0f} s"] for line in rows]
+    return table(["tokens", "perplexity at 50%", "run"], cells) + f"\n\n{LABELS[_key(rows[0])]}. {made(rows)}"
+
+
+def _tokens(line: Line) -> int:
+    return math.prod(line["calibration"])
+
+
 def _key(line: Line) -> tuple[str, str, str | None]:
     return line["method"], line["allocation"], line.get("order")
+
+
+def _label(line: Line) -> str:
+    return LABELS[_key(line)] + (REFITTED if line["refit"] else "")
 
 
 def _ratio(line: Line) -> str:
@@ -76,12 +97,13 @@ def _ratio(line: Line) -> str:
 def times(lines: list[Line]) -> str:
     """Seconds of a whole run of each method against the floor in the same process."""
     rows = [line for line in named(lines, "pruned") if line["level"] == "0.5" and line["seconds"] is not None]
+    rows = [line for line in rows if line["calibration"][0] == SEQUENCES]
     # the run that timed most methods: its floor is that of all of them
     run = mode(line["commit"] for line in rows)
     rows = [line for line in rows if line["commit"] == run]
     cells = [
-        [LABELS[_key(line)] + (", refitted" if line["refit"] else ""),
-         f"{line['seconds']:.0f} s", f"{line['floor_s']:.0f} s", f"{line['seconds'] / line['floor_s']:.2f}"]
+        [_label(line), f"{line['seconds']:.0f} s", f"{line['floor_s']:.0f} s",
+         f"{line['seconds'] / line['floor_s']:.2f}"]
         for line in rows
     ]  # fmt: skip
     return table(["at 50%", "run", "floor", "ratio"], cells) + f"\n\n{rows[-1]['threads']} thread(s). {made(rows)}"
@@ -89,7 +111,8 @@ def times(lines: list[Line]) -> str:
 
 def spread(lines: list[Line]) -> str:
     """What share each kind of matrix loses where the loss allots."""
-    rows = [line for line in named(lines, "pruned") if _key(line) == ("sparsegpt", "loss", None)]
+    rows = [line for line in named(lines, "pruned") if _key(line) == ("sparsegpt", "loss", None) and not line["refit"]]
+    rows = [line for line in rows if line["calibration"][0] == SEQUENCES]
     kinds: dict[str, list[str]] = {}
     for line in rows:
         by_kind: dict[str, list[float]] = {}
@@ -172,7 +195,8 @@ def together(lines: list[Line]) -> str:
 WAYS = {"dense": "dense", "pruned": "50% of the weights gone, SparseGPT by loss", "distilled": "and distilled",
         "adapters": "or low-rank adapters, merged"}  # fmt: skip
 TABLES = {
-    "pruned": ("pruned", pruned), "times": ("pruned", times), "spread": ("pruned", spread),
+    "pruned": ("pruned", pruned), "times": ("pruned", times), "calibrated": ("pruned", calibrated),
+    "spread": ("pruned", spread),
     "heads": ("heads", heads), "shrunk": ("heads", shrunk), "recovery": ("heads", recovery),
     "experts": ("experts", experts),
     "encoder": ("minilm", shrunk_encoder), "agreement": ("encoder", agreement), "found": ("encoder", found),
@@ -196,11 +220,13 @@ def fill(text: str, lines: list[Line]) -> str:
 
 KEYS = ("name", "model", "method", "allocation", "level", "refit", "order", "importance", "fraction", "recovered_steps",
         "way", "kind", "compression", "seed")  # fmt: skip
+UNHASHABLE = ("conditions", "calibration")
 
 
 def newest(lines: list[Line]) -> list[Line]:
     """The last record of each cell, where the first of it stood."""
-    return list({(*(line.get(key) for key in KEYS), str(line.get("conditions"))): line for line in lines}.values())
+    cells = [(*(line.get(key) for key in KEYS), *(str(line.get(key)) for key in UNHASHABLE)) for line in lines]
+    return list(dict(zip(cells, lines, strict=True)).values())
 
 
 def collect(paths: Sequence[Path]) -> None:
