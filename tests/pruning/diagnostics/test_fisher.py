@@ -16,8 +16,18 @@ from pruning.diagnostics import (
     fisher_trace,
     low_fisher_first,
 )
+from pruning.saliency.products import twice_differentiable
 from tests.pruning.test_transformer import build, ids
 from tests.tolerances import close
+from transformer import (
+    AttentionConfig,
+    DenseConfig,
+    LayerConfig,
+    MoBAConfig,
+    ProductKeyConfig,
+    Transformer,
+    TransformerConfig,
+)
 
 VOCAB = 4
 
@@ -48,6 +58,32 @@ def exact_by_loop(model, batch, *, masks=None):
                     squares = [s * m for s, m in zip(squares, masks, strict=True)]
                 total += float(chances[label]) * sum(float(s.sum()) for s in squares)
     return total / (len(batch) * (batch.shape[1] - 1))
+
+
+def test_attention_that_is_differentiable_once_is_refused_by_name():
+    layer = LayerConfig(AttentionConfig(2, 2, 4, selection=MoBAConfig()), DenseConfig(hidden=8))
+    model = Transformer(TransformerConfig(vocab_size=VOCAB, dim=8, layers=(layer,), max_length=16))
+    with twice_differentiable(model), pytest.raises(ValueError, match="differentiable twice, got _Selected of sparse_"):
+        fisher_penalty(model, draw(length=12))
+
+
+def test_tables_of_memories_count_like_other_weights():
+    """The trace, the penalty and its gradient are the same where the tables' gradients are dense and are rows."""
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        layer = LayerConfig(None, ProductKeyConfig(2, 1, 2, 4))
+        model = Transformer(TransformerConfig(vocab_size=VOCAB, dim=4, layers=(layer,), max_length=8)).double()
+        model.layers[0].feedforward.values.sparse = sparse
+        trace = fisher_trace(model, [draw()], generator=torch.Generator().manual_seed(1))
+        with twice_differentiable(model):
+            value = fisher_penalty(model, draw(), generator=torch.Generator().manual_seed(2))
+            value.backward()
+        gradient = model.layers[0].feedforward.values.weight.grad
+        assert gradient.is_sparse == sparse and trace.parts["layers.0.feedforward.values.weight"] > 0
+        found.append((torch.tensor(trace.total), value.detach(), gradient.to_dense()))
+    for one, two in zip(*found, strict=True):
+        close(one, two)
 
 
 def draw(batch=3, length=5, seed=0):
