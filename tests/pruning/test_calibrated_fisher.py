@@ -181,3 +181,30 @@ def test_the_backward_pass_takes_the_first_tokens_only():
 
     prune_calibrated(lm(DenseConfig(24)), ids(), sparsity=0.5, allocation="loss", loss=loss, loss_tokens=19)
     assert len(taken) == 2 and taken[0].equal(ids()[0])
+
+
+class One(nn.Module):
+    """One layer over rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.only = nn.Linear(16, 2, bias=False)
+
+    def forward(self, x):
+        return self.only(x)
+
+
+def test_rows_that_the_loss_feels_little_go_first():
+    """Of two outputs of one layer with equal weights the loss weighs one a ten-thousandth: that one loses more."""
+    torch.manual_seed(0)
+    model = One()
+    with torch.no_grad():
+        model.only.weight[1] = model.only.weight[0]
+
+    def loss(net, batch):
+        return (net(batch["x"]).square() * torch.tensor([1.0, 1e-2])).sum()
+
+    batches = [{"x": torch.randn(64, 16)}]
+    kept = sparsify(model, sparsity=0.5, method="sparsegpt", calibration=batches, allocation="loss", loss=loss)
+    counts = kept.kept["only.weight"].sum(1).tolist()
+    assert sum(counts) == 16 and counts[0] >= counts[1] + 4
