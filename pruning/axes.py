@@ -40,6 +40,8 @@ class Axis:
     orphans: parameters that ``resize([])`` drops besides, for they serve nothing without the axis (the norm before it).
     modules: where a unit is a whole module (a layer), the name of each unit's, which goes with all that it holds.
     least: units that must stay (the k of a top-k router).
+    multiple: what must divide the number of units that stay, where grouped products over stacked experts read rows of
+    them, which must be multiples of 16 bytes.
     flattened: whether the gate module sees [B·L, size·width], a batch's samples one after the other.
     resize(kept): called once the tensors are sliced, with the sorted indices of the surviving units (maybe none).
     """
@@ -57,6 +59,7 @@ class Axis:
     modules: tuple[str, ...] = ()
     least: int = 0
     flattened: bool = False
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.groups < 1 or self.size % self.groups:

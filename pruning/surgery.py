@@ -33,8 +33,8 @@ def shrink(model: nn.Module, axes: Sequence[Axis], kept: Mapping[str, Sequence[i
     Parameters are replaced by smaller ones of the same dtype, device and requires_grad; a tied parameter is cut once
     and stays tied; `in_features` and `out_features` of nn.Linear follow; then each axis' `resize` runs. No mask
     remains. Optimisers hold the old parameters: make a new one. Everything is checked before anything changes.
-    Raises: ValueError for unknown axes or units, a kept set that splits groups unequally or is smaller than the axis
-    allows, and slices that do not cover their dimension."""
+    Raises: ValueError for unknown axes or units, a kept set that splits groups unequally, is smaller than the axis
+    allows or no multiple of what it asks for, and slices that do not cover their dimension."""
     cuts = plan(model, axes, kept)
     for cut in cuts:
         _replace(model, cut.names, _cut(cut))
@@ -51,6 +51,7 @@ def plan(model: nn.Module, axes: Sequence[Axis], kept: Mapping[str, Sequence[int
     for axis in _shrinking(axes, kept):
         if len(kept[axis.name]) < axis.least:
             raise ValueError(f"axis {axis.name!r} must keep at least {axis.least} units, got {len(kept[axis.name])}")
+        _check_multiple(axis, len(kept[axis.name]))
         check_groups(axis, kept[axis.name])
         for (name, dim), indices in _kept_indices(parameters, axis, kept[axis.name]).items():
             parameter = parameters[name]
@@ -61,6 +62,14 @@ def plan(model: nn.Module, axes: Sequence[Axis], kept: Mapping[str, Sequence[int
                     f"axis it is shared with, got {len(indices)} against {len(cut.kept[dim])}"
                 )
     return list(cuts.values())
+
+
+def _check_multiple(axis: Axis, count: int) -> None:
+    if count % axis.multiple:
+        raise ValueError(
+            f"axis {axis.name!r} must keep a multiple of {axis.multiple} units, got {count}: grouped products over "
+            "stacked experts need rows of 16 bytes (in transformers, set_experts_implementation('eager') does not)"
+        )
 
 
 def _modules_without(axis: Axis, kept: Sequence[int]) -> list[str]:

@@ -150,6 +150,13 @@ def weight_of(layer: nn.Module, name: str, tensor: str = "weight") -> nn.Paramet
     return found
 
 
+def row_multiple(place: Place) -> int:
+    """What divides the length of a row of the stacked experts, where grouped products need rows of 16 bytes; else 1."""
+    if place.family.experts is None or "grouped" not in str(place.model.config._experts_implementation):
+        return 1
+    return 16 // weight_of(place.layers[0], place.family.experts, "down_proj").element_size()
+
+
 def features(family: Family, layer: nn.Module, name: str) -> tuple[int, int]:
     """(inputs, outputs) of a projection, by its weight: attributes may be out of date."""
     first, second = weight_of(layer, name).shape

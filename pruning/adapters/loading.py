@@ -1,5 +1,6 @@
 """Pruned models of transformers back from a folder, layers of unequal sizes included."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def _shrink_to_record(model: Any) -> None:
         for layer in place.layers:
             give_bias(layer.get_submodule(family.hidden))
     sizes, width = getattr(config, LAYERS, None), getattr(config, WIDTH, None)
-    axes = axes_of_place(place, record=False)
+    # a folder that was saved to run its experts one by one may hold any width
+    axes = [replace(axis, multiple=1) for axis in axes_of_place(place, record=False)]
     kept: dict[str, list[int]] = {}
     if sizes is not None:
         _check_sizes(sizes, len(place.layers), 3 if family.experts is None else 4)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from pruning.adapters.empty import HeadlessAttention
-from pruning.adapters.families import Family, Place, set_attributes, weight_of
+from pruning.adapters.families import Family, Place, row_multiple, set_attributes, weight_of
 from pruning.adapters.record import projected, width_of
 from pruning.axes import Axis, Slice
 
@@ -41,7 +41,8 @@ def width_axis(place: Place, told: Callable[[], None]) -> Axis | None:
 
     slices = tuple(Slice(name, dim, 1) for name, dim in lines)
     gate = f"{place.prefix}{place.family.layers}"
-    return Axis("width", 0, f"{place.prefix}width", width_of(place), 1, gate, slices, resize, least=1)
+    return Axis("width", 0, f"{place.prefix}width", width_of(place), 1, gate, slices, resize, least=1,
+                multiple=row_multiple(place))  # fmt: skip
 
 
 def _tables(place: Place) -> Lines:

@@ -8,6 +8,7 @@ import torch
 
 from pruning import (
     count_parameters,
+    load_pruned,
     magnitude_importance,
     predict_parameters,
     prunable_axes,
@@ -202,3 +203,25 @@ def test_bad_input():
 def test_the_width_that_stays_is_a_multiple(fraction, options, left):
     report = prune_width(peer("Llama"), fraction=fraction, **options)
     assert report.asked == fraction and round(24 * (1 - report.achieved)) == left
+
+
+@pytest.mark.parametrize(("dtype", "needed"), [(torch.float32, 4), (torch.bfloat16, 8)])
+def test_a_width_that_grouped_products_refuse_is_refused_before(dtype, needed):
+    model = peer("Mixtral").to(dtype)
+    with pytest.raises(ValueError, match=rf"'model.width' must keep a multiple of {needed} units, got 22: grouped pro"):
+        prune_width(model, fraction=0.1, multiple=2)
+    assert model.config.hidden_size == 24 and answer(model, ids()).isfinite().all()
+    prune_width(model, fraction=0.3, multiple=needed)
+    assert answer(model, ids()).isfinite().all()
+
+
+def test_experts_run_one_by_one_take_any_width(tmp_path):
+    model = peer("Olmoe")
+    model.set_experts_implementation("eager")
+    prune_width(model, fraction=0.1, multiple=2)
+    expected = answer(model, ids())
+    assert model.get_input_embeddings().weight.shape[1] == 22 and expected.isfinite().all()
+    model.save_pretrained(tmp_path)
+    again = load_pruned(tmp_path)
+    again.set_experts_implementation("eager")
+    assert answer(again, ids()).equal(expected)
