@@ -1,6 +1,7 @@
 """FLOPs, bytes and an energy proxy of a whole training run, the dense passes that find a mask included."""
 
-from collections.abc import Callable
+import bisect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,7 @@ def run_cost(
     weight_bytes: int = 4,
     index_bytes: int = 0,
     attack_steps: int = 0,
+    extra_flops: Callable[[int], float] = lambda step: 0.0,
 ) -> RunCost:
     """The cost of ``steps`` steps of ``tokens`` tokens each.
 
@@ -99,7 +101,8 @@ def run_cost(
 
     times weight_bytes, and index_bytes more for every sparse weight read (2 d). Activations are not counted.
     attack_steps: passes to the inputs and back that look for the worst embeddings before each step, each of them
-    d f + o forward and backward, and 2 d weights moved.
+    d f + o forward and backward, and 2 d weights moved. extra_flops: step → FLOPs a token of the backward pass for what
+    is no weight, such as NeST's bridging gradients.
     Raises: ValueError for counts below 0 (steps, tokens below 1), and a density outside [0, 1]."""
     for name, value, least in (("steps", steps, 1), ("tokens", tokens, 1), ("prunable_flops", prunable_flops, 0),
                                ("other_flops", other_flops, 0), ("prunable_weights", prunable_weights, 0),
@@ -110,7 +113,8 @@ def run_cost(
     d, w, m = (_table(name, rule, steps) for name, rule in vars(densities).items())
     once = tokens * (d * prunable_flops + other_flops)
     forward = (1 + attack_steps) * once
-    backward = tokens * ((d + w) * prunable_flops + 2 * other_flops) + attack_steps * once
+    extra = torch.tensor([extra_flops(step) for step in range(steps)], dtype=torch.float64)
+    backward = tokens * ((d + w) * prunable_flops + 2 * other_flops + extra) + attack_steps * once
     moved = weight_bytes * ((2 * d + 2 * w + 6 * m) * prunable_weights + 10 * other_weights)
     moved = moved + weight_bytes * attack_steps * 2 * (d * prunable_weights + other_weights)
     moved = moved + index_bytes * 2 * d * prunable_weights
@@ -160,6 +164,23 @@ def gradual_run(schedule: Callable[[int], float]) -> Densities:
 def feedback_run(schedule: Callable[[int], float]) -> Densities:
     """A masked forward pass whose gradient reaches every weight: feedback, discovered wirings, movement."""
     return Densities(lambda step: 1 - schedule(step), lambda step: 1.0, lambda step: 1.0)
+
+
+def recorded_run(
+    history: Sequence[tuple[int, float]], *, dense_gradients: Callable[[int], bool] = lambda step: False
+) -> Densities:
+    """A run by its own record of (first step, density from then on), ascending, the first of step 0.
+
+    dense_gradients: at which steps the method looks at the gradients of absent weights. Raises: ValueError for a record
+    that does not begin at step 0."""
+    if not history or history[0][0] != 0:
+        raise ValueError(f"history must begin at step 0, got {history[0][0] if history else 'nothing'}")
+    steps = [step for step, _ in history]
+
+    def density(step: int) -> float:
+        return history[bisect.bisect_right(steps, step) - 1][1]
+
+    return Densities(density, lambda step: 1.0 if dense_gradients(step) else density(step), lambda step: 1.0)
 
 
 def _table(name: str, rule: Callable[[int], float], steps: int) -> Float[Tensor, "steps"]:

@@ -32,7 +32,8 @@ class NeST(DynamicSparsity):
     there are cannot hold all connections of the schedule, the matrix keeps fewer. Stacked experts, and layers whose
     axes the model does not list, have all their neurons from the start. In a gated feed-forward both incoming matrices
     get the same values; the neuron's first effect is then of second order, and the rule for its sign a heuristic.
-    Neurons that lost every connection are dead: `prune_neurons` removes them.
+    Neurons that lost every connection are dead: `prune_neurons` removes them. history: (step, density in its passes and
+    from then on), at first and after each update.
 
     Bridging gradients are collected by hooks in the passes of a growing step.
     axes: "neuron" axes; None takes the model's.
@@ -73,6 +74,7 @@ class NeST(DynamicSparsity):
         self._bridging: dict[str, Tensor] = {}
         super().__init__(model, sparsity=seed, allocation=self._plan, every=every, weights=weights, generator=generator)
         self.sparsity = sparsity
+        self.history = [(0, 1 - self.masks().sparsity)]
         for bridge in self._bridges:
             watch(bridge, self._looking, self._adder(bridge.name))
 
@@ -103,16 +105,35 @@ class NeST(DynamicSparsity):
             mask.copy_(mask | grown)
         return {}
 
+    def rewire(self, optimizer: Optimizer, change: Callable[[], Mapping[str, Tensor]]) -> None:
+        """As every method's; the density is noted."""
+        super().rewire(optimizer, change)
+        self.history.append((self.step + 1, 1 - self.masks().sparsity))
+
+    def grows_at(self, step: int) -> bool:
+        """Whether the update of this step, if it has one, grows: it looks at the gradients of absent connections."""
+        return 0 < step <= self.every * self.growths and step % self.every == 0
+
+    def bridging_flops(self) -> int:
+        """FLOPs a token of the bridging gradients of a growing step: 2 · in · out for each feed-forward's."""
+        parameters = dict(self.model.named_parameters())
+        return sum(
+            2 * parameters[bridge.fan_in[0][0]].shape[1] * parameters[bridge.fan_out].shape[0]
+            for bridge in self._bridges
+        )
+
     def live(self) -> dict[str, Bool[Tensor, "size"]]:
         """Axis name → which of its neurons have been born."""
         return dict(self._live)
 
     def extra_state(self) -> dict[str, Tensor]:
-        """Connections of each matrix in the seed, at the peak and in the end; neurons that have been born."""
-        return {f"count:{n}": c for n, c in self._counts.items()} | {f"live:{n}": v for n, v in self._live.items()}
+        """Connections of each matrix in the seed, at the peak and in the end; neurons born; densities."""
+        kept = {f"count:{n}": c for n, c in self._counts.items()} | {f"live:{n}": v for n, v in self._live.items()}
+        return kept | {"history": torch.tensor(self.history, dtype=torch.float64)}
 
     def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take both back."""
+        """Take all back."""
+        self.history = [(int(step), density) for step, density in state["history"].tolist()]
         for kind, mine in (("count:", self._counts), ("live:", self._live)):
             for name in mine:
                 mine[name].copy_(state[kind + name])

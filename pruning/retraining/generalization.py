@@ -45,7 +45,8 @@ class GeneralizationDriven(LearnedSparsity):
     the model overfits (α = 2; his ``most`` is 2/3 of the mean importance, here a share of weights), and nothing while
     the held-out loss still falls, so that ``sparsity`` is a bound and may not be reached; with ``when="low"`` up to
     ``most`` while the model generalises as well as ever, less while it recovers. What is pruned stays pruned, up to
-    ``sparsity``; weights are compared as ``allocation`` counts them.
+    ``sparsity``; weights are compared as ``allocation`` counts them. history: (steps done, share of zeros from then
+    on), at first and after each pruning.
     Raises: as :class:`LearnedSparsity`; ValueError for a sparsity outside [0, 1), most outside (0, 1), alpha < 0,
     another when, or a held-out loss that is not positive.
     """
@@ -72,6 +73,7 @@ class GeneralizationDriven(LearnedSparsity):
             raise ValueError(f"when must be 'low' or 'high', got {when!r}")
         self.sparsity, self.most, self.alpha, self.when, self.begin = sparsity, most, alpha, when, begin
         self.allocation, self.best, self.now = allocation, float("inf"), 0.0
+        self.history: list[tuple[int, float]] = [(0, 0.0)]
         self._masks = Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in self.views().items()})
 
     @torch.no_grad()
@@ -88,6 +90,7 @@ class GeneralizationDriven(LearnedSparsity):
                   for name, weight in self.views().items()}  # fmt: skip
         self._masks = select_masks(scores, sparsity=self.now, allocation=self.allocation)
         self._masks.apply(self.model)
+        self.history.append((self.step, self._masks.sparsity))
 
     def effective(self, name: str, theta: Tensor, *, training: bool) -> Tensor:
         """θ, which has its zeros."""
@@ -102,11 +105,13 @@ class GeneralizationDriven(LearnedSparsity):
         return self._held or self._masks
 
     def extra_state(self) -> dict[str, Any]:
-        """The lowest loss (None before the first), the sparsity reached, and the masks."""
+        """The lowest loss (None before the first), the sparsity reached, when it was, and the masks."""
         best = None if self.best == float("inf") else self.best
-        return {"best": best, "now": self.now, "masks": self._masks.state_dict()}
+        history = [list(row) for row in self.history]
+        return {"best": best, "now": self.now, "history": history, "masks": self._masks.state_dict()}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Take them back."""
         self.best = float("inf") if state["best"] is None else state["best"]
         self.now, self._masks = state["now"], self._own(state["masks"])
+        self.history = [(step, sparsity) for step, sparsity in state["history"]]

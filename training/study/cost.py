@@ -8,16 +8,17 @@ from pruning.diagnostics import (
     feedback_run,
     gradual_run,
     momentum_run,
+    recorded_run,
     rigl_run,
     run_cost,
     static_run,
     top_kast_run,
 )
-from pruning.dynamic import RobustRewiring
+from pruning.dynamic import NeST, RobustRewiring
 from pruning.learned.base import LearnedSparsity
 from pruning.learned.chosen import ChosenMasks
 from pruning.prescribed import Prescribed
-from pruning.retraining import EarlyBirdPruning, Rewinding
+from pruning.retraining import EarlyBirdPruning, GeneralizationDriven, Rewinding
 from pruning.retraining.phases import Phases
 from pruning.schedules import one_shot
 from training.config import RunConfig
@@ -35,8 +36,8 @@ def sparse_cost(config: RunConfig, outcome: Outcome, facts: Line) -> Line:
     the deadline made it.
 
     The dense passes that find a mask are counted, and those that look for an attack. A weight of an expert counts for
-    the tokens that use it. What a method that settles its masks at the end trains is counted as dense. Nothing for
-    NeST and for what follows the held-out loss, whose densities no rule gives.
+    the tokens that use it. What a method that settles its masks at the end trains is counted as dense. NeST, and what
+    follows the held-out loss, are counted by their own records of when they grew and pruned.
     """
     densities = run_densities(config, outcome)
     if densities is None:
@@ -57,6 +58,7 @@ def sparse_cost(config: RunConfig, outcome: Outcome, facts: Line) -> Line:
         prunable_weights=prunable,
         other_weights=facts["parameters"] - prunable,
         attack_steps=method.attack.steps if isinstance(method, RobustRewiring) and method.attack is not None else 0,
+        extra_flops=bridging(method) if isinstance(method, NeST) else lambda step: 0.0,
     )
     found = {"found": method.found, "forced": method.forced} if isinstance(method, EarlyBirdPruning) else {}
     return {
@@ -69,6 +71,12 @@ def sparse_cost(config: RunConfig, outcome: Outcome, facts: Line) -> Line:
             **found,
         }
     }
+
+
+def bridging(method: NeST) -> Callable[[int], float]:
+    """Step → FLOPs a token of the bridging gradients, in the steps in which neurons may be born."""
+    each = float(method.bridging_flops())
+    return lambda step: each if method.grows_at(step) else 0.0
 
 
 def in_flops(densities: Densities, weight: float) -> Densities:
@@ -108,4 +116,8 @@ def run_densities(config: RunConfig, outcome: Outcome) -> Densities | None:
         return gradual_run(lambda step: sparsify.sparsity if method.sparse_at(step) else 0.0)
     if isinstance(method, ChosenMasks):
         return feedback_run(method.schedule)
-    return dense_run() if isinstance(method, LearnedSparsity) and sparsify.method != "generalization" else None
+    if isinstance(method, NeST):
+        return recorded_run(method.history, dense_gradients=method.grows_at)
+    if isinstance(method, GeneralizationDriven):
+        return recorded_run([(step, 1 - zeros) for step, zeros in method.history])
+    return dense_run() if isinstance(method, LearnedSparsity) else None
