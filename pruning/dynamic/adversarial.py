@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pruning.agreement import averaged
 from pruning.batches import Batch, Loss, evaluating, scalar_loss
 
 
@@ -34,15 +35,18 @@ class Attack:
             raise ValueError(f"steps must be >= 1, got {self.steps}")
 
     def perturbation(
-        self, model: nn.Module, batch: Batch, *, generator: torch.Generator | None = None
+        self, model: nn.Module, batch: Batch, *, generator: torch.Generator | None = None, shared: bool = False
     ) -> Float[Tensor, "B L D"]:
         """δ for a batch of token ids, or of keywords with ``input_ids``. generator: of a random start, on the CPU.
 
+        shared: the rows are this process's share of a batch of which each process has as many: ε is that of all
+        together, one exchange of a number, and each row's δ the one that a process with all rows would find.
         Raises: ValueError if the model shows no input embedding or the loss is not one finite number."""
         ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
         with evaluating(model), torch.enable_grad():
             x = input_embedding(model)(ids).detach()
-            limit = self.radius * float(x.double().square().mean().sqrt()) if x.numel() else 0.0
+            square = x.double().square().mean() if x.numel() else torch.zeros((), dtype=torch.float64, device=x.device)
+            limit = self.radius * float((averaged({"": square})[""] if shared else square).sqrt())
             step = limit if self.steps == 1 else 2.5 * limit / self.steps
             delta = torch.zeros_like(x)
             if self.random_start:

@@ -28,8 +28,9 @@ class RobustRewiring(DynamicSparsity):
     again). There is no L1 prior: decay is the optimiser's.
 
     The objective is the loss at the worst perturbation of the input embeddings. Forward and backward run inside
-    ``parametrise()``, where each training pass is attacked by ``attack`` on the pass's own tokens; a loop of your own
-    may call :func:`adversarial_loss` instead, with attack=None here.
+    ``parametrise()``, where each training pass is attacked by ``attack`` on the pass's own tokens. Each process attacks
+    its own rows, as many as every other, inside a cube of one size; not under FSDP2, whose forward pass takes no passes
+    of the model inside it. A loop of your own may call :func:`adversarial_loss` instead, with attack=None here.
 
     >>> method = RobustRewiring(model, sparsity=0.9, attack=Attack(radius=0.1))
     >>> with method.parametrise():
@@ -149,6 +150,6 @@ class RobustRewiring(DynamicSparsity):
             return None
         self._attacking = True
         try:
-            return output + self.attack.perturbation(self.model, arguments[0])
+            return output + self.attack.perturbation(self.model, arguments[0], shared=True)
         finally:
             self._attacking = False

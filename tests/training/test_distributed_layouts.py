@@ -78,8 +78,8 @@ def test_ranks_that_split_heads_must_let_the_same_tokens_pass() -> None:
             "sparsify.method must not be 'variational' with several processes",
         ),
         (
-            {"sparsify": {"method": "robust_rewiring", "sparsity": 0.5}},
-            "sparsify.attack must be 0 with several processes, got 0.05",
+            {"sparsify": {"method": "robust_rewiring", "sparsity": 0.5}, "distributed": {"shard": "fsdp"}},
+            "sparsify.attack must be 0 with distributed.shard='fsdp', got 0.05",
         ),
         (
             {
@@ -90,6 +90,15 @@ def test_ranks_that_split_heads_must_let_the_same_tokens_pass() -> None:
             "distributed.expert_parallel must be 1 with optim.sparse_state, got 2",
         ),
         ({"sparsify": {"method": "rigl", "sparsity": 0.5}, "optim": {"sparse_state": True}}, ""),
+        ({"sparsify": {"method": "robust_rewiring", "sparsity": 0.5}}, ""),
+        (
+            {
+                "sparsify": {"method": "movement", "sparsity": 0.5},
+                "distributed": {"shard": "fsdp", "tensor_parallel": 2},
+            },
+            "",
+        ),
+        ({"sparsify": {"fisher_penalty": 0.1}}, "sparsify.fisher_penalty must be 0.0 with several processes, got 0.1"),
         (
             {"distributed": {"shard": "fsdp", "compression": "topk"}},
             "distributed.compression must be 'none' with distributed.shard='fsdp', got 'topk'",

@@ -10,10 +10,6 @@ from training.config import DistributedConfig, RunConfig
 from training.distributed.world import Tell, World
 from training.precision import choose_precision
 
-# methods that also work with the part of a matrix, or the experts, that a rank has
-SHARDED = ("magnitude", "static", "set", "rigl", "snfs", "dsr", "deep_r", "top_kast", "preferential",
-              "robust_rewiring")  # fmt: skip
-
 
 def require_alone(wanted: DistributedConfig) -> None:
     """Raises: ValueError for what takes several processes."""
@@ -44,10 +40,14 @@ def require_methods(config: RunConfig) -> None:
         raise ValueError(
             "sparsify.method must not be 'variational' with several processes: each would draw its own noise"
         )
-    if sparse and method not in SHARDED:
-        _require_whole(wanted, f"sparsify.method={method!r}", "it works with whole matrices, the same on every rank")
-    if sparse and method == "robust_rewiring" and config.sparsify.attack:
-        raise ValueError(f"sparsify.attack must be 0 with several processes, got {config.sparsify.attack}")
+    for name, without in (("fisher_penalty", 0.0), ("curriculum", "none")):
+        if (value := getattr(config.sparsify, name)) != without:
+            raise ValueError(f"sparsify.{name} must be {without!r} with several processes, got {value!r}")
+    if sparse and method == "robust_rewiring" and config.sparsify.attack and wanted.shard == "fsdp":
+        raise ValueError(
+            f"sparsify.attack must be 0 with distributed.shard='fsdp', got {config.sparsify.attack}: an attack runs"
+            " passes of the model inside its forward pass, where FSDP2 has laid its weights out for one"
+        )
     if config.optim.sparse_state:
         why = "the moments of the weights that are there lie in a row, which is not split as the weights are"
         _require_whole(wanted, "optim.sparse_state", why)
