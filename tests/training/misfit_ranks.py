@@ -13,6 +13,7 @@ from pathlib import Path
 from training.cli import main
 
 HEADS = ("--expert-parallel", "1", "--tensor-parallel", "2")
+HALF = ("--sparsify.sparsity", "0.5", "--sparsify.every", "2")
 # case: what both ranks add to the command, and rank 1 alone
 CASES: dict[str, tuple[list[str], list[str]]] = {
     "seed": ([], ["--seed", "7"]),
@@ -28,6 +29,14 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "heads": ([*HEADS, "--model.kv-heads", "1"], []),
     "compiled heads": ([*HEADS, "--train.compile"], []),
     "learned": (["--sparsify.method", "variational"], []),
+    "attacked shards": (["--shard", "fsdp", "--sparsify.method", "robust_rewiring", *HALF], []),
+    "moments of shards": (["--optim.sparse-state", "--sparsify.method", "rigl", *HALF], []),
+    "penalty": (["--sparsify.fisher-penalty", "0.1"], []),
+    "curriculum": (["--sparsify.curriculum", "low_fisher"], []),
+    "masks of the whole": (
+        ["--shard", "fsdp", "--sparsify.method", "snip", *HALF, "--train.steps", "2", "--out", "OUT/pruned"],
+        [],
+    ),
     "none of it": (["--train.steps", "1"], []),
     "nothing to resume": (["--resume", "--out", "OUT/absent"], []),
     "another model": (["--resume", "--model.dim", "32"], []),
