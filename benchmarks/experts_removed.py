@@ -1,5 +1,5 @@
-"""The demo's mixture with a quarter and half of its experts gone: removed by frequency, by what they add, by chance, or
-merged into others.
+"""The demo's mixture with a quarter and half of its experts gone: removed by frequency, by what they add, by chance, the
+same share from each layer or ranked over all of them; or merged into others.
 
 python -m benchmarks.experts_removed [--run runs/demo/moe] [--fractions 0.25 0.5]
 
@@ -34,22 +34,26 @@ def ways(model: Transformer, batches: list[torch.Tensor]) -> dict[str, Callable[
     """Name → what takes a fraction of the experts of a model away."""
     axes = [axis for axis in prunable_axes(model) if axis.kind == "expert"]
 
-    def remove(scores: Any, target: Transformer, fraction: float) -> object:
-        return prune_experts(target, scores, fraction=fraction, layerwise=True)
+    def remove(scores: Any, layerwise: bool, target: Transformer, fraction: float) -> object:
+        return prune_experts(target, scores, fraction=fraction, layerwise=layerwise)
 
     def merge(router: Any, target: Transformer, fraction: float) -> object:
         return merge_experts(target, batches, fraction=fraction, router=router)
 
-    def chance(seed: int) -> Any:
-        return random_importance(axes, generator=torch.Generator().manual_seed(seed))
-
-    return {
-        "removed, least used": partial(remove, expert_importance(model, batches, method="frequency")),
-        "removed, least added (REAP)": partial(remove, expert_importance(model, batches, method="gate_norm")),
-        **{f"removed, by chance {seed}": partial(remove, chance(seed)) for seed in range(SEEDS)},
-        "merged, router row kept": partial(merge, "kept"),
-        "merged, router row by log-sum-exp": partial(merge, "logsumexp"),
+    scores = {
+        "least used": expert_importance(model, batches, method="frequency"),
+        "least added (REAP)": expert_importance(model, batches, method="gate_norm"),
     }
+    for seed in range(SEEDS):
+        scores[f"by chance {seed}"] = random_importance(axes, generator=torch.Generator().manual_seed(seed))
+    places = {"each layer": True, "all layers": False}
+    removed = {
+        f"from {place}, {name}": partial(remove, found, layerwise)
+        for place, layerwise in places.items()
+        for name, found in scores.items()
+    }
+    merged = {f"merged in each layer, router row {row}": partial(merge, row) for row in ("kept", "logsumexp")}
+    return {**removed, **merged}
 
 
 def main() -> None:
