@@ -1,5 +1,6 @@
-"""The demo's mixture with a quarter and half of its experts gone: removed by frequency, by what they add, by chance, the
-same share from each layer or ranked over all of them; or merged into others.
+"""The demo's mixture with a quarter and half of its experts gone, or merged into others.
+
+They go by frequency, by what they add or by chance: the same share from each layer, or ranked over all of them.
 
 python -m benchmarks.experts_removed [--run runs/demo/moe] [--fractions 0.25 0.5]
 
