@@ -75,8 +75,7 @@ def recovery(lines: list[Line]) -> str:
     # the setting of most: a table compares what had the same
     setting = Counter(map(_setting, rows)).most_common(1)[0][0]
     rows = [line for line in rows if _setting(line) == setting]
-    before = {(line["importance"], line["fraction"]): line["perplexity"] for line in heads_before(lines)}
-    after = {(line["importance"], line["fraction"]): line["perplexity"] for line in rows}
+    before, after = _by_label(heads_before(lines)), _by_label(rows)
     fractions = sorted({fraction for importance, fraction in after if importance != "none"})
     labels = [label for label in dict.fromkeys(label for label, _ in after) if label != "none"]
     cells = [
@@ -91,6 +90,15 @@ def recovery(lines: list[Line]) -> str:
         table(head, cells)
         + f"\n\nPerplexity; {setting[0]} steps of {setting[1]} x 512 tokens, the same for all.{same} {made(rows)}"
     )
+
+
+def _by_label(rows: list[Line]) -> dict[tuple[str, float], float]:
+    """(importance, fraction) → perplexity, chance as the mean of its seeds."""
+    found: dict[tuple[str, float], list[float]] = {}
+    for line in rows:
+        label = CHANCE if line["importance"].startswith(CHANCE) else line["importance"]
+        found.setdefault((label, line["fraction"]), []).append(line["perplexity"])
+    return {at: mean(values) for at, values in found.items()}
 
 
 def _setting(line: Line) -> tuple[int, int]:

@@ -277,7 +277,7 @@ def main() -> None:
         scores = kept_scores(KEPT, importance, every[importance])
         for fraction in options.fractions if "removed" in options.parts else ():
             removed(setting, importance, scores, fraction)
-        if "recovered" in options.parts and importance not in ("chance 1", "chance 2"):
+        if "recovered" in options.parts:
             for fraction in options.recover_fractions:
                 recovered(setting, importance, scores, fraction, recovery)
     if {"sizes", "times"} & set(options.parts):
