@@ -96,17 +96,17 @@ def _ratio(line: Line) -> str:
 
 def times(lines: list[Line]) -> str:
     """Seconds of a whole run of each method against the floor in the same process."""
-    rows = [line for line in named(lines, "pruned") if line["level"] == "0.5" and line["seconds"] is not None]
+    rows = [line for line in named(lines, "pruned") if line["level"] in ("0.5", "2:4") and line["seconds"] is not None]
     rows = [line for line in rows if line["calibration"][0] == SEQUENCES]
     # the run that timed most methods: its floor is that of all of them
     run = mode(line["commit"] for line in rows)
     rows = [line for line in rows if line["commit"] == run]
     cells = [
-        [_label(line), f"{line['seconds']:.0f} s", f"{line['floor_s']:.0f} s",
-         f"{line['seconds'] / line['floor_s']:.2f}"]
+        [_label(line), line["level"] if ":" in line["level"] else f"{float(line['level']):.0%}",
+         f"{line['seconds']:.0f} s", f"{line['floor_s']:.0f} s", f"{line['seconds'] / line['floor_s']:.2f}"]
         for line in rows
     ]  # fmt: skip
-    return table(["at 50%", "run", "floor", "ratio"], cells) + f"\n\n{rows[-1]['threads']} thread(s). {made(rows)}"
+    return table(["", "zeros", "run", "floor", "ratio"], cells) + f"\n\n{rows[-1]['threads']} thread(s). {made(rows)}"
 
 
 def spread(lines: list[Line]) -> str:
