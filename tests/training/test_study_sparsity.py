@@ -344,6 +344,10 @@ def test_the_retraining_part_says_what_its_numbers_say():
         "WoodFisher below magnitude (-0.500, spread 0.010); SparseGPT below magnitude (-0.500, spread 0.010)."
     ) in text
     assert "- 90% after 320 steps: OBD above magnitude (+0.500, spread 0.010); WoodFisher no difference" in text
+    assert (
+        "- 90%, the gap to magnitude from at once to 320 steps: OBD's turns against it (+0.000, then +0.500); "
+        "WoodFisher's closes (-0.500, then +0.000); SparseGPT's closes"
+    ) in text
     assert "| 90% | Magnitude | 4.505 ± 0.007 | 2.005 ± 0.007 | 2.005 ± 0.007 |" in text
 
 

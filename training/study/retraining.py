@@ -67,6 +67,7 @@ def retraining_part(runs: Mapping[int, Line]) -> str:
             rows.append(f"| {sparsity}% | {label} | {' | '.join(_cell(values[name][steps]) for steps in stages)} |")
         for steps in stages:
             said.append(_sentence(sparsity, steps, {name: values[name][steps] for name in CRITERIA}))
+        said.append(_closing(sparsity, values))
     columns = ["at once", *(f"after {steps} steps" for steps in BUDGETS)]
     header = f"| Sparsity | Criterion | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}"
     return "\n\n".join([_HEAD, "\n".join(f"- {line}" for line in said), "\n".join([header, *rows])])
@@ -94,6 +95,27 @@ def _sentence(sparsity: int, steps: int, values: Mapping[str, Mapping[int, float
     compared = {name: compare_values(values[name], values["magnitude"]) for name in CRITERIA if name != "magnitude"}
     parts = [_against(CRITERIA[name], found) for name, found in compared.items() if found is not None]
     return f"{sparsity}% {when}: {'; '.join(parts) or 'fewer than two seeds'}."
+
+
+def _closing(sparsity: int, values: Mapping[str, Mapping[int, Mapping[int, float]]]) -> str:
+    """Whether what a criterion is ahead of magnitude by at once is less after the most retraining, seed by seed."""
+    parts = []
+    for name in CRITERIA:
+        first, last = (
+            {seed: values[name][steps][seed] - value for seed, value in values["magnitude"][steps].items()}
+            for steps in (0, BUDGETS[-1])
+        )
+        found = compare_values(last, first)
+        if name == "magnitude" or found is None:
+            continue
+        lost = "closes" if _mean(first) < 0 else "turns against it"
+        word = {"worse": lost, "better": "widens", "undecided": "does not change"}[found.outcome]
+        parts.append(f"{CRITERIA[name]}'s {word} ({_mean(first):+.3f}, then {_mean(last):+.3f})")
+    return f"{sparsity}%, the gap to magnitude from at once to {BUDGETS[-1]} steps: {'; '.join(parts) or 'one seed'}."
+
+
+def _mean(values: Mapping[int, float]) -> float:
+    return statistics.fmean(values.values())
 
 
 def _against(label: str, found: Comparison) -> str:
