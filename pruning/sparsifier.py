@@ -68,8 +68,11 @@ def sparsify(
     "admm", "obs", "exact_obs" and "descent", which change weights while they choose).
     rounds: of "snip" (10) and "synflow" (100), exponential; 1 under "n:m". order: of the columns that "sparsegpt" goes
     through: None, as they lie, or "diag", by descending diagonal of the Hessian (not with "n:m").
-    Counts are exact under ties, where the earlier position goes first; weights that are 0 already go before all others.
-    weights: parameter names; None is `prunable_weights`. Keep the masks through fine-tuning with `Masks.apply`.
+    Counts are exact under ties, where the earlier position goes first. Weights that are 0 already go before all others,
+    and the masks hold every one of them, by any method: where a matrix (or under "n:m" a group, under tiles a tile that
+    stays) has more than it was to lose, the masks have those above the count, so that a model that was pruned before
+    stays so. weights: parameter names; None is `prunable_weights`. Keep the masks through fine-tuning with
+    `Masks.apply`.
     Raises: ValueError for unknown words, with the nearest; a sparsity outside [0, 1) or at odds with the structure; a
     method that needs calibration without it; two choices that do not go together; a model on the meta device; as the
     method itself."""
@@ -117,8 +120,10 @@ def _scored(
         rounds=1 if structure is not None and ":" in structure else rounds,
         calibration=held, loss=loss, generator=generator, progress=progress,
     )  # fmt: skip
-    scores = {name: score.masked_fill(chosen[name].detach() == 0, -torch.inf) for name, score in found.scores.items()}
+    zeros = {name: chosen[name].detach() == 0 for name in found.scores}
+    scores = {name: score.masked_fill(zeros[name], -torch.inf) for name, score in found.scores.items()}
     masks = select_masks(scores, sparsity=share, allocation=rule, structure=select, turned=stored_turned(model))
+    masks = Masks({name: kept.masked_fill(zeros[name], False) for name, kept in masks.kept.items()})
     _finish(model, masks, found)
     return masks
 

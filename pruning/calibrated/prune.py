@@ -55,6 +55,8 @@ def prune_calibrated(
 ) -> CalibratedReport:
     """Zero ⌊sparsity · n⌋ weights of every matrix, in place, choosing by what the layers see on `calibration`.
 
+    The masks hold all zeros that were there before, also where they outnumber that.
+
     method: "wanda", "sparsegpt", "admm", "obs" (`layerwise_obs`), "exact_obs" (small layers only), "magnitude" (for
     refit), or, of n:m groups alone, "descent" (SparseGPT's answer, then `group_descent`). structure: None; "n:m",
     which implies the sparsity; of "wanda" and "magnitude" also "block HxW", "row" or "column": the tiles of a matrix
@@ -278,7 +280,8 @@ def _magnitude(weight: Tensor, count: int, plan: Plan) -> Tensor:
 
 
 def _tiled(tiles: Tiles, scores: Tensor, weight: Tensor, count: int) -> Tensor:
-    return tiles(scores.masked_fill(weight == 0, -torch.inf), count)
+    zero = weight == 0
+    return tiles(scores.masked_fill(zero, -torch.inf), count) & ~zero
 
 
 def _reconstructed(weight: Tensor, hessian: Tensor, count: int, plan: Plan, costs: Tensor | None) -> Pruned:
