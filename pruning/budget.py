@@ -170,7 +170,10 @@ def _least(
     search: _Search, tries: Sequence[Counts], cost: Callable[[Kept], list[float]], asked: float, name: str
 ) -> _Found:
     """The first of `tries` that costs at most `asked`. Each bisection decides by its own looks, of which it takes the
-    median, and what was found by the median of all looks at it: if that is too dear, a little more goes."""
+    median, and what was found by the median of all looks at it: if that is too dear, a little more goes.
+
+    Raises: ValueError, saying how near it comes, if the last of `tries` is too dear by every look of a bisection, or
+    what is left in the end by the median of all looks at it."""
     seen: dict[int, tuple[Kept, list[float]]] = {}
     looks = 0
 
@@ -186,11 +189,14 @@ def _least(
         looks += 1
         return statistics.median(now)
 
+    def refused(nearest: float) -> ValueError:
+        return ValueError(f"{name} must be at least {nearest:.4f}, all that may be removed, got {asked}")
+
     def bisected() -> int:
         low, high = 0, len(tries) - 1
         # a clock gets as many looks as there may be bisections
         if all(at(high) > asked for _ in range(PASSES if name == "latency" else 1)):
-            raise ValueError(f"{name} must be at least {at(high):.4f}, all that may be removed, got {asked}")
+            raise refused(at(high))
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if at(middle) <= asked else (middle + 1, high)
@@ -201,7 +207,9 @@ def _least(
         before, found = found, bisected()
         if found == before:
             break
-    while found + 1 < len(tries) and statistics.median(seen[found][1]) > asked:
+    while statistics.median(seen[found][1]) > asked:
+        if found + 1 == len(tries):
+            raise refused(statistics.median(seen[found][1]))
         found += 1
         at(found)
     kept, shares = seen[found]

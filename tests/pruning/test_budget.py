@@ -241,6 +241,31 @@ def test_time_that_nothing_removes_is_said():
     assert model.feedforward[0].down.in_features == 8
 
 
+class Floored(Clock):
+    """A smaller model takes at best 0.62 of the whole one's time, the smallest in turn 0.65 and 0.59."""
+
+    def __init__(self, whole, least):
+        super().__init__()
+        self.whole, self.least, self.runs = whole, least, 0
+
+    def run(self, model):
+        size = count_parameters(model)[0]
+        self.runs += size == self.least
+        # every other run of a model only warms up
+        shares = {self.whole: 1.0, self.least: 0.59 if self.runs % 4 == 0 else 0.65}
+        self.now += shares.get(size, 0.62)
+
+
+def test_lucky_looks_at_the_smallest_model_are_not_called_a_met_budget():
+    """Every bisection sees 0.65, then 0.59; the median of all looks is 0.62."""
+    model = toy((4, 4, 64))
+    before, whole = copy.deepcopy(model.state_dict()), count_parameters(model)[0]
+    clock = Floored(whole, whole - 63 * 26)  # 26 parameters a neuron, one of which stays
+    with pytest.raises(ValueError, match="latency must be at least 0.62.., all that may be removed, got 0.6$"):
+        prune_to_budget(model, scores_of(model, ("neuron",)), latency=0.6, run=clock.run, clock=clock, rounds=1)
+    assert clock.runs == 8 and all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
