@@ -261,8 +261,9 @@ def test_lucky_looks_at_the_smallest_model_are_not_called_a_met_budget():
     model = toy((4, 4, 64))
     before, whole = copy.deepcopy(model.state_dict()), count_parameters(model)[0]
     clock = Floored(whole, whole - 63 * 26)  # 26 parameters a neuron, one of which stays
+    options = {"latency": 0.6, "run": clock.run, "clock": clock, "rounds": 1, "resolution": 1 / 32}
     with pytest.raises(ValueError, match="latency must be at least 0.62.., all that may be removed, got 0.6$"):
-        prune_to_budget(model, scores_of(model, ("neuron",)), latency=0.6, run=clock.run, clock=clock, rounds=1)
+        prune_to_budget(model, scores_of(model, ("neuron",)), **options)
     assert clock.runs == 8 and all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 
