@@ -6,8 +6,9 @@ nothing else: it keeps the chosen slices of each tensor, then calls ``resize`` s
 attributes and its config.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -44,6 +45,8 @@ class Axis:
     them, which must be multiples of 16 bytes.
     flattened: whether the gate module sees [B·L, size·width], a batch's samples one after the other.
     resize(kept): called once the tensors are sliced, with the sorted indices of the surviving units (maybe none).
+    owner: the model that `resize` rewrites, weakly, as `prunable_axes` says it; None for axes made by hand, of which
+    only their maker knows. Axes are equal whatever their owner is: those of a copy equal those of the original.
     """
 
     kind: str
@@ -60,6 +63,7 @@ class Axis:
     least: int = 0
     flattened: bool = False
     multiple: int = 1
+    owner: weakref.ref[nn.Module] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.groups < 1 or self.size % self.groups:
@@ -77,3 +81,8 @@ class Axis:
     def gate_module(self, model: nn.Module) -> nn.Module:
         """The module whose input carries the units, looked up by name."""
         return model.get_submodule(self.gate)
+
+
+def owned_by(model: nn.Module, axes: Iterable[Axis]) -> list[Axis]:
+    """The axes, with `model` as the owner of those that name none."""
+    return [replace(axis, owner=weakref.ref(model)) if axis.owner is None else axis for axis in axes]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from pruning.adapters import SUPPORTED, adapted_axes
-from pruning.axes import Axis
+from pruning.axes import Axis, owned_by
 
 
 def axes_of(model: nn.Module, kind: str, axes: Sequence[Axis] | None = None) -> list[Axis]:
@@ -25,6 +25,8 @@ def axes_of(model: nn.Module, kind: str, axes: Sequence[Axis] | None = None) -> 
 def prunable_axes(model: nn.Module) -> list[Axis]:
     """Everything that can be removed from `model` as a structure: its own declaration, or an adapter's.
 
+    The axes name `model` as their owner: `shrink` then cuts a copy of it by the copy's own.
+
     Raises: ValueError if the model is compiled, or declares no axes and no adapter knows its class."""
     if hasattr(model, "_orig_mod"):
         raise ValueError(
@@ -38,4 +40,21 @@ def prunable_axes(model: nn.Module) -> list[Axis]:
             f"{type(model).__name__} declares no axes: give it prunable_axes() -> list[pruning.axes.Axis], "
             f"or pass axes=; adapters exist for {', '.join(SUPPORTED)}"
         )
-    return list(found)
+    return owned_by(model, found)
+
+
+def axes_within(model: nn.Module, axes: Sequence[Axis]) -> list[Axis]:
+    """The axes with those of another model (this one's original, say) replaced by the equal ones of `model`.
+
+    Axes made by hand, without an owner, stay as they are. Raises: ValueError for an axis of another model that `model`
+    has no equal of, and as `prunable_axes`."""
+    inside = {id(module) for module in model.modules()}
+    foreign = [axis for axis in axes if axis.owner is not None and id(axis.owner()) not in inside]
+    own = {axis.name: axis for axis in prunable_axes(model)} if foreign else {}
+    for axis in foreign:
+        if own.get(axis.name) != axis:
+            raise ValueError(
+                f"axis {axis.name!r} must be of the model that shrinks, or equal to one of its own, got one of another "
+                f"model: take prunable_axes() of this {type(model).__name__}"
+            )
+    return [own[axis.name] if axis in foreign else axis for axis in axes]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pruning.axes import Axis, Slice
 from pruning.gates import check_kept
 from pruning.held import held_by
+from pruning.model_axes import axes_within
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,17 @@ def shrink(model: nn.Module, axes: Sequence[Axis], kept: Mapping[str, Sequence[i
     Parameters are replaced by smaller ones of the same dtype, device and requires_grad; a tied parameter is cut once
     and stays tied; `in_features` and `out_features` of nn.Linear follow; then each axis' `resize` runs. No mask
     remains. Optimisers hold the old parameters: make a new one. Everything is checked before anything changes.
+    Axes that `prunable_axes` gave of another model stand for the equal ones of this model, so that a copy shrinks by
+    the original's, which stays as it is; the `resize` of axes made by hand is called as given.
     Raises: ValueError for unknown axes or units, a kept set that splits groups unequally, is smaller than the axis
-    allows or no multiple of what it asks for, and slices that do not cover their dimension."""
+    allows or no multiple of what it asks for, slices that do not cover their dimension, and axes of another model that
+    this one has no equal of."""
+    check_kept(axes, kept)
+    shrinking = axes_within(model, _shrinking(axes, kept))
     cuts = plan(model, axes, kept)
     for cut in cuts:
         _replace(model, cut.names, _cut(cut))
-    for axis in _shrinking(axes, kept):
+    for axis in shrinking:
         axis.resize(sorted(kept[axis.name]))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from moe import MoE
-from pruning.axes import Axis, Slice
+from pruning.axes import Axis, Slice, owned_by
 from transformer.attention import Attention
 from transformer.block import Block
 from transformer.feedforward import FeedForward
@@ -33,7 +33,7 @@ def prunable_axes(model: "Transformer") -> list[Axis]:
         if isinstance(layer.feedforward, MoE) and (experts := expert_axis(model, index, layer.feedforward)):
             axes.append(experts)
     width = width_axis(model)
-    return [*axes, layer_axis(model), *([] if width is None else [width])]
+    return owned_by(model, [*axes, layer_axis(model), *([] if width is None else [width])])
 
 
 def _heads_part(attention: Attention) -> bool:
