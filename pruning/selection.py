@@ -63,6 +63,23 @@ def select_alike(
     return {axis.name: _keep(table, chosen[0])[1] for axis, table in zip(axes, tables, strict=True)}
 
 
+def completed(axis: Axis, units: Sequence[int]) -> list[int]:
+    """`units` and the others that must stay with them for surgery to take the set: sorted.
+
+    `axis.least` units stay, and every group that keeps one keeps as many as the fullest; the first ones fill up.
+
+    >>> completed(heads, [0, 2, 3])  # four heads on two key-value heads
+    [0, 1, 2, 3]"""
+    stays = set(units)
+    stays |= set([unit for unit in range(axis.size) if unit not in stays][: max(0, axis.least - len(stays))])
+    rows = [range(group * axis.group_size, (group + 1) * axis.group_size) for group in range(axis.groups)]
+    counts = [len(stays.intersection(row)) for row in rows]
+    for row, count in zip(rows, counts, strict=True):
+        if count:
+            stays |= set([unit for unit in row if unit not in stays][: max(counts) - count])
+    return sorted(stays)
+
+
 def check_scores(scores: Mapping[str, Tensor], axes: Sequence[Axis]) -> None:
     """Raises: ValueError unless each axis has one finite score for each of its units."""
     for axis in axes:

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -17,6 +17,7 @@ from pruning.learned.movement import mean_of
 from pruning.learned.penalties import polarization
 from pruning.learned.variational import CLIP, kl_to_prior
 from pruning.model_axes import prunable_axes
+from pruning.selection import completed, select_units
 from pruning.sharding import as_wholes, gathered, met_by, own_part, spread_layouts
 from pruning.structure import check_fraction, removal_count, unstructured
 
@@ -28,7 +29,7 @@ class UnitGroup:
     """Units whose activations enter one matrix: multiplying its input by a gate a unit is scaling its columns.
 
     name: of the axis, or of the parameter for a stack of experts. parameter: the matrix; dim: where its inputs are;
-    units: [size], or [E, size] for a stack; width: inputs of a unit.
+    units: [size], or [E, size] for a stack; width: inputs of a unit; axis: none for a stack.
     """
 
     name: str
@@ -36,6 +37,12 @@ class UnitGroup:
     dim: int
     units: tuple[int, ...]
     width: int
+    axis: Axis | None = None
+
+    @property
+    def tied(self) -> bool:
+        """Whether units go by groups, as heads do under grouped-query attention."""
+        return self.axis is not None and self.axis.groups > 1 and self.axis.group_size > 1
 
     def spread(self, gate: Tensor) -> Tensor:
         """The gates [size] or [E, size], laid out to be multiplied with the matrix."""
@@ -67,7 +74,7 @@ def _of_axis(model: nn.Module, axis: Axis) -> UnitGroup:
     for part in axis.slices:
         if part.parameter == f"{axis.gate}.weight" and part.offset == 0:
             dim = part.dim % model.get_parameter(part.parameter).ndim
-            return UnitGroup(axis.name, part.parameter, dim, (axis.size,), part.width)
+            return UnitGroup(axis.name, part.parameter, dim, (axis.size,), part.width, axis)
     raise ValueError(f"axis {axis.name!r} must list a slice of its gate module's weight, {axis.gate}.weight")
 
 
@@ -109,9 +116,11 @@ class UnitSparsity(LearnedSparsity):
 
     @torch.no_grad()
     def kept(self) -> dict[str, list[int]]:
-        """Group name → the units that evaluation leaves open, for ``pruning.masked`` and surgery; "name[e]" of experts.
+        """Group name → the units that stay, for ``pruning.masked`` and surgery; "name[e]" of experts.
 
-        Once finished, those whose columns are not all 0."""
+        Those that evaluation leaves open; once finished, those whose columns are not all 0. Besides, closed ones that
+        surgery cannot take alone (:func:`pruning.selection.completed`: under grouped-query attention surviving groups
+        keep equally many heads). Their columns are 0 once finished: with them or without, the model is the same."""
         self.prepare()
         found: dict[str, list[int]] = {}
         for name, group in self.groups.items():
@@ -119,7 +128,8 @@ class UnitSparsity(LearnedSparsity):
             rows = (
                 {group.name: is_open} if is_open.ndim == 1 else {f"{group.name}[{e}]": r for e, r in enumerate(is_open)}
             )
-            found |= {key: row.nonzero().flatten().tolist() for key, row in rows.items()}
+            units = {key: row.nonzero().flatten().tolist() for key, row in rows.items()}
+            found |= units if group.axis is None else {key: completed(group.axis, row) for key, row in units.items()}
         return found
 
     def _alive(self, name: str) -> Tensor:
@@ -170,7 +180,10 @@ class UnitGates(UnitSparsity):
     σ starts near 1 (φ = 3), softplus at 1. The side loss is strength · mean g, or with ``polarize`` = t the
     polarisation of Zhuang et al. 2020 (:func:`pruning.learned.penalties.polarization`) over the number of gates, which
     parts them into closed and open. Evaluation and ``finish()`` close exactly ⌊sparsity · units⌋, the lowest over all
-    groups.
+    groups. Under grouped-query attention they close what surgery can take: of as many heads as are among the lowest,
+    the largest number that whole groups, or equally many of each surviving group, make up, at the least sum of gates
+    (:func:`pruning.selection.select_units`); the lowest other units close for those that are left over. Where there
+    are not enough others, fewer than asked close.
     Raises: as :class:`UnitSparsity`; ValueError for a sparsity outside [0, 1) or another form.
     """
 
@@ -196,10 +209,21 @@ class UnitGates(UnitSparsity):
 
     def prepare(self) -> None:
         """Choose the units that stay."""
-        sizes = [gate.numel() for gate in self._gates.values()]
-        every = torch.cat([self._smooth(name).detach().reshape(-1) for name in self._gates])
-        keep = unstructured(every, removal_count(self.sparsity, every.numel())).split(sizes)
-        self._open = {name: part.view(gate.shape) for (name, gate), part in zip(self._gates.items(), keep, strict=True)}
+        values = {name: self._smooth(name).detach() for name in self._gates}
+        count = removal_count(self.sparsity, sum(value.numel() for value in values.values()))
+        tied = [name for name in values if self.groups[name].tied]
+        closed = sum(int((~row).sum()) for name, row in _lowest_closed(values, count).items() if name in tied)
+        self._open = self._by_groups({name: values[name] for name in tied}, closed)
+        others = {name: value for name, value in values.items() if name not in tied}
+        self._open |= _lowest_closed(others, count - sum(int((~row).sum()) for row in self._open.values()))
+
+    def _by_groups(self, values: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+        axes = {name: axis for name in values if (axis := self.groups[name].axis) is not None}
+        kept = select_units({axis.name: values[name] for name, axis in axes.items()}, [*axes.values()], count=count)
+        opened = {name: torch.zeros_like(value, dtype=torch.bool) for name, value in values.items()}
+        for name, axis in axes.items():
+            opened[name][kept[axis.name]] = True
+        return opened
 
     def gate(self, name: str, *, training: bool) -> Tensor:
         """g in training; in evaluation 0 for the lowest."""
@@ -214,6 +238,15 @@ class UnitGates(UnitSparsity):
 
     def _smooth(self, name: str) -> Tensor:
         return torch.sigmoid(self._gates[name]) if self.form == "sigmoid" else F.softplus(self._gates[name])
+
+
+def _lowest_closed(values: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """False at the `count` lowest of all values, or at all of them."""
+    if not values:
+        return {}
+    every = torch.cat([value.reshape(-1) for value in values.values()])
+    keep = unstructured(every, min(count, every.numel())).split([value.numel() for value in values.values()])
+    return {name: row.view(value.shape) for (name, value), row in zip(values.items(), keep, strict=True)}
 
 
 @final
