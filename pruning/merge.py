@@ -105,8 +105,9 @@ def fold_constant_neurons(
     error of each layer; or tolerance: all whose standard deviation is at most tolerance times the root mean square of
     the layer's values (0: the constant ones). A layer keeps at least one neuron.
     A second Linear without bias gets one: where the config can say so (`mlp_bias` of Llama; its other feed-forward
-    biases are then 0), and in Mistral, Qwen2 and Qwen3, whose configs cannot: `load_pruned` reads what they are saved
-    as, stock transformers does not, and a warning says so.
+    biases are then 0), and in Mistral, Qwen2 and Qwen3, whose configs cannot: what they are saved as is for
+    `load_pruned` alone, as a warning says, and stock transformers refuses it: their config keeps the number of neurons
+    that it had, which the tensors do not.
     Raises: ValueError without exactly one of fraction and tolerance, and for a layer that has no bias and a config
     without place for one."""
     if (fraction is None) == (tolerance is None):

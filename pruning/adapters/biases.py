@@ -1,6 +1,5 @@
 """Biases of feed-forward outputs that an architecture of transformers has no place for."""
 
-import warnings
 from typing import Any
 
 from torch import nn
@@ -8,11 +7,6 @@ from torch import nn
 from pruning.adapters.families import Place, family_of
 
 BIASES = "pruned_biases"
-_WARNING = (
-    "the config of a {kind} has no setting for the biases that its feed-forwards now have: stock transformers would "
-    "leave them out of the saved model, with a warning about unexpected keys. pruning.load_pruned(folder) of this "
-    "library reads them"
-)
 
 
 def takes_biases(model: nn.Module) -> bool:
@@ -23,15 +17,17 @@ def takes_biases(model: nn.Module) -> bool:
 
 
 def give_biases(model: nn.Module) -> None:
-    """A zero bias for the second Linear of every feed-forward that has none; the config records it, with a warning."""
+    """A zero bias for the second Linear of every feed-forward that has none; the config records it.
+
+    Stock from_pretrained would leave the biases out and give another model, with a word about unexpected keys alone.
+    So from now on the config keeps the number of neurons that it has, whatever goes, and records each layer's
+    (`record.describe`): a folder in which a layer has fewer neurons is refused for the shapes of its tensors."""
     family = family_of(model)
     assert family is not None
     for layer in Place(model, family).layers:
         give_bias(layer.get_submodule(family.hidden))
     config: Any = model.config
-    if not getattr(config, BIASES, False):
-        setattr(config, BIASES, True)
-        warnings.warn(_WARNING.format(kind=type(model).__name__), stacklevel=3)
+    setattr(config, BIASES, True)
 
 
 def give_bias(linear: Any) -> None:

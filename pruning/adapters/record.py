@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from pruning.adapters.biases import BIASES
 from pruning.adapters.empty import HeadlessAttention
 from pruning.adapters.families import Family, Place, features, weight_of
 
@@ -16,9 +17,10 @@ _WARNING = (
     "{reason} (heads/key-value heads/neurons{experts}: {sizes}; width {width}): stock transformers cannot load it once "
     "saved. pruning.load_pruned(folder) of this library can{reader}.{hint}"
 )
-_DIFFER, _UNSAID = (
+_DIFFER, _UNSAID, _BIASED = (
     "the layers of this model now differ in size",
     "the config of a {kind} has no setting for its new sizes",
+    "the config of a {kind} has no setting for the biases that its feed-forwards now have",
 )
 _HINT = " For equal layers prune with layerwise=True, which takes the same share from each"
 
@@ -71,6 +73,7 @@ def projected(place: Place) -> bool:
 def describe(place: Place) -> None:
     """Write into the config what all layers have in common, as far as it can say it; else record every layer's sizes.
 
+    Where feed-forwards have biases that it cannot say, its number of neurons stays too large for stock transformers.
     A warning says so when the record changes: stock transformers does not read it."""
     config, family = place.model.config, place.family
     forget_file(place.model)
@@ -97,7 +100,8 @@ def forget_file(model: nn.Module) -> None:
 
 def _warning(place: Place, sizes: list[Sizes], width: int) -> str:
     differ = len(set(sizes)) > 1
-    reason = _DIFFER if differ else _UNSAID.format(kind=type(place.model).__name__)
+    unsaid = _BIASED if getattr(place.model.config, BIASES, False) else _UNSAID
+    reason = _DIFFER if differ else unsaid.format(kind=type(place.model).__name__)
     # this library reads the record of layers into its own model, from Llama alone
     reads = place.family.prefix == "Llama" and place.model.config.hidden_size == width
     return _WARNING.format(
@@ -109,7 +113,8 @@ def _warning(place: Place, sizes: list[Sizes], width: int) -> str:
 
 def _set_common(place: Place, sizes: list[Sizes], width: int) -> None:
     first, config, family = sizes[0], place.model.config, place.family
-    if first.neurons and _alike(sizes, lambda size: size.neurons):
+    biased = getattr(config, BIASES, False)
+    if first.neurons and _alike(sizes, lambda size: size.neurons) and not biased:
         setattr(config, family.hidden_key, first.neurons)
     elif getattr(config, family.hidden_key) is None:
         # None means four times the width, which may change below

@@ -6,7 +6,14 @@ import warnings
 import pytest
 import torch
 
-from pruning import fold_constant_neurons, load_pruned, prune_heads, prune_width, random_importance
+from pruning import (
+    fold_constant_neurons,
+    load_pruned,
+    prune_heads,
+    prune_neurons,
+    prune_width,
+    random_importance,
+)
 from pruning.model_axes import axes_of
 from tests.pruning.adapters.models import answer, ids, peer
 from tests.tolerances import close
@@ -30,8 +37,7 @@ def test_the_output_is_that_of_the_means_and_comes_back(name, task, tmp_path):
         hook.remove()
     with pytest.warns(UserWarning, match=SAID):
         report = fold_constant_neurons(model, [ids()], fraction=0.25)
-    assert model.config.pruned_biases is True and model.config.intermediate_size == 18
-    assert not hasattr(model.config, "pruned_layers")
+    assert model.config.pruned_biases is True and model.config.pruned_layers == [[4, 2, 18]] * 3
     assert report.parameters_after == sum(p.numel() for p in model.parameters())
     for index, layer in enumerate(base.layers):
         (gone,) = (list(units) for name, units in report.gone.items() if f"layers.{index}." in name)
@@ -49,6 +55,9 @@ def test_the_output_is_that_of_the_means_and_comes_back(name, task, tmp_path):
     again = load_pruned(tmp_path, dtype=torch.float64)
     assert answer(again, ids()).equal(answer(model, ids()))
     assert type(again) is type(model) and again.config.pruned_biases is True
+    assert {layer.mlp.down_proj.in_features for layer in getattr(again, "model", again).layers} == {18}
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        type(model).from_pretrained(tmp_path)
 
 
 def test_it_goes_on_with_other_surgery_and_is_said_once(tmp_path):
@@ -67,6 +76,23 @@ def test_it_goes_on_with_other_surgery_and_is_said_once(tmp_path):
     again = load_pruned(tmp_path)
     assert answer(again, ids()).equal(answer(model, ids()))
     assert again.model.layers[1].mlp.down_proj.bias.shape == (again.config.hidden_size,)
+
+
+@pytest.mark.filterwarnings("ignore:the (layers|config)")
+@pytest.mark.parametrize("name", BARE)
+def test_stock_transformers_never_takes_the_model_without_its_biases(name, tmp_path):
+    model = peer(name)
+    fold_constant_neurons(model, [ids()], fraction=0.1)
+    model.save_pretrained(tmp_path / "folded")
+    again = load_pruned(tmp_path / "folded")
+    scores = random_importance(axes_of(again, "neuron"), generator=torch.Generator())
+    prune_neurons(again, scores, fraction=0.5, layerwise=True)
+    fold_constant_neurons(again, [ids()], fraction=0.1)
+    again.save_pretrained(tmp_path / "smaller")
+    for folder in ("folded", "smaller"):
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            type(model).from_pretrained(tmp_path / folder)
+    assert answer(load_pruned(tmp_path / "smaller"), ids()).equal(answer(again, ids()))
 
 
 def test_nothing_that_goes_changes_nothing():
