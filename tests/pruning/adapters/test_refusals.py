@@ -16,7 +16,7 @@ from pruning import (
     shrink,
 )
 from pruning.adapters import SUPPORTED
-from tests.pruning.adapters.models import answer, ids, peer, transformers
+from tests.pruning.adapters.models import KNOWN, answer, ids, peer, transformers
 from tests.tolerances import close
 
 pytestmark = pytest.mark.filterwarnings("ignore:the (config of|layers of this model)")
@@ -154,3 +154,10 @@ def test_what_has_no_gate_cannot_be_masked(kind):
     with pytest.raises(ValueError, match=f"axis '{axes[0].name}' must have a gate module that runs, got a list"):
         with masked(model, axes, {axes[0].name: [0, 1]}):
             pass
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_can_be_removed_is_what_the_readme_says(name):
+    kinds = {axis.kind for axis in prunable_axes(peer(name))}
+    mixtures = {"Mixtral": {"head", "expert", "layer", "width"}, "Olmoe": {"expert", "layer", "width"}}
+    assert kinds == mixtures.get(name, {"head", "neuron", "layer", "width"})
