@@ -68,7 +68,7 @@ def test_each_name_is_the_library_s_function(folders: Path, kind: str) -> None:
         "random": random_importance(axes, generator=torch.Generator().manual_seed(7)),
     }  # fmt: skip
     if kind == "heads":
-        expected["confidence"] = attention_confidence(model, batches, axes=axes)
+        expected["confidence"] = attention_confidence(model, batches, axes=axes, skip_first=1)
     assert {*expected, "hard-concrete"} == {name for name, one in IMPORTANCES.items() if kind in one.kinds}
     for name, scores in expected.items():
         found = scores_of(name, kind, model, axes, batches, loss=None, normalize=None, seed=7, progress=None)
