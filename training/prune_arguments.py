@@ -83,7 +83,8 @@ class PruneArguments:
     layerwise: bool = False
     """Remove the same share of heads, neurons or experts from every layer, so that layers stay alike."""
     recover: int = 0
-    """Steps of training after pruning, with the zeros held, on other text than the held-out one."""
+    """Steps of training after pruning, on other text than the held-out one; all zeros that matrices then have, of this
+    run or an earlier one, are held."""
     recover_by: Literal["distill", "retrain"] = "distill"
     """distill: towards the outputs of the model before pruning; retrain: the next token of the text."""
     recover_rate: float = 1e-4

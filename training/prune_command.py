@@ -18,8 +18,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from pruning import save_compact
+from pruning import Masks, save_compact
 from pruning.batches import Loss
+from pruning.weights import matrices
 from training.allocator import keep_freed_memory
 from training.commands import PROGRAM
 from training.conditions import conditions, device_name
@@ -252,12 +253,12 @@ def _recovered(job: Job, dense: nn.Module, weights: Weights | None) -> dict[str,
     """The model trains on; what it was before that, and the losses."""
     lessons, plan = job.texts.lessons, lesson_of(job.arguments)
     assert lessons is not None
-    before = _quality(job, "before recovery", dense)
+    before, held = _quality(job, "before recovery", dense), Masks.of(job.model).zeros
     job.say(f"before recovery: {describe(before)}")
     losses = recover(job.model, dense, lessons, plan, masks=None if weights is None else weights.masks,
                      encoder=job.coder.encoder, progress=job.passes.over("recovery"))  # fmt: skip
-    return {**asdict(plan), "sequences": len(lessons), "length": lessons.shape[1], "losses": losses,
-            "before": _as_record(before)}  # fmt: skip
+    return {**asdict(plan), "sequences": len(lessons), "length": lessons.shape[1], "held": held,
+            "losses": losses, "before": _as_record(before)}  # fmt: skip
 
 
 def _sensitivity(job: Job) -> dict[str, list[float]] | None:
@@ -355,27 +356,27 @@ def describe(found: Quality | Likeness) -> str:
 
 
 def _recovery(job: Job, weights: Weights | None) -> str | None:
-    """The command that trains this library's model on, into another folder, and holds its zeros where one scope finds
-    them again: they are the smallest weights there are. None for models of transformers and encoders."""
+    """The command that trains this library's model on, into another folder, and holds all its zeros. None for models of
+    transformers and encoders, and where a matrix has nothing left, under which no training begins."""
     if not job.source.own or job.source.encodes:
         return None
-    out = job.arguments.folder
-    command = [
-        PROGRAM,
-        "train",
-        "CONFIG.toml",
-        "--init",
-        str(out),
-        "--out",
-        str(out.with_name(f"{out.name}-recovered")),
-    ]
-    if weights is not None:
-        share = weights.masks.sparsity if job.arguments.sparsity is None else job.arguments.sparsity
-        scope = recovery_scope(weights.masks, share)
-        if scope is not None:
-            command += ["--sparsify.sparsity", str(share), "--sparsify.scope", scope]
-            command += ["--sparsify.begin", "0", "--sparsify.end", "0"]
-    return shlex.join(command)
+    held, out = Masks.of(job.model), job.arguments.folder
+    if not all(mask.any() for mask in matrices(held.kept).values() if mask.numel()):
+        return None
+    command = [PROGRAM, "train", "CONFIG.toml", "--init", str(out), "--out",
+               str(out.with_name(f"{out.name}-recovered"))]  # fmt: skip
+    return shlex.join(command + (_holding(job, held, weights) if held.zeros else []))
+
+
+def _holding(job: Job, held: Masks, weights: Weights | None) -> list[str]:
+    """Options of `train` under which the zeros stay: by magnitude at the share that this run pruned, where one scope
+    finds just them again, for they are the smallest weights there are; else as the mask that the saved model is."""
+    share = held.sparsity if job.arguments.sparsity is None else job.arguments.sparsity
+    scope = None if weights is None else recovery_scope(held, share)
+    if scope is None:
+        return ["--sparsify.method", "mask", "--sparsify.mask", str(job.arguments.folder), "--sparsify.sparsity", "0"]
+    return ["--sparsify.sparsity", str(share), "--sparsify.scope", scope, "--sparsify.begin", "0", "--sparsify.end",
+            "0"]  # fmt: skip
 
 
 def _closing(arguments: PruneArguments, record: Mapping[str, Any], *, own: bool) -> list[str]:

@@ -50,14 +50,17 @@ def recover(
 
     The loss is a mean over tokens: of a causal model KL(parent ‖ model) of the next token (`distillation_loss`), or
     under "retrain" its cross-entropy; of an encoder 1 − cos of each passage's two embeddings plus `hidden_loss` of the
-    last hidden states. masks: applied after every step, or held by the adapters (`add_adapters`). Weights in half
-    precision are trained in float32, in which small steps are not lost, and rounded back at the end. Gradients are
-    clipped to norm 1, and a batch goes in parts that keep its logits in bounds.
+    last hidden states. All zeros that the prunable weights have (`Masks.of`), whichever run made them, are held: set
+    back after every step, or by the adapters (`add_adapters`). masks: applied first; adapters go on the weights that it
+    names, None: on all prunable ones. Weights in half precision are trained in float32, in which small steps are not
+    lost, and rounded back at the end. Gradients are clipped to norm 1, and a batch goes in parts that keep its logits
+    in bounds.
     Raises: ValueError for a loss that is not finite, and as `add_adapters`."""
     known = lessons.to(next(model.parameters()).device)
     losses: list[float] = []
     with _in_float32(model):
-        trained = _trained(model, plan, masks)
+        held = _held(model, masks)
+        trained = _trained(model, plan, held, None if masks is None else list(masks.kept))
         optimizer = torch.optim.AdamW(trained, lr=plan.rate, weight_decay=0.0)
         for step, ids in enumerate(progress(list(_batches(known, plan)))):
             for group in optimizer.param_groups:
@@ -68,8 +71,8 @@ def recover(
             nn.utils.clip_grad_norm_(trained, MAX_NORM)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if masks is not None and plan.rank is None:
-                masks.apply(model)
+            if plan.rank is None:
+                held.apply(model)
         if plan.rank is not None:
             merge_adapters(model)
     return losses
@@ -85,10 +88,18 @@ def rate_at(step: int, steps: int) -> float:
     return (step + 1) / rising if step < rising else (steps - step) / (steps - rising + 1)
 
 
-def _trained(model: nn.Module, plan: Lesson, masks: Masks | None) -> list[nn.Parameter]:
+def _held(model: nn.Module, masks: Masks | None) -> Masks:
+    """All zeros that the model's prunable weights have under `masks`."""
+    if masks is not None:
+        masks.apply(model)
+    return Masks.of(model)
+
+
+def _trained(model: nn.Module, plan: Lesson, held: Masks, adapted: list[str] | None) -> list[nn.Parameter]:
     if plan.rank is None:
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return add_adapters(model, masks, rank=plan.rank, generator=torch.Generator().manual_seed(plan.seed))
+    generator = torch.Generator().manual_seed(plan.seed)
+    return add_adapters(model, held, rank=plan.rank, weights=adapted, generator=generator)
 
 
 @contextmanager

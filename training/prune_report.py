@@ -104,6 +104,10 @@ def _cost(record: Record) -> str:
     said = note(" ".join(record["notes"])) if record["notes"] else ""
     about = EMBEDDINGS if encodes(record) else "The loss is on held-out text."
     about += " A pass is a forward pass, median ± half the interquartile range."
+    if (record.get("budget") or {}).get("quartiles"):
+        about += (
+            " The share of the latency is the median of all rounds that timed what is left, its change their quartiles."
+        )
     return section(
         "What it cost, what it saves", paragraph(about), table(("", "before", "after", "change"), rows), said
     )
@@ -169,12 +173,21 @@ def _recovered(record: Record) -> str:
     text = (
         f"{found['steps']} steps of AdamW on {found['batch']} × {found['length']} tokens each, out of "
         f"{found['sequences']:,} sequences of the training text, at a rate of up to {found['rate']:g}; {how}; {words}. "
-        f"Weights that are zero stay zero. From {headline(found['before'])} to {headline(record['after'])} "
+        f"{_held(found)}From {headline(found['before'])} to {headline(record['after'])} "
         f"{headline_name(record)}; {headline(record['before'])} before pruning."
     )
     drawing = line_figure(found["losses"], smoothed(found["losses"]), name="recovery", title="loss of each step",
                           alt="Loss of each step of the recovery")  # fmt: skip
     return section("Recovery", paragraph(text), figure(drawing))
+
+
+def _held(recovery: Record) -> str:
+    """What became of the zeros; nothing where the record does not say how many there were."""
+    if "held" not in recovery:
+        return ""
+    if not recovery["held"]:
+        return "No weight of a matrix was zero. "
+    return f"The {recovery['held']:,} weights of matrices that were zero, by whichever run, stayed zero. "
 
 
 def _sensitivity(record: Record) -> str:
@@ -215,7 +228,11 @@ def _command(record: Record) -> str:
     ]
     if record["resumed_blocks"]:
         items.append(("resumed", f"behind {record['resumed_blocks']} finished blocks; times are of this session"))
-    again = (
-        "" if record["recover"] is None else paragraph("Train on, holding the zeros:") + sample("", record["recover"])
-    )
-    return section("The command", sample("$ ", record["command"]), again, definitions(items))
+    return section("The command", sample("$ ", record["command"]), _again(record), definitions(items))
+
+
+def _again(record: Record) -> str:
+    if record["recover"] is None:
+        return ""
+    words = "Train on, holding the zeros:" if "--sparsify." in record["recover"] else "Train on:"
+    return paragraph(words) + sample("", record["recover"])
