@@ -38,7 +38,8 @@ def comparison(record: Record) -> Iterator[tuple[str, str, str, str]]:
         yield name, show(first), show(second), change(second, first)
     if record.get("budget"):
         budget = record["budget"]
-        yield f"{budget['budget']} (budget {budget['asked']:.1%})", "100.0%", f"{budget['achieved']:.1%}", ""
+        spread = "{:.1%}–{:.1%}".format(*budget["quartiles"]) if budget.get("quartiles") else ""
+        yield f"{budget['budget']} (budget {budget['asked']:.1%})", "100.0%", f"{budget['achieved']:.1%}", spread
     if sizes["compact_bytes"] is not None:
         dense = sizes["before"]["bytes"]
         yield "bytes, compact", "", data_size(sizes["compact_bytes"]), change(sizes["compact_bytes"], dense)

@@ -98,8 +98,10 @@ def remove_to_budget(
     units = [_unit_record(kind, held, report.kept, report.removed[kind], report.total[kind])
              for kind, held in sizes.items()]  # fmt: skip
     told = asdict(report)
-    return {"units": units, **{key: told[key] for key in ("budget", "asked", "achieved", "parameters_before",
-                                                          "parameters_after", "steps")}}, str(report)  # fmt: skip
+    quartiles = None if report.quartiles is None else list(report.quartiles)
+    return {"units": units, "quartiles": quartiles,
+            **{key: told[key] for key in ("budget", "asked", "achieved", "parameters_before", "parameters_after",
+                                          "steps")}}, str(report)  # fmt: skip
 
 
 def _unit_record(

@@ -202,6 +202,32 @@ def test_latency_is_measured(folders: Path, tmp_path: Path, monkeypatch: pytest.
     assert code in (0, 1) and len(set(ran)) > 1 and max(ran) == count(load(folders / "llama"))
 
 
+def test_quartiles_of_a_latency_are_on_the_page(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a clock that says 90%, 89% and 88% of every smaller model, in turn."""
+    import training.prune_units as units
+
+    whole, looks = count(load(folders / "llama")), iter(range(10**6))
+    passed = [0.0]
+
+    def run(model: torch.nn.Module) -> None:
+        passed[0] += 100 if count(model) == whole else 90 - next(looks) % 3
+
+    def timed_by_hand(model: torch.nn.Module, scores: object, **options: object) -> object:
+        return prune_to_budget(model, scores, **{**options, "run": run, "clock": lambda: passed[0]}, rounds=12)
+
+    monkeypatch.setattr(units, "prune_to_budget", timed_by_hand)
+    options = ["--budget", "latency=0.95", "--importance", "magnitude", "--calibration-sequences", "0"]
+    assert prune(folders, "llama", tmp_path / "out", *options) == 0
+    record = json.loads((tmp_path / "out" / "prune.json").read_text())
+    assert record["budget"]["quartiles"] == pytest.approx([0.88, 0.90]) and record["budget"]["achieved"] == 0.89
+    page = (tmp_path / "out" / "report.html").read_text()
+    for shown in (capsys.readouterr().out, page):
+        assert "88.0%–90.0%" in shown
+    assert "The share of the latency is the median of all rounds" in page
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
