@@ -58,7 +58,8 @@ class Int8Linear(nn.Module):
             raise ValueError(_misfit(self.in_features))
         self.execution = execution
         quantised, scale = quantize_rows(weight)
-        self.register_buffer("weight", quantised)
+        # of a Conv1D it is a turned view, which torch's kernel refuses
+        self.register_buffer("weight", quantised.contiguous())
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
