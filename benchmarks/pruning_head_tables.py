@@ -75,7 +75,11 @@ def recovery(lines: list[Line]) -> str:
     # the setting of most: a table compares what had the same
     setting = Counter(map(_setting, rows)).most_common(1)[0][0]
     rows = [line for line in rows if _setting(line) == setting]
-    before, after = _by_label(heads_before(lines)), _by_label(rows)
+    # of chance the seeds that were recovered, before and after
+    recovered = {line["importance"] for line in rows}
+    before = _by_label([line for line in heads_before(lines) if line["importance"] in recovered])
+    after = _by_label(rows)
+    seeds = sum(name.startswith(CHANCE) for name in recovered)
     fractions = sorted({fraction for importance, fraction in after if importance != "none"})
     labels = [label for label in dict.fromkeys(label for label, _ in after) if label != "none"]
     cells = [
@@ -85,7 +89,9 @@ def recovery(lines: list[Line]) -> str:
     ]  # fmt: skip
     head = ["heads removed", *(f"{f:.0%}{word}" for f in fractions for word in ("", ", recovered"))]
     whole = after.get(("none", 0.0))
-    same = "" if whole is None else f" The whole model trained so: {rows[0]['dense_perplexity']:.1f}, then {whole:.1f}."
+    same = f" Chance: {seeds} of the seeds." if seeds else ""
+    if whole is not None:
+        same += f" The whole model trained so: {rows[0]['dense_perplexity']:.1f}, then {whole:.1f}."
     return (
         table(head, cells)
         + f"\n\nPerplexity; {setting[0]} steps of {setting[1]} x 512 tokens, the same for all.{same} {made(rows)}"
