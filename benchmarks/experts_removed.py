@@ -1,6 +1,7 @@
-"""The demo's mixture with a quarter and half of its experts gone, or merged into others.
+"""The demo's mixture with a quarter and half of its experts gone, or merged into others, or of the neurons inside them.
 
-They go by frequency, by what they add or by chance: the same share from each layer, or ranked over all of them.
+Experts go by frequency, by what they add or by chance, neurons by what they add, by the gradient of a gate, by
+magnitude or by chance: the same share from each layer, or ranked over all of them.
 
 python -m benchmarks.experts_removed [--run runs/demo/moe] [--fractions 0.25 0.5]
 
@@ -20,7 +21,17 @@ from typing import Any
 import torch
 
 from benchmarks.harness import commit
-from pruning import expert_importance, merge_experts, prunable_axes, prune_experts, random_importance
+from pruning import (
+    expert_importance,
+    expert_neuron_importance,
+    gate_importance,
+    magnitude_importance,
+    merge_experts,
+    prunable_axes,
+    prune_expert_neurons,
+    prune_experts,
+    random_importance,
+)
 from training.config import RunConfig, from_dict
 from training.data import Batches
 from training.evaluation import evaluate
@@ -31,7 +42,32 @@ RECORDS = Path("runs/experts-removed.jsonl")
 SEQUENCES, SEEDS = 32, 5
 
 
-def ways(model: Transformer, batches: list[torch.Tensor]) -> dict[str, Callable[[Transformer, float], Any]]:
+Way = Callable[[Transformer, float], Any]
+PLACES = {"each layer": True, "all layers": False}
+
+
+def neuron_ways(model: Transformer, batches: list[torch.Tensor]) -> dict[str, Way]:
+    """Name → what takes a fraction of the neurons inside the experts of a model away."""
+    axes = [axis for axis in prunable_axes(model) if axis.kind == "expert_neuron"]
+
+    def remove(scores: Any, layerwise: bool, target: Transformer, fraction: float) -> object:
+        return prune_expert_neurons(target, scores, fraction=fraction, layerwise=layerwise)
+
+    scores = {
+        "least added": expert_neuron_importance(model, batches),
+        "gate gradient": gate_importance(model, batches, axes=axes),
+        "magnitude": magnitude_importance(model, axes),
+    }
+    for seed in range(SEEDS):
+        scores[f"by chance {seed}"] = random_importance(axes, generator=torch.Generator().manual_seed(seed))
+    return {
+        f"neurons from {place}, {name}": partial(remove, found, layerwise)
+        for place, layerwise in PLACES.items()
+        for name, found in scores.items()
+    }
+
+
+def expert_ways(model: Transformer, batches: list[torch.Tensor]) -> dict[str, Way]:
     """Name → what takes a fraction of the experts of a model away."""
     axes = [axis for axis in prunable_axes(model) if axis.kind == "expert"]
 
@@ -47,14 +83,18 @@ def ways(model: Transformer, batches: list[torch.Tensor]) -> dict[str, Callable[
     }
     for seed in range(SEEDS):
         scores[f"by chance {seed}"] = random_importance(axes, generator=torch.Generator().manual_seed(seed))
-    places = {"each layer": True, "all layers": False}
     removed = {
         f"from {place}, {name}": partial(remove, found, layerwise)
-        for place, layerwise in places.items()
+        for place, layerwise in PLACES.items()
         for name, found in scores.items()
     }
     merged = {f"merged in each layer, router row {row}": partial(merge, row) for row in ("kept", "logsumexp")}
     return {**removed, **merged}
+
+
+def left(model: Transformer) -> list[list[int]]:
+    """Experts of each layer, and neurons of each of them."""
+    return [[layer.feedforward.num_experts, layer.feedforward.hidden] for layer in model.config.layers]
 
 
 def main() -> None:
@@ -77,15 +117,15 @@ def main() -> None:
     def write(way: str, fraction: float, one: Transformer) -> None:
         line = {
             "name": "experts", "way": way, "fraction": fraction, "bits_per_byte": bits(one),
-            "parameters": one.num_parameters(), "calibration": [SEQUENCES, config.length], "torch": torch.__version__,
-            "commit": commit(),
+            "parameters": one.num_parameters(), "left": left(one), "calibration": [SEQUENCES, config.length],
+            "torch": torch.__version__, "commit": commit(),
         }  # fmt: skip
         with RECORDS.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(line, flush=True)
 
     write("whole", 0.0, model)
-    for way, take in ways(model, batches).items():
+    for way, take in {**expert_ways(model, batches), **neuron_ways(model, batches)}.items():
         for fraction in options.fractions:
             one = copy.deepcopy(model)
             take(one, fraction)

@@ -6,11 +6,13 @@ from pathlib import Path
 from benchmarks.plan_check import VOCABULARY, run_config
 from benchmarks.process_records import newest
 from benchmarks.readme_tables import Line, table
-from training.planning import Cluster, Hardware, Mesh, ModelCounts, Prediction, count_model, predict
-from training.planning.predict import Assumptions
+from training.planning import Assumptions, Cluster, Hardware, Mesh, ModelCounts, Prediction, count_model, predict
 
 GLOO = Assumptions(reduce_scatter=False)
 KINDS = ("gradients", "weights", "expert gradients", "all-to-all")
+# what the plan tells apart and the records do not
+PARTS = {"all-to-all": ("dispatch", "combine")}
+MOVING = ("dispatch", "combine", "expert gradients", "exposed", "agreements")
 
 
 def rows_of(lines: list[Line]) -> list[Line]:
@@ -28,7 +30,8 @@ def cluster_of(line: Line) -> Cluster:
     found = line["machine"]
     link = found.get("link", 1e9)
     here = Hardware("here", 1e12, found["flops"], found["flops"], found["read"], link)
-    return Cluster(here, line["ranks"], per_node=line["ranks"], network=link, latency=found.get("latency", 0.0))
+    latency = found.get("latency", 0.0)
+    return Cluster(here, line["ranks"], per_node=line["ranks"], network=link, latency=latency, near=latency)
 
 
 def calibrated(lines: list[Line]) -> Assumptions:
@@ -68,7 +71,7 @@ def plan_bytes(lines: list[Line]) -> str:
     for line in rows_of(lines):
         plan = predicted(line, GLOO)
         for kind in KINDS:
-            want, have = plan.sent[kind], line["sent"][kind]
+            want, have = sum(plan.sent[part] for part in PARTS.get(kind, (kind,))), line["sent"][kind]
             if want or have:
                 error = "exact" if want == have else f"{want / have - 1:+.2%}" if have else "not sent"
                 cells.append([layout(line), kind, f"{want:,.0f}", f"{have:,.0f}", error])
@@ -100,7 +103,7 @@ def plan_time(lines: list[Line]) -> str:
     cells = []
     for line in rows_of(lines):
         plan = predicted(line, slowed(line, lines, given))
-        moving = plan.seconds["all-to-all"] + plan.seconds["exposed"]
+        moving = sum(plan.seconds[part] for part in MOVING)
         cells.append(
             [
                 layout(line),

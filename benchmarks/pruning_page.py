@@ -123,9 +123,26 @@ def spread(lines: list[Line]) -> str:
     return table(["", *(f"{float(line['level']):.0%}" for line in rows)], [[k, *v] for k, v in kinds.items()])
 
 
+INSIDE = "neurons "
+
+
 def experts(lines: list[Line]) -> str:
-    """Bits per byte of the demo's mixture without some of its experts."""
-    rows = named(lines, "experts")
+    """Bits per byte of the demo's mixture without some of its experts, and what the best rule leaves of each layer."""
+    rows = [line for line in named(lines, "experts") if not line["way"].startswith(INSIDE)]
+    left = [line for line in rows if line["way"] == "from all layers, least added (REAP)"]
+    kept = "; ".join(f"{', '.join(str(one[0]) for one in line['left'])} at {line['fraction']:.0%}" for line in left)
+    told = f" Experts that the rule over all layers, least added, leaves in each: {kept}." if kept else ""
+    return _without(rows, "experts gone") + told
+
+
+def expert_neurons(lines: list[Line]) -> str:
+    """Bits per byte of the demo's mixture without some of the neurons inside its experts."""
+    rows = [line for line in named(lines, "experts") if line["way"] == "whole" or line["way"].startswith(INSIDE)]
+    rows = [{**line, "way": line["way"].removeprefix(INSIDE)} for line in rows]
+    return _without(rows, "neurons of experts gone")
+
+
+def _without(rows: list[Line], title: str) -> str:
     whole = next(line for line in rows if line["way"] == "whole")
     fractions = sorted({line["fraction"] for line in rows if line["way"] != "whole"})
     found: dict[tuple[str, float], list[float]] = {}
@@ -138,7 +155,7 @@ def experts(lines: list[Line]) -> str:
         f"{next(line for line in rows if line['fraction'] == f)['parameters'] / 1e6:.1f} M" for f in fractions
     )
     return (
-        table(["experts gone", *(f"{fraction:.0%}" for fraction in fractions)], cells)
+        table([title, *(f"{fraction:.0%}" for fraction in fractions)], cells)
         + f"\n\nHeld-out bits per byte without retraining; whole: {whole['bits_per_byte']:.3f} with "
         + f"{whole['parameters'] / 1e6:.1f} M parameters, then {sizes}. Calibrated on {rows[0]['calibration'][0]} x "
         + f"{rows[0]['calibration'][1]} tokens. Torch {rows[0]['torch']}, commit `{rows[0]['commit']}`."
@@ -199,6 +216,7 @@ TABLES = {
     "spread": ("pruned", spread),
     "heads": ("heads", heads), "shrunk": ("heads", shrunk), "recovery": ("heads", recovery),
     "experts": ("experts", experts),
+    "inside": ("experts", expert_neurons),
     "encoder": ("minilm", shrunk_encoder), "agreement": ("encoder", agreement), "found": ("encoder", found),
     "execution": ("sparse_csr", execution), "together": ("together", together),
     "collapse": ("collapse", collapse),

@@ -117,8 +117,11 @@ def conditions(lines: Sequence[Line]) -> list[str]:
         "round.",
         f"Width {one['D']}, {one['layers']} layers, {one['hidden']} neurons, {one['dtype']}; the whole forward pass, "
         "attention, norms and head included, in which no weight of the head is removed.",
-        f"{places['device']}, {places['threads']} threads, torch {places['torch']}, commit {places['commit']}; load of "
-        f"the machine {min(loads):.1f} to {max(loads):.1f}.",
+        f"{places['device']}, {places['threads']} threads, torch {places['torch']}, commit {places['commit']}"
+        + (" (+: a tree with changes that were not committed)." if "+" in places["commit"] else "."),
+        f"Load of the machine: {min(loads):.1f} to {max(loads):.1f}, the processes that ran or waited to, a mean over "
+        f"the last minute with this command's own {places['threads']} threads in it. What else ran is not in the "
+        "records: nothing says that the machine was quiet.",
         "Before it is timed each contender's logits are compared with an oracle's: the worst relative error is "
         f"{max(float(line['parity'].split()[1]) for line in lines if line['parity'].startswith('pass')):.0e}.",
     ]  # fmt: skip

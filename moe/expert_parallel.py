@@ -11,9 +11,14 @@ Each rank holds a run of consecutive experts and routes its own tokens with its 
 
 Rows of a rank's own experts are never sent, and no rank sees all tokens. The backward pass makes the same exchanges
 the other way round. So the wire carries 2 · Σ_t (other ranks of t) · D numbers in each pass, whatever K is.
+
+The host reads the numbers of step 1, once and together: they size what is received. Nothing else of the plan waits for
+the device. The experts' product reads how many rows each of them got, as it does in one process (:mod:`moe.grouped`).
 """
 
+import functools
 import itertools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -30,7 +35,10 @@ from moe.experts import Experts
 from moe.grouped import expert_mixture
 from moe.layer import MoE
 from moe.nonlinearity import activate
-from moe.routing import Routing
+from moe.routing import Routing, count_experts
+
+# what a rank says along with its numbers of rows: gradients of rows and weights, or of its experts, are wanted
+ROWS_LEARN, EXPERTS_LEARN = 1, 2
 
 
 @dataclass(frozen=True)
@@ -100,16 +108,18 @@ class ShardedExperts(nn.Module):
         self.activation = experts.activation
         self.bounds = shares(experts.num_experts, self.ranks)
         self.first = self.bounds[self.rank]
-        here = slice(self.first, self.bounds[self.rank + 1])
-        self.up = self._own(experts.up[here])
-        self.down = self._own(experts.down[here])
+        self.up = self._own(experts.up)
+        self.down = self._own(experts.down)
         self.traffic = Traffic(0, 0, 0, 0)
         self._mesh: DeviceMesh | None = None
+        self._starts: Tensor | None = None
 
-    def _own(self, weight: Tensor) -> nn.Parameter:
-        parameter = nn.Parameter(weight.detach().clone())
+    def _own(self, weight: nn.Parameter) -> nn.Parameter:
+        parameter = nn.Parameter(weight.detach()[self.first : self.bounds[self.rank + 1]].clone())
         if self.average:
             parameter.register_hook(lambda gradient: gradient / self.ranks)
+        # last, as only what learns takes a hook, which then waits for the parameter to learn again
+        parameter.requires_grad_(weight.requires_grad)
         return parameter
 
     @torch.compiler.disable(reason="the numbers of rows that ranks exchange are read on the host")
@@ -122,52 +132,66 @@ class ShardedExperts(nn.Module):
         """
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        bounds = torch.tensor(self.bounds, device=x.device)
-        owner = torch.searchsorted(bounds, routing.expert, right=True) - 1
-        here = owner == self.rank
-        plan = self._plan(routing, owner, ~here, bounds)
+        plan = self._plan(routing, self._learning(x, routing))
+        weight = routing.weight.index_select(0, plan.order)
+        stays = plan.order[plan.leaving :]
         trip = _Trip(self.group, (plan.rows_out, plan.notes_out), (plan.rows_in, plan.notes_in))
-        left = _Leave.apply(trip, x[plan.row_token], routing.weight[plan.order])
+        anchor = _anchor(x, learns=bool(plan.learning & ROWS_LEARN))
+        left = _Leave.apply(trip, anchor, x.index_select(0, plan.row_token), weight[: plan.leaving])
         other = None if meanwhile is None else meanwhile()
         rows, weights = _Arrive.apply(trip, *left)
-        token = torch.cat([routing.token[here], len(x) + plan.received_row])
-        expert = torch.cat([routing.expert[here] - self.first, plan.received_expert])
-        weight = torch.cat([routing.weight[here], weights])
-        y = self._run(torch.cat([x, rows]), token, expert, weight)
-        back = _exchanged(y[len(x) :], _Trip(self.group, (plan.rows_in,), (plan.rows_out,)))
+        token = torch.cat([routing.token[stays], len(x) + plan.received_row])
+        expert = torch.cat([routing.expert[stays] - self.first, plan.received_expert])
+        y = self._run(torch.cat([x, rows]), token, expert, torch.cat([weight[plan.leaving :], weights]))
+        trip, anchor = _Trip(self.group, (plan.rows_in,), (plan.rows_out,)), _anchor(x, learns=plan.learning > 0)
+        (back,) = _Arrive.apply(trip, *_Leave.apply(trip, anchor, y[len(x) :]))
         row = x.shape[1] * x.element_size()
-        notes = len(plan.order) * (16 + routing.weight.element_size()) + 16 * (self.ranks - 1)
+        notes = plan.leaving * (16 + routing.weight.element_size()) + 16 * (self.ranks - 1)
         self.traffic = Traffic(len(plan.row_token), len(rows), (len(plan.row_token) + len(rows)) * row, notes)
         y = y[: len(x)].index_add(0, plan.row_token, back)
         return y if other is None else y + other
 
     def _run(self, x: Tensor, token: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
         if len(self.up) == 0:
-            return x * 0  # nothing can have come; the graph stays whole for the exchange backwards
+            # nothing can have come; zeros, whatever padding holds, that keep the graph whole for the way back
+            return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0.0)
         return expert_mixture(x, token, expert, weight, self.up, self.down, self.activation)
 
-    def _plan(self, routing: Routing, owner: Tensor, remote: Tensor, bounds: Tensor) -> "_Plan":
-        """Which rows go where, and what comes. Assignments that leave are sorted by rank, then token."""
-        away = remote.nonzero().squeeze(1)
-        key = owner[away] * max(routing.num_tokens, 1) + routing.token[away]
-        order = key.argsort(stable=True)
-        rows, place = torch.unique_consecutive(key[order], return_inverse=True)
-        row_rank = rows // max(routing.num_tokens, 1)
-        row_counts = torch.bincount(row_rank, minlength=self.ranks)
-        note_counts = torch.bincount(owner[away], minlength=self.ranks)
-        counts = torch.stack([row_counts, note_counts], 1)
+    def _learning(self, x: Tensor, routing: Routing) -> int:
+        if not torch.is_grad_enabled():
+            return 0
+        experts = len(self.up) > 0 and (self.up.requires_grad or self.down.requires_grad)
+        return ROWS_LEARN * (x.requires_grad or routing.weight.requires_grad) | EXPERTS_LEARN * experts
+
+    def _plan(self, routing: Routing, learning: int) -> "_Plan":
+        """Which rows go where, and what comes. Assignments that leave are sorted by rank, then token; then come those
+        that stay, by token."""
+        if self._starts is None or self._starts.device != routing.expert.device:
+            self._starts = torch.tensor(self.bounds, device=routing.expert.device)
+        starts = self._starts
+        owner = torch.searchsorted(starts, routing.expert, right=True) - 1
+        rank = owner.masked_fill(owner == self.rank, self.ranks)  # where it goes; those that stay are last
+        key, order = (rank * max(routing.num_tokens, 1) + routing.token).sort(stable=True)
+        fresh = torch.ones_like(key)  # 1 where another row begins
+        fresh[1:] = key[1:] != key[:-1]
+        row_counts = torch.zeros_like(starts).scatter_add_(0, rank[order], fresh)[: self.ranks]
+        counts = torch.stack([4 * row_counts + learning, count_experts(rank, self.ranks + 1)[: self.ranks]], 1)
         arriving = torch.empty_like(counts)
         dist.all_to_all_single(arriving, counts, group=self.group)
-        rows_out, notes_out = counts.T.tolist()
-        rows_in, notes_in = arriving.T.tolist()
-        starts = row_counts.cumsum(0) - row_counts
-        sent = away[order]
-        notes = torch.stack([place - starts[owner[sent]], routing.expert[sent] - bounds[owner[sent]]], 1)
+        out, into = torch.stack([counts, arriving]).tolist()  # the one read of the host
+        rows_out, rows_in = ([number >> 2 for number, _ in numbers] for numbers in (out, into))
+        notes_out, notes_in = ([number for _, number in numbers] for numbers in (out, into))
+        sent = order[: sum(notes_out)]
+        place = (fresh.cumsum(0) - 1)[: len(sent)]
+        notes = torch.stack([place - _before(row_counts)[owner[sent]], routing.expert[sent] - starts[owner[sent]]], 1)
         came = _all_to_all(notes, notes_out, notes_in, self.group)
-        offsets = (arriving[:, 0].cumsum(0) - arriving[:, 0]).repeat_interleave(arriving[:, 1])
+        ends = arriving[:, 1].cumsum(0)
+        sender = torch.searchsorted(ends, torch.arange(len(came), device=ends.device), right=True)
+        wanted = functools.reduce(operator.or_, (number & 3 for number, _ in into))
+        row_token = routing.token.new_zeros(sum(rows_out)).scatter_(0, place, routing.token[sent])
         return _Plan(
-            rows % max(routing.num_tokens, 1), sent, rows_out, rows_in, notes_out, notes_in,
-            came[:, 0] + offsets, came[:, 1],
+            row_token, order, len(sent), rows_out, rows_in, notes_out, notes_in,
+            came[:, 0] + _before(arriving[:, 0] >> 2)[sender], came[:, 1], wanted,
         )  # fmt: skip
 
     def forward_one(self, expert: int, rows: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
@@ -208,20 +232,23 @@ class ShardedExperts(nn.Module):
 
 @dataclass(frozen=True)
 class _Plan:
-    """row_token: token of each row that leaves; order: the assignments that leave, in the order of their notes.
+    """row_token: token of each row that leaves; order: the assignments, first the ``leaving`` ones in the order of
+    their notes, then those that stay.
 
     *_out, *_in: how many rows and notes go to, and come from, each rank. received_row, received_expert: for each note
-    that came, its row among those that came and the expert here.
+    that came, its row among those that came and the expert here. learning: what the ranks together want.
     """
 
     row_token: Int[Tensor, "R"]
     order: Int[Tensor, "N"]
+    leaving: int
     rows_out: list[int]
     rows_in: list[int]
     notes_out: list[int]
     notes_in: list[int]
     received_row: Int[Tensor, "M"]
     received_expert: Int[Tensor, "M"]
+    learning: int
 
 
 def shares(num_experts: int, ranks: int) -> list[int]:
@@ -275,10 +302,13 @@ class _Trip:
 
 
 class _Leave(torch.autograd.Function):
-    """Starts the exchange of tensors, and returns them for :class:`_Arrive` alone. Backward: their gradients came."""
+    """Starts the exchange of tensors, and returns them for :class:`_Arrive` alone. Backward: their gradients came.
+
+    anchor: learns if the tensors of any rank do, so that all take part in the exchange of gradients.
+    """
 
     @staticmethod
-    def forward(ctx: Any, trip: _Trip, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, trip: _Trip, anchor: Tensor, *tensors: Tensor) -> Any:
         ctx.trip = trip
         trip.leave(tensors)
         return tuple(tensor.view_as(tensor) for tensor in tensors)
@@ -287,7 +317,7 @@ class _Leave(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         ctx.trip.returning.arrived()
         ctx.trip.returning = None
-        return None, *gradients
+        return None, None, *gradients
 
 
 class _Arrive(torch.autograd.Function):
@@ -307,14 +337,17 @@ class _Arrive(torch.autograd.Function):
         return None, *ctx.trip.returning.leave(gradients)
 
 
-def _exchanged(rows: Tensor, trip: _Trip) -> Tensor:
-    """rows [Σ out, ...] → [Σ into, ...], those of each rank in the order of the ranks."""
-    (received,) = _Arrive.apply(trip, *_Leave.apply(trip, rows))
-    return received
+def _anchor(x: Tensor, *, learns: bool) -> Tensor:
+    return x.new_empty(0).requires_grad_(learns)
+
+
+def _before(counts: Int[Tensor, "R"]) -> Int[Tensor, "R"]:
+    """How many come before those of each rank."""
+    return counts.cumsum(0) - counts
 
 
 def _all_to_all(rows: Tensor, out: list[int], into: list[int], group: dist.ProcessGroup | None) -> Tensor:
-    """:func:`_exchanged` of what has no gradient."""
+    """rows [Σ out, ...] → [Σ into, ...], those of each rank in the order of the ranks; without gradient."""
     trip = _Trip(group, (out,), (into,))
     trip.leave((rows,))
     (received,) = trip.arrived()

@@ -20,6 +20,7 @@ from pruning.saliency import (
     activation_importance,
     attention_confidence,
     expert_importance,
+    expert_neuron_importance,
     gate_importance,
     gradient_scores,
     grasp_scores,
@@ -44,7 +45,15 @@ from pruning.schedules import cubic, linear, one_shot
 from pruning.selection import select_units
 from pruning.sparsifier import Sparsifier, sparsify
 from pruning.structure import block, columns, n_of_m, rows, unstructured
-from pruning.structured import PruneReport, prune_experts, prune_heads, prune_layers, prune_neurons, prune_width
+from pruning.structured import (
+    PruneReport,
+    prune_expert_neurons,
+    prune_experts,
+    prune_heads,
+    prune_layers,
+    prune_neurons,
+    prune_width,
+)
 from pruning.surgery import count_parameters, predict_parameters, shrink
 from pruning.torch_prune import from_torch_prune, to_torch_prune
 from pruning.weights import prunable_weights
@@ -71,6 +80,7 @@ __all__ = [
     "encode",
     "erk",
     "expert_importance",
+    "expert_neuron_importance",
     "fold_constant_neurons",
     "from_torch_prune",
     "gate_importance",
@@ -104,6 +114,7 @@ __all__ = [
     "predict_parameters",
     "prunable_axes",
     "prunable_weights",
+    "prune_expert_neurons",
     "prune_experts",
     "prune_heads",
     "prune_layers",

@@ -44,6 +44,10 @@ class Axis:
     multiple: what must divide the number of units that stay, where grouped products over stacked experts read rows of
     them, which must be multiples of 16 bytes.
     flattened: whether the gate module sees [B·L, size·width], a batch's samples one after the other.
+    stacked: the groups are the E matrices of stacked parameters [E, ...] (the neurons inside experts): unit
+    e·group_size + f is index offset + f of ``dim`` in matrix e alone, and e its index of dimension 0. Every group stays
+    and keeps equally many units, others in each. ``gate`` then names the module that holds the stacks, and the last
+    slice is the one that reads the units. ``multiple`` counts the units of one group.
     resize(kept): called once the tensors are sliced, with the sorted indices of the surviving units (maybe none).
     owner: the model that `resize` rewrites, weakly, as `prunable_axes` says it; None for axes made by hand, of which
     only their maker knows. Axes are equal whatever their owner is: those of a copy equal those of the original.
@@ -63,6 +67,7 @@ class Axis:
     least: int = 0
     flattened: bool = False
     multiple: int = 1
+    stacked: bool = False
     owner: weakref.ref[nn.Module] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +77,8 @@ class Axis:
             raise ValueError(
                 f"modules of axis {self.name!r} must name size={self.size} modules, got {len(self.modules)}"
             )
+        if self.stacked and (self.width != 1 or any(piece.width != 1 or piece.grouped for piece in self.slices)):
+            raise ValueError(f"stacked axis {self.name!r} must have units of width 1 and no grouped slice")
 
     @property
     def group_size(self) -> int:

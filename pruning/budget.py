@@ -41,7 +41,9 @@ class BudgetReport:
     quartiles: tuple[float, float] | None = None
 
     def __str__(self) -> str:
-        units = ", ".join(f"{count} of {self.total[kind]} {kind}s" for kind, count in self.removed.items())
+        units = ", ".join(
+            f"{count} of {self.total[kind]} {kind.replace('_', ' ')}s" for kind, count in self.removed.items()
+        )
         share = self.parameters_after / self.parameters_before
         spread = "" if self.quartiles is None else "; quartiles {:.2%} and {:.2%}".format(*self.quartiles)
         return (

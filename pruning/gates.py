@@ -1,7 +1,7 @@
 """Gates on the units of an axis: what switches heads and neurons off without surgery."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,19 +16,40 @@ def gated(model: nn.Module, axes: Sequence[Axis], gates: Mapping[str, Tensor]) -
     """Inside the context the input of each axis' gate module is multiplied by `gates[axis.name]`.
 
     A gate has shape [size], or [B, size] to give each sample its own (one backward then yields every sample's
-    gradient). Yields the set of axis names whose gate module has run so far; hooks go on exit, errors included.
-    Raises: ValueError if an input is not [B, ..., size·width], and for axes of experts."""
+    gradient). Units of stacked experts are gated by the columns of the matrix that reads them, and take [size] alone.
+    Yields the set of axis names whose gate module has run so far; hooks go on exit, errors included.
+    Raises: ValueError if an input is not [B, ..., size·width], for axes of experts, and for stacked axes with a gate
+    for each sample."""
     ran: set[str] = set()
-    handles = []
-    try:
+    with ExitStack() as stack:
         for axis in axes:
             _check_gate(axis)
-            hook = _multiplier(axis, gates[axis.name], ran)
-            handles.append(axis.gate_module(model).register_forward_pre_hook(hook))
+            if axis.stacked:
+                stack.enter_context(_scaled_columns(model, axis, gates[axis.name], ran))
+            else:
+                hook = _multiplier(axis, gates[axis.name], ran)
+                stack.callback(axis.gate_module(model).register_forward_pre_hook(hook).remove)
         yield ran
+
+
+@contextmanager
+def _scaled_columns(model: nn.Module, axis: Axis, gate: Tensor, ran: set[str]) -> Iterator[None]:
+    """Inside the context the matrices that read the units are a product with the gate, in place of the parameter."""
+    if gate.ndim != 1:
+        raise ValueError(f"axis {axis.name!r} of stacked units takes one gate [size] for all samples, got "
+                         f"{list(gate.shape)}: give it samples one by one")  # fmt: skip
+    owner, _, name = axis.slices[-1].parameter.rpartition(".")
+    module = model.get_submodule(owner)
+    whole = module.get_parameter(name)
+    shape = [axis.groups, *[1] * (whole.ndim - 1)]
+    shape[axis.slices[-1].dim] = axis.group_size
+    # as torch.func.functional_call does; the parameter keeps its place in the order of parameters
+    module._parameters[name] = whole * gate.view(shape).to(whole.dtype)  # type: ignore[assignment]
+    try:
+        ran.add(axis.name)
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        module._parameters[name] = whole
 
 
 def _check_gate(axis: Axis) -> None:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from pruning.batches import Batch, Loss
 from pruning.lottery import LAYER, stretched, transferred
 from pruning.masking import Masks, check_kept, check_same, clear_gradients
+from pruning.resuming import check_named, named
 from pruning.sanity import reinitialise, shuffle_masks
 from pruning.sparsifier import sparsify
 from pruning.weights import growable_weights
@@ -51,13 +52,21 @@ class Prescribed:
         return self._masks
 
     def state_dict(self) -> dict[str, Any]:
-        """The masks, for a checkpoint."""
-        return {"masks": self._masks.state_dict()}
+        """Name and masks, for a checkpoint."""
+        return named(self) | {"masks": self._masks.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state_dict()``. Raises: ValueError if the masks are not of the same weights."""
+        """Go on from ``state_dict()``.
+
+        Raises: ValueError if it is another method's, or its masks are of other weights or hold another number of zeros:
+        then they are not those that this run was asked for."""
+        check_named(state, self, unnamed=("masks",))
         check_same(state["masks"], self._masks.kept)
-        self._masks = transferred(Masks.from_state_dict(state["masks"]), self.model)
+        masks = Masks.from_state_dict(state["masks"])
+        if masks.zeros != self._masks.zeros:
+            raise ValueError(f"masks must have {masks.zeros} zeros, as in the state, got {self._masks.zeros}: "
+                             "go on with the method, sparsity and mask of before")  # fmt: skip
+        self._masks = transferred(masks, self.model)
         self._masks.apply(self.model)
 
 

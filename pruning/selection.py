@@ -31,10 +31,15 @@ def select_units(
     Independent units are sorted (lowest score first; equal scores by position: earlier axis, then earlier unit, goes
     first). Grouped axes are solved exactly, as a knapsack over the best (groups, units) choice of each axis for each
     count; of equal totals the earlier axis loses more.
-    scores: [size] for each axis. Raises: ValueError if a score is missing, misshapen or not finite."""
+    Stacked axes lose of every group its lowest, as many from each (and `multiple` of them at a time), in the order of
+    the mean score: the optimum where the axes have equally many groups. Of them min_units counts for each group.
+    scores: [size] for each axis. Raises: ValueError if a score is missing, misshapen or not finite, and for stacked
+    axes among others."""
     check_scores(scores, axes)
     if min_units < 0:
         raise ValueError(f"min_units must be >= 0, got {min_units}")
+    if any(axis.stacked for axis in axes):
+        return _stacked(scores, axes, count, min_units)
     if all(axis.groups == 1 or axis.group_size == 1 for axis in axes):
         return _lowest(scores, axes, count, min_units)
     tables = {axis.name: _table(scores[axis.name], axis) for axis in axes}
@@ -51,7 +56,7 @@ def select_alike(
     The axes have equally many units in equally many groups, and end with equally many groups of equally many units:
     of the shapes whose count is the largest feasible that does not exceed `count`, the one with the least total score
     over all axes. Each axis then keeps its best units of that shape. Raises: as `select_units`."""
-    if all(axis.groups == 1 or axis.group_size == 1 for axis in axes):
+    if all(axis.groups == 1 or axis.group_size == 1 or axis.stacked for axis in axes):
         found = [select_units(scores, [axis], count=count, min_units=min_units) for axis in axes]
         return {name: units for kept in found for name, units in kept.items()}
     check_scores(scores, axes)
@@ -66,17 +71,29 @@ def select_alike(
 def completed(axis: Axis, units: Sequence[int]) -> list[int]:
     """`units` and the others that must stay with them for surgery to take the set: sorted.
 
-    `axis.least` units stay, and every group that keeps one keeps as many as the fullest; the first ones fill up.
+    `axis.least` units stay, and every group that keeps one keeps as many as the fullest; the first ones fill up. Of a
+    stacked axis every group keeps at least one, and a multiple of `axis.multiple`.
 
     >>> completed(heads, [0, 2, 3])  # four heads on two key-value heads
     [0, 1, 2, 3]"""
     stays = set(units)
+    if axis.stacked:
+        return _completed_stack(axis, stays)
     stays |= set([unit for unit in range(axis.size) if unit not in stays][: max(0, axis.least - len(stays))])
     rows = [range(group * axis.group_size, (group + 1) * axis.group_size) for group in range(axis.groups)]
     counts = [len(stays.intersection(row)) for row in rows]
     for row, count in zip(rows, counts, strict=True):
         if count:
             stays |= set([unit for unit in row if unit not in stays][: max(counts) - count])
+    return sorted(stays)
+
+
+def _completed_stack(axis: Axis, stays: set[int]) -> list[int]:
+    rows = [range(group * axis.group_size, (group + 1) * axis.group_size) for group in range(axis.groups)]
+    most = max(1, *(len(stays.intersection(row)) for row in rows))
+    count = min(-(-most // axis.multiple) * axis.multiple, axis.group_size)
+    for row in rows:
+        stays = stays | set([unit for unit in row if unit not in stays][: count - len(stays.intersection(row))])
     return sorted(stays)
 
 
@@ -110,6 +127,32 @@ def _lowest(scores: Mapping[str, Tensor], axes: Sequence[Axis], count: int, min_
         axis.name: [unit for unit in range(axis.size) if (position, unit) not in gone]
         for position, axis in enumerate(axes)
     }
+
+
+def _stacked(scores: Mapping[str, Tensor], axes: Sequence[Axis], count: int, min_units: int) -> dict[str, list[int]]:
+    for axis in axes:
+        if not axis.stacked:
+            raise ValueError(f"stacked axes are chosen apart from others, got {axis.name!r} among them")
+    candidates = []
+    for position, axis in enumerate(axes):
+        ranked = np.sort(_table(scores[axis.name], axis), axis=1)
+        spare = axis.group_size - max(1, min(min_units, axis.group_size), -(-axis.least // axis.groups))
+        start = 0
+        for end in range(axis.group_size % axis.multiple or axis.multiple, spare + 1, axis.multiple):
+            candidates.append((float(ranked[:, start:end].mean()), position, start, end))
+            start = end
+    gone, left = [0] * len(axes), count
+    for _, position, start, end in sorted(candidates):
+        # one that does not fit ends its axis, whose next ones are as large
+        if gone[position] == start and (end - start) * axes[position].groups <= left:
+            left -= (end - start) * axes[position].groups
+            gone[position] = end
+    return {axis.name: _highest(scores[axis.name], axis, less) for axis, less in zip(axes, gone, strict=True)}
+
+
+def _highest(scores: Tensor, axis: Axis, less: int) -> list[int]:
+    order = np.argsort(_table(scores, axis), axis=1, kind="stable")[:, less:]
+    return (np.sort(order, axis=1) + axis.group_size * np.arange(axis.groups)[:, None]).reshape(-1).tolist()
 
 
 def _table(scores: Tensor, axis: Axis) -> np.ndarray:

@@ -27,6 +27,7 @@ from pruning.criteria import (
 )
 from pruning.mask_selection import select_masks
 from pruning.masking import Masks, check_kept, clear_gradients
+from pruning.resuming import check_named, named
 from pruning.saliency.data_free import magnitude
 from pruning.schedules import Schedule
 from pruning.sharding import as_wholes, sharded_as, spread_layouts
@@ -279,13 +280,14 @@ class Sparsifier:
         return self._masks
 
     def state_dict(self) -> dict[str, Any]:
-        """step, sparsity and masks, for a checkpoint."""
-        return {"step": self.step, "sparsity": self.sparsity, "masks": self._masks.state_dict()}
+        """name, step, sparsity and masks, for a checkpoint."""
+        return named(self) | {"step": self.step, "sparsity": self.sparsity, "masks": self._masks.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`; the masks are applied to the model at once.
 
-        Raises: ValueError if the masks are not those of this model's prunable weights."""
+        Raises: ValueError if it is another method's, or the masks are not those of this model's prunable weights."""
+        check_named(state, self, unnamed=("step", "sparsity", "masks"))
         masks = Masks.from_state_dict({name: mask.to(self._weights[name].device) if name in self._weights else mask
                                        for name, mask in state["masks"].items()})  # fmt: skip
         if masks.kept.keys() != self._weights.keys():

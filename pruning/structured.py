@@ -35,7 +35,7 @@ class PruneReport:
 
     def __str__(self) -> str:
         gone, total = sum(map(len, self.removed.values())), sum(map(len, self.kept.values()))
-        units = "channels" if self.kind == "width" else f"{self.kind}s"
+        units = "channels" if self.kind == "width" else f"{self.kind.replace('_', ' ')}s"
         lines = [f"removed {gone} of {gone + total} {units} ({self.achieved:.1%}; asked {self.asked:.1%})"]
         for name, left in self.removed.items():
             if left:
@@ -113,6 +113,31 @@ def prune_experts(
     return _prune(model, "expert", scores, axes_of(model, "expert", axes), fraction, layerwise, min_experts)
 
 
+def prune_expert_neurons(
+    model: nn.Module,
+    scores: Mapping[str, Tensor] | None = None,
+    *,
+    fraction: float,
+    layerwise: bool = False,
+    min_neurons: int = 1,
+    axes: Sequence[Axis] | None = None,
+) -> PruneReport:
+    """Remove ⌊fraction · neurons⌋ neurons inside the experts of `model`, in place, so that its stacks get narrower.
+
+    Each expert loses its own least important neurons, and all experts of a layer equally many: E neurons are a step,
+    and where grouped products ask for rows of 16 bytes, a multiple of it (`Axis.multiple`). Layers go by the mean score
+    of the next step. The shared expert of this library's layers counts as a stack of one.
+    scores: [E·F] by axis, expert by expert, as `expert_neuron_importance`, `gate_importance` and
+    `magnitude_importance` make them; None ranks by magnitude. Units of the report are e·F + f, neuron f of expert e.
+    min_neurons: that each expert keeps, 1 at least.
+
+    >>> print(prune_expert_neurons(model, expert_neuron_importance(model, batches), fraction=0.25))
+    Raises: as `prune_heads`."""
+    chosen = axes_of(model, "expert_neuron", axes)
+    scores = magnitude_importance(model, chosen) if scores is None else scores
+    return _prune(model, "expert_neuron", scores, chosen, fraction, layerwise, min_neurons)
+
+
 def prune_layers(
     model: nn.Module,
     scores: Mapping[str, Tensor],
@@ -180,6 +205,8 @@ def _prune(
         size = sum(axis.size for axis in axes)
         left = -(-(size - removal_count(fraction, size)) // multiple) * multiple
         kept = select_units(scores, axes, count=max(0, size - left), min_units=least)
+        if size > left and all(axis.stacked and len(kept[axis.name]) == axis.size for axis in axes):
+            _warn_whole(scores, axes, size - left, least)
     before, predicted = count_parameters(model), predict_parameters(model, axes, kept)
     shrink(model, axes, kept)
     after = count_parameters(model)
@@ -213,10 +240,18 @@ def _alike(scores: Mapping[str, Tensor], axes: Sequence[Axis], fraction: float, 
     return kept
 
 
+def _steps(axis: Axis, count: int) -> range:
+    """Numbers of units above `count` that might go; of a stacked axis the least that can."""
+    if axis.stacked:
+        step = axis.groups * (axis.group_size % axis.multiple or axis.multiple)
+        return range(step, min(step, axis.size - axis.groups) + 1)
+    return range(count + 1, axis.size + 1)
+
+
 def _warn_whole(scores: Mapping[str, Tensor], axes: Sequence[Axis], count: int, least: int) -> None:
     """That nothing goes of these axes, though `count` units of each were asked for, and how many could go at least."""
     axis = axes[0]
-    for more in range(count + 1, axis.size + 1):
+    for more in _steps(axis, count):
         left = len(select_alike(scores, axes, count=more, min_units=least)[axis.name])
         if left < axis.size:
             way = f"the least that can go is {more} of {axis.size}, fraction={more / axis.size:.4f}"
@@ -225,5 +260,5 @@ def _warn_whole(scores: Mapping[str, Tensor], axes: Sequence[Axis], count: int, 
         way = f"none of its {axis.size} can go"
     warnings.warn(
         f"nothing was removed from {axis.name!r} and {len(axes) - 1} axes like it, of each of which {count} "
-        f"{axis.kind}s were asked: {axis.groups} groups must stay alike, and {way}", stacklevel=4,
+        f"{axis.kind.replace('_', ' ')}s were asked: {axis.groups} groups must stay alike, and {way}", stacklevel=4,
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Axis + indices → smaller parameters: units leave every tensor that holds a part of them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +15,19 @@ from pruning.model_axes import axes_within
 
 @dataclass(frozen=True)
 class Cut:
-    """One tensor's surgery: `kept` holds the indices that stay of each listed dimension."""
+    """One tensor's surgery: `kept` holds the indices that stay of each listed dimension; `within`, of stacked
+    matrices, those that stay in each matrix."""
 
     parameter: nn.Parameter
     names: tuple[str, ...]
     kept: dict[int, list[int]]
+    within: dict[int, list[list[int]]] = field(default_factory=dict)
 
     def numel(self) -> int:
         """Elements after the cut."""
         shape = list(self.parameter.shape)
+        for dim, rows in self.within.items():
+            shape[dim] = len(rows[0])
         for dim, indices in self.kept.items():
             shape[dim] = len(indices)
         return torch.Size(shape).numel()
@@ -60,17 +65,21 @@ def plan(model: nn.Module, axes: Sequence[Axis], kept: Mapping[str, Sequence[int
         _check_multiple(axis, len(kept[axis.name]))
         check_groups(axis, kept[axis.name])
         for (name, dim), indices in _kept_indices(parameters, axis, kept[axis.name]).items():
-            parameter = parameters[name]
-            cut = cuts.setdefault(id(parameter), Cut(parameter, names[id(parameter)], {}))
-            if cut.kept.setdefault(dim, indices) != indices:
-                raise ValueError(
-                    f"axis {axis.name!r} must keep the same indices of {name!r} (dimension {dim}) as the "
-                    f"axis it is shared with, got {len(indices)} against {len(cut.kept[dim])}"
-                )
+            cut = cuts.setdefault(id(parameters[name]), Cut(parameters[name], names[id(parameters[name])], {}))
+            _set(cut.within if axis.stacked else cut.kept, axis, name, dim, indices)
     return list(cuts.values())
 
 
+def _set(part: dict[int, Any], axis: Axis, name: str, dim: int, indices: list[Any]) -> None:
+    if part.setdefault(dim, indices) != indices:
+        raise ValueError(
+            f"axis {axis.name!r} must keep the same indices of {name!r} (dimension {dim}) as the axis it is shared "
+            f"with, got {len(indices)} against {len(part[dim])}"
+        )
+
+
 def _check_multiple(axis: Axis, count: int) -> None:
+    count = count // axis.groups if axis.stacked else count
     if count % axis.multiple:
         raise ValueError(
             f"axis {axis.name!r} must keep a multiple of {axis.multiple} units, got {count}: grouped products over "
@@ -91,15 +100,20 @@ def check_groups(axis: Axis, kept: Sequence[int]) -> list[int]:
     counts = [sum(unit // axis.group_size == group for unit in kept) for group in range(axis.groups)]
     if len({count for count in counts if count}) > 1:
         raise ValueError(f"surviving groups of {axis.name!r} must keep equally many units, got {counts}")
+    if axis.stacked and not all(counts):
+        raise ValueError(f"each group of {axis.name!r} must keep at least one unit, got {counts}")
     return [group for group, count in enumerate(counts) if count]
 
 
 def _kept_indices(
     parameters: Mapping[str, nn.Parameter], axis: Axis, kept: Sequence[int]
-) -> dict[tuple[str, int], list[int]]:
-    """(parameter, dimension) → the indices that stay; several slices of one fused tensor are cut together."""
+) -> dict[tuple[str, int], list[Any]]:
+    """(parameter, dimension) → the indices that stay; several slices of one fused tensor are cut together. Of a
+    stacked axis a list for each matrix."""
+    if axis.stacked:
+        return _stacked_indices(parameters, axis, kept)
     groups = check_groups(axis, kept)
-    stays: dict[tuple[str, int], list[int]] = {}
+    stays: dict[tuple[str, int], list[Any]] = {}
     covered: dict[tuple[str, int], int] = {}
     for piece in axis.slices:
         units, count = (groups, axis.groups) if piece.grouped else (sorted(kept), axis.size)
@@ -107,13 +121,35 @@ def _kept_indices(
         starts = [piece.offset + unit * piece.width for unit in units]
         stays.setdefault(key, []).extend(i for start in starts for i in range(start, start + piece.width))
         covered[key] = covered.get(key, 0) + count * piece.width
+    _check_covered(parameters, axis, covered)
+    return {key: sorted(indices) for key, indices in stays.items()}
+
+
+def _stacked_indices(
+    parameters: Mapping[str, nn.Parameter], axis: Axis, kept: Sequence[int]
+) -> dict[tuple[str, int], list[Any]]:
+    rows: list[list[int]] = [[] for _ in range(axis.groups)]
+    for unit in sorted(kept):
+        rows[unit // axis.group_size].append(unit % axis.group_size)
+    stays: dict[tuple[str, int], list[list[int]]] = {}
+    covered: dict[tuple[str, int], int] = {}
+    for piece in axis.slices:
+        key = _key(parameters, piece, axis)
+        before = stays.get(key, [[] for _ in rows])
+        stays[key] = [one + [piece.offset + unit for unit in row] for one, row in zip(before, rows, strict=True)]
+        covered[key] = covered.get(key, 0) + axis.group_size
+        covered[key[0], 0] = axis.groups
+    _check_covered(parameters, axis, covered)
+    return {key: [sorted(one) for one in found] for key, found in stays.items()}
+
+
+def _check_covered(parameters: Mapping[str, nn.Parameter], axis: Axis, covered: Mapping[tuple[str, int], int]) -> None:
     for (name, dim), total in covered.items():
         if total != parameters[name].shape[dim]:
             raise ValueError(
                 f"slices of axis {axis.name!r} must cover dimension {dim} of {name!r}, "
                 f"{parameters[name].shape[dim]} long, got {total}"
             )
-    return {key: sorted(indices) for key, indices in stays.items()}
 
 
 def _key(parameters: Mapping[str, nn.Parameter], piece: Slice, axis: Axis) -> tuple[str, int]:
@@ -135,6 +171,10 @@ def _names(model: nn.Module) -> dict[int, tuple[str, ...]]:
 
 def _cut(cut: Cut) -> nn.Parameter:
     tensor: Tensor = cut.parameter.detach()
+    for dim, rows in cut.within.items():
+        shape = [len(rows), *[1] * (tensor.ndim - 1)]
+        shape[dim] = len(rows[0])
+        tensor = tensor.take_along_dim(torch.tensor(rows, device=tensor.device).view(shape), dim)
     for dim, indices in cut.kept.items():
         tensor = tensor.index_select(dim, torch.tensor(indices, dtype=torch.long, device=tensor.device))
     return nn.Parameter(tensor.contiguous(), requires_grad=cut.parameter.requires_grad)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from training.durable import replace_durably, sync_folder, write_durably
 from training.optim import Optimizers
+from training.same_model import check_same_model
 from training.state import join_tensors, split_tensors
 from training.tokenizer import Tokenizer
 from transformer import Transformer
@@ -78,14 +79,16 @@ def complete(aside: Path, folder: Path, *, keep: int, write: Write = write_durab
         shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path, *, model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
+def load_checkpoint(folder: Path, *, model: Transformer, optimizers: Optimizers) -> dict[str, Any]:
     """Put a checkpoint's weights and optimiser state in place, and return its ``state``.
 
     Raises: ValueError, naming the file and what to do, if a file is missing, cut short or changed, the weights have
-    other shapes than the model's, or the moments are another optimiser's. Nothing is changed then.
+    other shapes than the model's or are another model's, or the moments are another optimiser's. Nothing is changed
+    then.
     """
     weights, slots, state = read_checkpoint(folder)
     check_shapes(weights, model.state_dict(), folder / MODEL)
+    check_same_model(folder, model)
     load_optimizers(optimizers, slots, model=model)
     model.load_state_dict(weights)
     return state

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,8 +26,9 @@ from training.commands import (
     upcycle_command,
 )
 from training.config import RunConfig, load_config
-from training.distributed import launcher, torchrun_environment
-from training.distributed.faults import LostRankError
+from training.distributed import Environment, joined, launcher, torchrun_environment
+from training.distributed.agreement import require_same_config
+from training.distributed.faults import LostRankError, in_words
 from training.finite import NonFiniteError
 from training.run import train
 
@@ -87,15 +89,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(0)
     try:
         sys.exit(_dispatch(arguments[0], arguments[1:]))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         if debug:
             raise
-        print("interrupted: work since the last checkpoint is lost, checkpoints are whole", file=sys.stderr)
+        known = str(stopped) or "interrupted: work since the last checkpoint is lost, checkpoints are whole"
+        print(known, file=sys.stderr)
         sys.exit(INTERRUPTED + signal.SIGINT)
     except (ValueError, OSError, ImportError, NonFiniteError, RuntimeError) as error:  # Runtime: torch, e.g. no memory
         if debug:
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
+        print(f"error: {in_words(error)}", file=sys.stderr, flush=True)
         if isinstance(error, LostRankError):
             os._exit(1)  # threads of torch.distributed still wait for the rank that is gone
         sys.exit(1)
@@ -109,9 +112,8 @@ def _dispatch(name: str, argv: list[str]) -> int:
 
 def _train(argv: list[str]) -> int:
     file, flags = _file_first(argv)
-    default = TrainArguments(run=RunConfig() if file is None else load_config(file))
-    arguments = tyro.cli(TrainArguments, args=flags, default=default, prog=f"{PROGRAM} train [CONFIG.toml]")
     environment = torchrun_environment()
+    arguments = _train_arguments(file, flags, environment)
     console = Console(quiet=environment is not None and environment.rank > 0)
     outcome = train(
         arguments.run,
@@ -129,6 +131,27 @@ def _train(argv: list[str]) -> int:
     command = shlex.join([*launcher(environment), "train", *given, *_without_start(flags), "--resume"])
     console.print(f"stopped by {outcome.stopped}; go on with:\n  {command}", highlight=False, soft_wrap=True)
     return 0 if outcome.stopped == "stop_at" else INTERRUPTED + signal.Signals[outcome.stopped]
+
+
+def _train_arguments(file: Path | None, flags: list[str], environment: Environment | None) -> TrainArguments:
+    """The file and the flags over it; among many processes all hear of one that cannot read its own."""
+    try:
+        default = TrainArguments(run=RunConfig() if file is None else load_config(file))
+        return tyro.cli(TrainArguments, args=flags, default=default, prog=f"{PROGRAM} train [CONFIG.toml]")
+    except Exception as error:
+        if environment is not None:
+            _refuse_together(environment, in_words(error))
+        raise
+    except SystemExit as end:  # tyro has said why, or was asked for help
+        if environment is not None and end.code:
+            _refuse_together(environment, "the arguments of train are refused, see what was said above")
+        raise
+
+
+def _refuse_together(environment: Environment, problem: str) -> None:
+    """Raises: ValueError on every rank, with the problem of the first that has one."""
+    with joined(environment, agree=partial(require_same_config, {}, problem=problem)):
+        pass
 
 
 def _evaluate(argv: list[str]) -> int:
@@ -260,8 +283,3 @@ def _without_start(argv: Sequence[str]) -> list[str]:
         else:
             kept.append(argument)
     return kept
-
-
-def _one_line(error: BaseException) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror and error.filename is None else str(error)
-    return " ".join(text.split()) or type(error).__name__

@@ -1,7 +1,9 @@
 """Sparse gradients for data parallel training: each rank sends the few largest entries and remembers the rest."""
 
+import hashlib
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -12,6 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from training.remembered import Remembered
+from training.sparse_exchange import Sent, Traffic, begin_sparse_all_reduce, mark_of
+from training.unsent import check_unsent
+
 Method = Literal["topk", "randomk", "threshold", "dropping", "adacomp", "dgc"]
 METHODS = ("topk", "randomk", "threshold", "dropping", "adacomp", "dgc")
 # methods whose number of entries follows from the sizes, so that ranks need not tell it
@@ -19,24 +25,6 @@ COUNTED = ("topk", "randomk", "dropping", "dgc")
 # densities of the first fifths of the warm-up (Lin et al. 2018, section 3.3), then the one asked
 DGC_WARMUP = (0.25, 0.0625, 0.015625, 0.004)
 Reduced = torch.futures.Future[Tensor]
-
-
-@dataclass(frozen=True)
-class Sent:
-    """Entries of a flat gradient of ``size`` numbers that one rank sends: values[n] belongs to index[n]."""
-
-    index: Int[Tensor, "n"]
-    values: Float[Tensor, "n"]
-    size: int
-
-
-@dataclass
-class Traffic:
-    """What this rank has put on the wire since the start: bytes sent, and what dense all-reduce would have taken."""
-
-    sent: int = 0
-    dense: int = 0
-    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,6 +72,11 @@ def compress_gradients(
     backward pass goes on, values alone for "randomk"; where that would take as many bytes as the dense gradient, that
     is reduced instead. "threshold" and "adacomp" first agree on the length. Parameters that DDP ignores (sharded
     experts) stay local.
+
+    A gradient that is not finite on one rank makes the reduced one NaN on every rank, and no rank's r, u and v change
+    in that step: leave it out and go on, or stop. Nor do those of a parameter that no rank used in the step, to which
+    DDP gives no gradient (``find_unused_parameters``). So what is sent and what is remembered make up the sum. A step
+    that comes to nothing needs both the old and the new r, u and v: each is kept twice.
     Raises: ValueError for another method or numbers out of range; TypeError unless ``model`` is DDP.
 
     >>> compressor = compress_gradients(DistributedDataParallel(model), "topk", density=0.01)
@@ -91,24 +84,32 @@ def compress_gradients(
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(f"model must be a DistributedDataParallel, got {type(model).__name__}")
     _check(method, density, threshold, bin_size, momentum, clip, warmup)
-    names = {id(parameter): name for name, parameter in model.module.named_parameters()}
+    parameters = {
+        name: parameter
+        for name, parameter in model.module.named_parameters()
+        if parameter.requires_grad and name not in model.parameters_to_ignore
+    }
     compressor = GradientCompressor(
-        names, method, density=density, threshold=threshold, bin_size=bin_size, momentum=momentum, clip=clip,
+        parameters, method, density=density, threshold=threshold, bin_size=bin_size, momentum=momentum, clip=clip,
         warmup=warmup, error_feedback=error_feedback, seed=seed, group=model.process_group,
+        used=partial(_used, model, list(parameters)) if model.find_unused_parameters else None,
     )  # fmt: skip
     model.register_comm_hook(compressor, _hook)
+    # before the next backward pass: inside it DDP does not tell which parameters were used
+    model.register_forward_pre_hook(lambda *_: compressor.settle())
     return compressor
 
 
 class GradientCompressor:
     """What a rank remembers between steps: unsent gradients by parameter name, and the traffic so far.
 
-    names: id of each parameter → its name. The other arguments are those of :func:`compress_gradients`.
+    parameters: those that are reduced, by name. used: the names of those to which the last step gave a gradient; None:
+    all. The other arguments are those of :func:`compress_gradients`.
     """
 
     def __init__(
         self,
-        names: Mapping[int, str],
+        parameters: Mapping[str, Tensor],
         method: Method,
         *,
         density: float,
@@ -120,17 +121,34 @@ class GradientCompressor:
         seed: int,
         error_feedback: bool = True,
         group: Any = None,
+        used: Callable[[], Iterable[str]] | None = None,
     ) -> None:
-        self.names, self.method, self.group = names, method, group
+        self.parameters, self.method, self.group = dict(parameters), method, group
+        self.names = {id(parameter): name for name, parameter in parameters.items()}
         self.density, self.threshold, self.bin_size = density, threshold, bin_size
         self.momentum, self.warmup, self.seed = momentum, warmup, seed
         self.clip = None if clip == math.inf else clip
         self.error_feedback = error_feedback
         self.step = 0
-        self.residuals: dict[str, Tensor] = {}
-        self.velocities: dict[str, Tensor] = {}
         self.traffic = Traffic()
+        self._residuals, self._velocities, self._used = Remembered(), Remembered(), used
         self._waiting: list[tuple[Bucket, Reduced]] = []
+        # of the step under way or the last one: names of each bucket, and for each that was reduced 0, or NaN
+        self._begun: list[tuple[str, ...]] = []
+        self._marks: list[Tensor] = []
+        self._ended = True
+
+    @property
+    def residuals(self) -> dict[str, Tensor]:
+        """What this rank has not sent so far, by parameter, flat."""
+        self.settle()
+        return self._residuals.present
+
+    @property
+    def velocities(self) -> dict[str, Tensor]:
+        """Of "dgc", the momentum by parameter, flat."""
+        self.settle()
+        return self._velocities.present
 
     def present_density(self) -> float:
         """The share that this step sends."""
@@ -143,159 +161,146 @@ class GradientCompressor:
         """What to send of one parameter's flat gradient; the rest is remembered."""
         sent = self._dgc(name, gradient) if self.method == "dgc" else self._select(name, gradient)
         if not self.error_feedback:
-            self.residuals[name].zero_()
+            self._residuals.next(name, gradient).zero_()
         return sent
 
     def _select(self, name: str, gradient: Float[Tensor, "n"]) -> Sent:
-        residual = self._held(self.residuals, name, gradient)
-        total = residual + gradient
+        room = self._residuals.next(name, gradient)
+        total = torch.add(self._residuals.of(name, gradient), gradient, out=room)
         if self.method == "adacomp":
             index, values = _adacomp(total, gradient, self.bin_size)
         else:
             index = self._choose(name, total)
             values = total[index]
-        residual.copy_(total).index_add_(0, index, -values)
+        total.index_add_(0, index, -values)
         return Sent(index, values, gradient.numel())
 
     def _choose(self, name: str, total: Float[Tensor, "n"]) -> Int[Tensor, "k"]:
+        """Places to send. NaN counts as the largest, so that it is sent and every rank learns of it."""
         count = max(1, math.ceil(self.present_density() * total.numel()))
         if self.method == "threshold":
-            return (total.abs() >= self.threshold).nonzero().squeeze(1)
+            return (total.abs() < self.threshold).logical_not_().nonzero().squeeze(1)
         if self.method == "randomk":
-            generator = torch.Generator().manual_seed(hash((self.seed, self.step, name_number(name))) % 2**63)
+            generator = torch.Generator().manual_seed(draw_seed(self.seed, self.step, name))
             return torch.randperm(total.numel(), generator=generator)[:count].to(total.device)
         return total.abs().topk(count).indices
 
     def _dgc(self, name: str, gradient: Float[Tensor, "n"]) -> Sent:
-        velocity, residual = self._held(self.velocities, name, gradient), self._held(self.residuals, name, gradient)
-        velocity.mul_(self.momentum).add_(gradient)
-        residual.add_(velocity)
+        old, room = self._velocities.of(name, gradient), self._velocities.next(name, gradient)
+        velocity = torch.add(gradient, old, alpha=self.momentum, out=room)
+        room = self._residuals.next(name, gradient)
+        residual = torch.add(self._residuals.of(name, gradient), velocity, out=room)
         index = self._choose(name, residual)
-        values = residual[index]
-        residual[index] = 0
-        velocity[index] = 0
+        values = residual.index_select(0, index)
+        residual.index_fill_(0, index, 0.0)
+        velocity.index_fill_(0, index, 0.0)
         return Sent(index, values, gradient.numel())
-
-    def _held(self, store: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
-        if name not in store:
-            store[name] = torch.zeros_like(like)
-        return store[name]
 
     def reduce(self, bucket: Bucket, *, last: bool) -> Reduced:
         """Start to replace a bucket's buffer by the mean over ranks of what they send; the result is the buffer.
 
         last: of the step. With ``clip`` nothing starts before it, as the norm is that of all buckets.
         """
-        reduced: Reduced = torch.futures.Future()
+        if self._ended:
+            self._begun, self._marks = [], []
+        self._ended = last
+        reduced = promise(bucket.buffer.device)
+        self._begun.append(bucket.names)
         self._waiting.append((bucket, reduced))
         if last or self.clip is None:
             waiting, self._waiting = self._waiting, []
-            self.clip_locally([part for held, _ in waiting for part in held.parts])
+            mark = self.clip_locally([part for held, _ in waiting for part in held.parts])
             for held, promised in waiting:
-                self._begin(held).add_done_callback(partial(_hand_over, promised))
+                self._begin(held, mark).add_done_callback(partial(self._hand_over, promised, held.buffer))
         if last:
             self.step += 1
             self.traffic.steps += 1
         return reduced
 
-    def _begin(self, bucket: Bucket) -> Any:
+    def _hand_over(self, promised: Reduced, buffer: Tensor, done: Any) -> None:
+        try:
+            reduced = done.value()
+        except RuntimeError as error:  # another rank is gone: whoever waits is told
+            self._marks.append(torch.full_like(mark_of(buffer), math.nan))
+            promised.set_exception(error)  # type: ignore[arg-type]  # torch's stub asks for a result
+            return
+        promised.set_result(reduced)
+
+    def settle(self) -> None:
+        """What the last step wrote takes its place, if all that was reduced is finite: of parameters that got it.
+
+        Called by the next forward pass of the model, and whenever residuals or velocities are looked at.
+        """
+        if not (self._ended and self._begun) or len(self._marks) < len(self._begun):
+            return
+        names, finite = set(itertools.chain(*self._begun)), bool(torch.stack(self._marks).isfinite().all())
+        self._begun, self._marks = [], []
+        if finite:
+            got = names if self._used is None else names.intersection(self._used())
+            self._residuals.settle(got)
+            self._velocities.settle(got)
+
+    def _begin(self, bucket: Bucket, mark: Float[Tensor, ""] | None) -> Any:
         if self.method == "dropping":
             sent = self._drop(bucket)
         else:
             pairs = zip(bucket.names, bucket.parts, strict=True)
             sent = _joined([self.compress(name, part) for name, part in pairs])
+        if self.method == "randomk":  # what is not finite need not be among the places drawn
+            mark = mark_of(bucket.buffer) if mark is None else mark
+            sent = Sent(sent.index, sent.values + mark, sent.size)
         return begin_sparse_all_reduce(
-            sent, bucket.buffer, counted=self.method in COUNTED, same_index=self.method == "randomk",
-            group=self.group, traffic=self.traffic,
+            sent, bucket.buffer, counted=self.method in COUNTED,
+            same_index=self.method == "randomk", group=self.group, traffic=self.traffic, marks=self._marks,
         )  # fmt: skip
 
     def _drop(self, bucket: Bucket) -> Sent:
         """The parameters of a bucket compete; they are remembered by name, as buckets are rebuilt."""
         pairs = zip(bucket.names, bucket.parts, strict=True)
-        residuals = [self._held(self.residuals, name, part) for name, part in pairs]
+        residuals = [self._residuals.of(name, part) for name, part in pairs]
         total = torch.cat([r + g for r, g in zip(residuals, bucket.parts, strict=True)])
         index = total.abs().topk(max(1, math.ceil(self.present_density() * total.numel()))).indices
         values = total[index]
         left = total.index_fill(0, index, 0.0)
-        for residual, rest in zip(residuals, left.split([part.numel() for part in bucket.parts]), strict=True):
-            residual.copy_(rest if self.error_feedback else torch.zeros_like(rest))
+        for name, rest in zip(bucket.names, left.split([part.numel() for part in bucket.parts]), strict=True):
+            self._residuals.next(name, rest).copy_(rest if self.error_feedback else torch.zeros_like(rest))
         return Sent(index, values, total.numel())
 
-    def clip_locally(self, gradients: list[Tensor]) -> None:
-        """Scale this rank's gradients to the norm clip / √ranks, for a sum whose norm is about ``clip``."""
+    def clip_locally(self, gradients: list[Tensor]) -> Float[Tensor, ""] | None:
+        """Scale this rank's gradients to the norm clip / √ranks, for a sum whose norm is about ``clip``.
+
+        Returns 0, or NaN if the norm is not finite, as all gradients then are; None without ``clip``.
+        """
         if self.clip is None:
-            return
+            return None
         limit = self.clip / math.sqrt(dist.get_world_size(self.group))
         norm = torch.nn.utils.get_total_norm(gradients)
+        # a norm of infinity must not end as gradients of 0
+        mark = mark_of(norm)
+        scale = (limit / norm.clamp_min(1e-12)).clamp(max=1.0) + mark
         for gradient in gradients:
-            gradient.mul_((limit / norm.clamp_min(1e-12)).clamp(max=1.0))
+            gradient.mul_(scale)
+        return mark
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, residuals and velocities of this rank, for its checkpoint."""
-        return {"step": self.step, "residuals": dict(self.residuals), "velocities": dict(self.velocities)}
+        """Method, momentum, step, and copies of the residuals and velocities of this rank, for its checkpoint."""
+        held = {"residuals": self.residuals, "velocities": self.velocities}
+        copies = {kind: {name: tensor.clone() for name, tensor in store.items()} for kind, store in held.items()}
+        return {"method": self.method, "momentum": self.momentum, "step": self.step, **copies}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state_dict()``. Raises: ValueError for a parameter that the model does not have."""
-        known = set(self.names.values())
+        """Go on from ``state_dict()``: residuals are a sum of gradients, which every method goes on to send.
+
+        Raises: ValueError for a parameter that the model does not have or reduce, or of another size; and for the
+        momentum of "dgc" where another method would drop it.
+        """
         for kind in ("residuals", "velocities"):
-            if odd := sorted(set(state[kind]) - known):
-                raise ValueError(f"{kind} must be of the model's parameters, got {odd[0]!r}")
-        self.step = state["step"]
-        self.residuals, self.velocities = dict(state["residuals"]), dict(state["velocities"])
-
-
-def sparse_all_reduce(sent: Sent, *, group: Any = None, traffic: Traffic | None = None) -> Float[Tensor, "size"]:
-    """Σ over ranks of the sparse vectors, dense on every rank: :func:`begin_sparse_all_reduce`, waited for."""
-    into = sent.values.new_empty(sent.size)
-    begin_sparse_all_reduce(sent, into, group=group, traffic=traffic).wait()
-    return into
-
-
-def begin_sparse_all_reduce(
-    sent: Sent,
-    into: Float[Tensor, "size"],
-    *,
-    counted: bool = False,
-    same_index: bool = False,
-    group: Any = None,
-    traffic: Traffic | None = None,
-) -> Any:
-    """Start Σ over ranks of the sparse vectors, dense into ``into`` on every rank; returns its future.
-
-    Streams of (int32 or int64 index, value) are gathered in one exchange (SparCML, Renggli et al. 2019,
-    arXiv:1802.08021, whose recursive doubling is not used); where the longest of them times the ranks would outweigh
-    the dense vector, the vector itself is reduced. counted: every rank sends as many entries; else their numbers go
-    round first. same_index: at the same places, so that the values alone are reduced.
-    Bytes sent by a rank: (R − 1)·n·(4 or 8 + bytes of a value), 2·(R − 1)/R·n·(bytes of a value) for the values alone,
-    and 2·(R − 1)·8 for the numbers.
-    """
-    ranks = dist.get_world_size(group)
-    most = sent.index.numel() if counted else _longest(sent, group)
-    width, wide = sent.values.element_size(), torch.int32 if sent.size < 2**31 else torch.int64
-    dense_bytes = 2 * sent.size * width * (ranks - 1) // ranks
-    stream_bytes = most * (wide.itemsize + width) * (ranks - 1)
-    if same_index:
-        stream_bytes = 2 * most * width * (ranks - 1) // ranks
-    if traffic is not None:
-        traffic.sent += min(stream_bytes, dense_bytes) + (0 if counted else 16 * (ranks - 1))
-        traffic.dense += dense_bytes
-    if stream_bytes >= dense_bytes:
-        into.zero_().index_add_(0, sent.index, sent.values)
-        return dist.all_reduce(into, group=group, async_op=True).get_future().then(partial(_reduced, into, None))
-    if same_index:
-        work = dist.all_reduce(sent.values, group=group, async_op=True)
-        return work.get_future().then(partial(_reduced, into, sent))
-    stream = _packed(sent, most, wide)
-    gathered = [torch.empty_like(stream) for _ in range(ranks)]
-    work = dist.all_gather(gathered, stream, group=group, async_op=True)
-    return work.get_future().then(partial(_summed, stream, gathered, into, most, wide))
-
-
-def _longest(sent: Sent, group: Any) -> int:
-    counts = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=sent.values.device)
-    counts[dist.get_rank(group)] = sent.index.numel()
-    dist.all_reduce(counts, group=group)
-    return int(counts.max())
+            check_unsent(kind, state[kind], self.parameters)
+        if state["velocities"] and self.method != "dgc":
+            raise ValueError(f"compression must be 'dgc', whose momentum is in the checkpoint, got {self.method!r}")
+        self._begun, self._marks, self.step = [], [], state["step"]
+        for kind, store in (("residuals", self._residuals), ("velocities", self._velocities)):
+            store.load({name: held.to(self.parameters[name].device) for name, held in state[kind].items()})
 
 
 def _joined(several: list[Sent]) -> Sent:
@@ -305,38 +310,6 @@ def _joined(several: list[Sent]) -> Sent:
         starts.append(starts[-1] + sent.size)
     index = torch.cat([sent.index + start for sent, start in zip(several, starts, strict=False)])
     return Sent(index, torch.cat([sent.values for sent in several]), starts[-1])
-
-
-def _packed(sent: Sent, most: int, wide: torch.dtype) -> Tensor:
-    """Indices, then values, as bytes, filled up to ``most`` entries with zeros at index 0."""
-    missing = most - sent.index.numel()
-    index = nn.functional.pad(sent.index.to(wide), (0, missing))
-    values = nn.functional.pad(sent.values, (0, missing))
-    return torch.cat([index.view(torch.uint8), values.view(torch.uint8)])
-
-
-def _reduced(into: Tensor, sent: Sent | None, done: Any) -> Tensor:
-    """What was reduced in place: ``into`` itself, or the values of ``sent``, which belong into it."""
-    done.value()  # an exchange that failed raises here
-    return into if sent is None else into.zero_().index_add_(0, sent.index, sent.values)
-
-
-def _summed(stream: Tensor, gathered: list[Tensor], into: Tensor, most: int, wide: torch.dtype, done: Any) -> Tensor:
-    """Every rank's stream added up. stream: what this rank sent, which has to live until here."""
-    done.value()
-    into.zero_()
-    for row in gathered:
-        # cloned: values need not begin at a multiple of their width
-        index, values = (part.clone() for part in row.split([most * wide.itemsize, most * into.element_size()]))
-        into.index_add_(0, index.view(wide), values.view(into.dtype))
-    return into
-
-
-def _hand_over(promised: Reduced, done: Any) -> None:
-    try:
-        promised.set_result(done.value())
-    except RuntimeError as error:  # another rank is gone: whoever waits is told
-        promised.set_exception(error)  # type: ignore[arg-type]  # torch's stub asks for a result
 
 
 def _hook(compressor: GradientCompressor, bucket: dist.GradBucket) -> Reduced:
@@ -353,13 +326,28 @@ def _adacomp(total: Float[Tensor, "n"], gradient: Float[Tensor, "n"], size: int)
     padded = nn.functional.pad(total.abs(), (0, bins * size - total.numel())).view(bins, size)
     most = padded.amax(1)
     limit = most.repeat_interleave(size)[: total.numel()]
-    index = (((total + gradient).abs() >= limit) & (limit > 0)).nonzero().squeeze(1)
+    below = ((total + gradient).abs() < limit) | (limit == 0)  # not so where a bin has NaN, which is sent
+    index = below.logical_not_().nonzero().squeeze(1)
     return index, total[index].sign() * most.mean()
 
 
-def name_number(name: str) -> int:
-    """A number of a parameter's name that is the same in every process (Python's own hash of text is not)."""
-    return int.from_bytes(name.encode()[-7:], "big") + len(name)
+def promise(device: torch.device) -> Reduced:
+    """A future of a tensor on the device, such that who waits for it also waits for the stream that fills it."""
+    if device.type == "cpu":
+        return torch.futures.Future()
+    return torch.futures.Future(devices=[device])
+
+
+def draw_seed(seed: int, step: int, name: str) -> int:
+    """Of the places that "randomk" draws: other ones for each parameter and step, the same in every process."""
+    text = f"{seed} {step} {name}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+
+
+def _used(model: DistributedDataParallel, names: list[str]) -> list[str]:
+    """The parameters that a rank used in the last step; the others got no gradient from DDP."""
+    counts = model.reducer._get_local_used_map().tolist()
+    return [name for name, count in zip(names, counts, strict=True) if count]
 
 
 def _check(

@@ -6,16 +6,18 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from pruning import Masks, prunable_weights
+from pruning.agreement import averaged, follow_first
 from pruning.diagnostics import FisherCurriculum, fisher_penalty, low_fisher_first
 from pruning.saliency.products import twice_differentiable
 from training.config import RunConfig
 from training.data import Batch, Batches, Data, Stream
 from training.finite import NonFiniteError
 from training.moments import evaluating, parametrised
+from training.parallel import Alone, Parallel
 from training.sparsify_config import curriculum_end
 from training.trainer import Trainer
 from transformer import Transformer
@@ -30,7 +32,8 @@ class Admitted:
     The pool is ranked once, with the model as it is at step ``begin``; the lowest share ``start`` of it is open then,
     and more each step, all of it just before ``end``. lowest=False opens it in a random order: the control, with as
     few samples and as many repetitions. weights, masks: of which the trace is; masks None: those that are not 0.
-    within: a context for the ranking (:func:`training.moments.parametrised`).
+    within: a context for the ranking (:func:`training.moments.parametrised`). Replicas have the same order, by rank 0's
+    traces, and draw the same batches, of which each then takes its rows.
     Raises: ValueError unless 0 ≤ begin < end; as :meth:`FisherCurriculum.admitted`."""
 
     def __init__(
@@ -95,7 +98,10 @@ class Admitted:
         pool = self.pool[:, : self.model.config.max_length].to(next(self.model.parameters()).device)
         with self.within():
             masks = present(self.model, self.weights) if self.masks is None else self.masks
-            return low_fisher_first(self.model, [pool], weights=self.weights, masks=masks, generator=self._draw)
+            found = low_fisher_first(self.model, [pool], weights=self.weights, masks=masks, generator=self._draw)
+        # what ranks compute alike may differ in the last digits, and so may an order
+        follow_first([found.traces])
+        return FisherCurriculum(found.traces.argsort(stable=True), found.traces)
 
 
 class Penalised:
@@ -103,6 +109,8 @@ class Penalised:
 
     Of the weights that the masks keep, None: that are not 0. The passes are those of evaluation: no dropout, nothing
     that routers count. A :class:`training.moments.Contributor`.
+    parallel: replicas of the model, each of which penalises its own rows of the batch, with labels of its own draw: the
+    mean over R of them is added. They estimate the same trace as one process on the whole batch, in R parts.
     Raises: ValueError unless strength > 0 and every ≥ 1."""
 
     def __init__(
@@ -115,6 +123,7 @@ class Penalised:
         weights: list[str],
         masks: Masks | None = None,
         seed: int,
+        parallel: Parallel | None = None,
     ) -> None:
         if not strength > 0:
             raise ValueError(f"strength must be > 0, got {strength}")
@@ -122,25 +131,23 @@ class Penalised:
             raise ValueError(f"every must be >= 1, got {every}")
         self.model, self.batches, self.strength, self.every = model, batches, strength, every
         self.weights, self.masks = weights, masks
+        self.parallel: Parallel = parallel or Alone()
         self._draw = torch.Generator().manual_seed(seed)
         self._step = 0
 
     def contribute(self) -> None:
-        """Add the penalty's gradient, if it is time.
+        """Add the penalty's gradient, if it is time. Replicas call it together, their batch's gradients reduced.
 
-        Raises: NonFiniteError where it is not finite; ValueError for a model that is differentiable once."""
+        Raises: NonFiniteError, on all of them, where it is not finite on one; ValueError for a model that is
+        differentiable once, and for a batch that they do not divide."""
         if self._step % self.every:
             return
-        ids = self.batches.next().inputs.to(next(self.model.parameters()).device)
+        ids = self.parallel.rows(self.batches.next()).inputs.to(next(self.model.parameters()).device)
         masks = present(self.model, self.weights) if self.masks is None else self.masks
         with evaluating(self.model), twice_differentiable(self.model):
-            value = fisher_penalty(self.model, ids, weights=self.weights, masks=masks, generator=self._draw)
-            if not math.isfinite(value.item()):
-                raise NonFiniteError(
-                    f"step {self._step + 1}: the Fisher penalty is {value.item()}; nothing was updated:"
-                    " lower sparsify.fisher_penalty or optim.lr"
-                )
-            (self.strength * value).backward()
+            value = fisher_penalty(self.model, ids, weights=self.weights, masks=masks, generator=self._generator())
+            self._require_finite(value.detach())
+            self._add_gradients(self.strength * value)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """True: every step is taken."""
@@ -160,32 +167,61 @@ class Penalised:
         self.batches.load_state_dict(state["data"])
         self._draw.set_state(state["draw"].cpu())
 
+    def _generator(self) -> torch.Generator:
+        """Of this process's labels: the run's own, or one of as many as there are replicas, which it seeds."""
+        if self.parallel.ranks == 1:
+            return self._draw
+        seeds = torch.randint(2**62, (self.parallel.ranks,), generator=self._draw)
+        return torch.Generator().manual_seed(int(seeds[self.parallel.rank]))
 
-def make_penalties(config: RunConfig, model: Transformer, data: Data, *, ranks: int = 1) -> list[Penalised]:
-    """The Fisher penalty of a run's [sparsify] section, none if it asks for none; estimated on a micro-batch.
+    def _require_finite(self, value: Float[Tensor, ""]) -> None:
+        ranks = self.parallel.ranks
+        values = torch.zeros(ranks, dtype=torch.double, device=value.device)
+        values[self.parallel.rank] = value
+        if ranks > 1:
+            values = averaged({"": values})[""] * ranks
+        for rank, found in enumerate(values.tolist()):
+            if not math.isfinite(found):
+                where = f" on rank {rank}" if ranks > 1 else ""
+                raise NonFiniteError(
+                    f"step {self._step + 1}: the Fisher penalty{where} is {found}; nothing was updated:"
+                    " lower sparsify.fisher_penalty or optim.lr"
+                )
 
-    Raises: ValueError for several processes, whose gradients are reduced in the batch's own backward pass."""
+    def _add_gradients(self, value: Float[Tensor, ""]) -> None:
+        if self.parallel.ranks == 1:
+            value.backward()
+            return
+        own = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        # accumulates nothing, so that no hook of DistributedDataParallel runs
+        found = torch.autograd.grad(value, list(own.values()), allow_unused=True, materialize_grads=True)
+        for name, gradient in averaged(dict(zip(own, found, strict=True))).items():
+            before = own[name].grad
+            own[name].grad = gradient if before is None else before + gradient
+
+
+def make_penalties(
+    config: RunConfig, model: Transformer, data: Data, *, parallel: Parallel | None = None
+) -> list[Penalised]:
+    """The Fisher penalty of a run's [sparsify] section, none if it asks for none; estimated on a micro-batch, that of
+    all replicas together."""
     sparsify, train = config.sparsify, config.train
     if not sparsify.fisher_penalty:
         return []
-    if ranks > 1:
-        raise ValueError(f"sparsify.fisher_penalty must be 0 with several processes, got {sparsify.fisher_penalty}")
     stream = Batches(
         data.train, batch=train.batch // train.accumulation, length=config.data.length, seed=config.seed + PENALTY_SEED
     )
     return [Penalised(model, stream, strength=sparsify.fisher_penalty, every=sparsify.fisher_every,
-                      weights=trained(model), seed=config.seed)]  # fmt: skip
+                      weights=trained(model), seed=config.seed, parallel=parallel)]  # fmt: skip
 
 
 def in_order(config: RunConfig, trainer: Trainer) -> Stream:
     """The trainer's batches in the order that a [sparsify] section asks for; as they are if it asks for none.
 
-    Raises: ValueError for several processes, and for a pool of more sequences than the text has."""
-    sparsify, length, ranks = config.sparsify, config.data.length, trainer.parallel.ranks
+    Raises: ValueError for a pool of more sequences than the text has."""
+    sparsify, length = config.sparsify, config.data.length
     if sparsify.curriculum == "none":
         return trainer.batches
-    if ranks > 1:
-        raise ValueError(f"sparsify.curriculum must be 'none' with several processes, got {sparsify.curriculum!r}")
     text, count = trainer.data.train, sparsify.curriculum_pool
     most = (len(text) - 1) // length
     if count > most:

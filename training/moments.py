@@ -1,18 +1,23 @@
 """The named moments of a training step at which sparse methods take part."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
-from moe import SigmoidRouter
+from moe import Noise, SigmoidRouter
 from pruning import Masks
 from pruning.retraining import start_afresh
 from pruning.sharding import sharded_as
 from sparse_attn.selection.kmeans import KMeansRouting
 from sparse_attn.selection.sinkhorn import SinkhornSorting
+from training.data import Batch
+from training.step import StepOutput
+
+Pass = Callable[[Batch], StepOutput]
 
 
 @runtime_checkable
@@ -103,6 +108,15 @@ class Contributor(Protocol):
         ...
 
 
+@runtime_checkable
+class Drawer(Protocol):
+    """A sparsifier that draws for the rows of each forward pass (variational dropout)."""
+
+    def draw_from(self, noise: Noise | None) -> None:
+        """The next passes are of these sequences; None: torch's global generators."""
+        ...
+
+
 def add_gates(sparsifiers: Sequence[Sparsifier], optimizer: torch.optim.Optimizer) -> None:
     """Give the optimiser the sparsifiers' own parameters, as groups of their own."""
     for sparsifier in sparsifiers:
@@ -188,13 +202,27 @@ def parametrised(sparsifiers: Sequence[Sparsifier]) -> Iterator[None]:
 
 
 @contextmanager
-def passes(sparsifiers: Sequence[Sparsifier]) -> Iterator[None]:
-    """Around the passes of a training step: :func:`parametrised`, and at its end those that contribute do."""
+def passes(sparsifiers: Sequence[Sparsifier]) -> Iterator[Callable[[Pass], Pass]]:
+    """Around the passes of a training step: :func:`parametrised`, and at its end those that contribute do.
+
+    Gives what makes a forward pass one that first tells those that draw for its rows whose these are."""
     with parametrised(sparsifiers):
-        yield
+        yield lambda run: partial(_telling, sparsifiers, run)
+        _tell(sparsifiers, None)  # other passes are of other rows
         for sparsifier in sparsifiers:
             if isinstance(sparsifier, Contributor):
                 sparsifier.contribute()
+
+
+def _telling(sparsifiers: Sequence[Sparsifier], run: Pass, batch: Batch) -> StepOutput:
+    _tell(sparsifiers, batch.noise)
+    return run(batch)
+
+
+def _tell(sparsifiers: Sequence[Sparsifier], noise: Noise | None) -> None:
+    for sparsifier in sparsifiers:
+        if isinstance(sparsifier, Drawer):
+            sparsifier.draw_from(noise)
 
 
 def balance_routers(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from training.finite import NOT_SEEN
 from training.optim import Optimizers, clip, gradient_norm
 from training.step import SideLosses, StepOutput, forward
 from training.tokenizer import Tokenizer
+from training.unsent import return_unsent
 from transformer import Transformer
 
 
@@ -167,9 +168,11 @@ class Alone:
     def load(self, folder: Path, *, model: Transformer, optimizers: Optimizers) -> dict[str, Any]:
         """:func:`training.checkpoint.load_checkpoint`, or what many processes wrote."""
         if is_sharded(folder):
-            return load_sharded(
+            state = load_sharded(
                 folder, model=model, optimizers=optimizers, layouts={}, rank=0, tell=lambda text: [text]
             )
+            return_unsent(model, state.get("compressor"), ranks=1)
+            return state
         return load_checkpoint(folder, model=model, optimizers=optimizers)
 
     def finish(self, folder: Path, model: Transformer) -> None:

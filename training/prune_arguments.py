@@ -22,20 +22,26 @@ from pruning.structure import check_fraction, named_structure, parse_structure
 from training.folders import MARKER
 from training.prune_importance import IMPORTANCES
 
-UNITS = ("layers", "experts", "heads", "neurons", "width")  # in the order in which they go
+# in the order in which they go
+UNITS = ("layers", "experts", "expert_neurons", "heads", "neurons", "width")
 PARTIAL = ".partial"
 BUDGETS = ("params", "flops", "latency")
 COLUMNS_OF_SPARSEGPT = 128
+
+
+def option(kind: str) -> str:
+    """What a kind of units is asked for by: "expert_neurons" → "--expert-neurons"."""
+    return f"--{kind.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
 class PruneArguments:
     """Make a trained model smaller or sparse; save it with its masks, its numbers and a report page.
 
-    Whole units go first (layers, experts, heads, neurons, width: the model gets smaller), each by its importance on
-    calibration text, then single weights are set to zero by --method. Loss and perplexity are measured before and
-    after on text that is not the calibration text; of an encoder, which predicts no next token, how alike its
-    embeddings of passages stay, and how many passages it finds.
+    Whole units go first (layers, experts and neurons inside them, heads, neurons, width: the model gets smaller), each
+    by its importance on calibration text, then single weights are set to zero by --method. Loss and perplexity are
+    measured before and after on text that is not the calibration text; of an encoder, which predicts no next token,
+    how alike its embeddings of passages stay, and how many passages it finds.
     """
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
@@ -55,6 +61,11 @@ class PruneArguments:
     allocation: str | None = None
     """How the zeros are shared out: uniform, global, erk, lamp, owl, sensitivity, and for methods that go layer by
     layer also loss; uniform alone with n:m; the method's own if left out."""
+    refit: bool = False
+    """Solve the weights that stay by least squares on the calibration text, matrix by matrix: after a method that goes
+    layer by layer, or after magnitude."""
+    order: Literal["diag"] | None = None
+    """diag: sparsegpt begins with the inputs that weigh most, not with the first."""
     scope: Literal["layerwise", "global"] | None = None
     """An older name: 'layerwise' is --allocation uniform, 'global' --allocation global."""
     heads: float = 0.0
@@ -63,6 +74,8 @@ class PruneArguments:
     """Share of the feed-forward neurons to remove."""
     experts: float = 0.0
     """Share of the experts to remove."""
+    expert_neurons: float = 0.0
+    """Share of the neurons inside the experts to remove, by what they add; experts of a layer stay equally wide."""
     layers: float = 0.0
     """Share of the layers to remove."""
     width: float = 0.0
@@ -71,8 +84,8 @@ class PruneArguments:
     """In place of shares: params=0.7, flops=0.5 or latency=0.6 removes the fewest units that bring the model to that
     share of its parameters, of the FLOPs of a token, or of the time of a pass measured here."""
     budget_units: str | None = None
-    """Which units the budget takes, an equal share of each: heads,neurons (or experts, layers, width); experts, heads
-    and neurons, those that the model has, if left out."""
+    """Which units the budget takes, an equal share of each: heads,neurons (or experts, expert-neurons, layers, width);
+    experts, heads and neurons, those that the model has, if left out."""
     importance: str = "gradient"
     """How heads and neurons are ranked. By the loss: gradient (of a gate on each), taylor, sensitivity, leave-one-out
     (slow), hard-concrete (gates that learn); by what they put out: confidence (heads), energy, variance, active,
@@ -81,7 +94,7 @@ class PruneArguments:
     """Whether scores of a layer are divided by their norm before layers are compared; as the importance's paper does
     if left out."""
     layerwise: bool = False
-    """Remove the same share of heads, neurons or experts from every layer, so that layers stay alike."""
+    """Remove the same share of heads, neurons, experts or their neurons from every layer, so that layers stay alike."""
     recover: int = 0
     """Steps of training after pruning, on other text than the held-out one; all zeros that matrices then have, of this
     run or an earlier one, are held."""
@@ -144,7 +157,7 @@ class PruneArguments:
     @property
     def budget_kinds(self) -> tuple[str, ...]:
         """The kinds that --budget-units names."""
-        return () if self.budget_units is None else tuple(self.budget_units.replace(",", " ").split())
+        return () if self.budget_units is None else tuple(self.budget_units.replace(",", " ").replace("-", "_").split())
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -158,6 +171,11 @@ class PruneArguments:
     def prunes_weights(self) -> bool:
         """Whether weights are set to zero."""
         return bool(self.sparsity) or (self.structure is not None and ":" in self.structure)
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether weights go layer by layer, each on the outputs of the pruned layers before it."""
+        return self.method in CALIBRATED or self.refit
 
     @property
     def chosen_allocation(self) -> str | None:
@@ -176,8 +194,8 @@ def check_arguments(arguments: PruneArguments) -> None:
     _check_budget(arguments)
     if not arguments.kinds and not arguments.prunes_weights and arguments.sparsity is None:
         raise ValueError("say what to prune: --sparsity 0.5, --structure 2:4, --heads 0.3, --neurons, --experts, "
-                         "--layers, --width, or --budget params=0.7")  # fmt: skip
-    for name, value in {**{f"--{kind}": getattr(arguments, kind) for kind in UNITS},
+                         "--expert-neurons, --layers, --width, or --budget params=0.7")  # fmt: skip
+    for name, value in {**{option(kind): getattr(arguments, kind) for kind in UNITS},
                         "--sparsity or --weights": arguments.sparsity or 0.0}.items():  # fmt: skip
         check_fraction(name, value)
     if not arguments.kinds and not arguments.prunes_weights:
@@ -200,7 +218,7 @@ def _check_budget(arguments: PruneArguments) -> None:
     _ = arguments.parsed_budget
     for kind in arguments.budget_kinds:
         check_name("--budget-units", kind, UNITS)
-    given: dict[str, object] = {f"--{kind}": share for kind, share in arguments.units.items()}
+    given: dict[str, object] = {option(kind): share for kind, share in arguments.units.items()}
     given |= {} if arguments.sparsity is None else {"--sparsity": arguments.sparsity}
     given |= {"--structure": arguments.structure} if arguments.prunes_weights and arguments.structure else {}
     given |= {"--layerwise": True} if arguments.layerwise else {}
@@ -250,14 +268,16 @@ def _check_numbers(arguments: PruneArguments) -> None:
 
 def needs_text(arguments: PruneArguments) -> str | None:
     """The option that looks at calibration text; None if none does."""
-    looking = [kind for kind in arguments.kinds if kind in ("layers", "experts")
+    looking = [kind for kind in arguments.kinds if kind in ("layers", "experts", "expert_neurons")
                or (kind in ("heads", "neurons") and IMPORTANCES[arguments.importance].text)]  # fmt: skip
     if looking:
-        return f"--{looking[0]}" if arguments.budget is None else "--budget"
+        return option(looking[0]) if arguments.budget is None else "--budget"
     if arguments.sensitivity:
         return "--sensitivity"
     if not arguments.prunes_weights:
         return None
+    if arguments.refit:
+        return "--refit"
     if arguments.method in CALIBRATED or CRITERIA[arguments.method].data:
         return f"--method {arguments.method}"
     return f"--allocation {arguments.allocation}" if arguments.allocation in ("owl", "sensitivity") else None
@@ -286,17 +306,30 @@ def _check_weights(arguments: PruneArguments) -> None:
         raise ValueError(f"--scope is an older name of --allocation: give one, got {arguments.scope!r} "
                          f"and {arguments.allocation!r}")  # fmt: skip
     if not arguments.prunes_weights:
-        if structure is not None or method != "magnitude" or arguments.chosen_allocation is not None:
-            raise ValueError("--method, --structure and --allocation choose weights: give --sparsity 0.5 with them")
+        if structure is not None or method != "magnitude" or arguments.chosen_allocation is not None or (
+            arguments.refit or arguments.order is not None
+        ):  # fmt: skip
+            raise ValueError("--method, --structure, --allocation, --refit and --order choose weights: give "
+                             "--sparsity 0.5 with them")  # fmt: skip
         return
     resolve_structure(structure, arguments.sparsity)
     allocation = default_allocation(method, arguments.chosen_allocation, structure)
-    if method in CALIBRATED:
+    _check_solving(arguments)
+    if arguments.by_layer:
         _check_calibrated(method, allocation, structure)
     elif allocation == "loss":
         raise ValueError(f"--allocation loss goes with --method {', '.join(CALIBRATED)}, got {method!r}")
     else:
         check_pair(method, allocation, structure, None, None)
+
+
+def _check_solving(arguments: PruneArguments) -> None:
+    solved = ("magnitude", *CALIBRATED)
+    if arguments.refit and arguments.method not in solved:
+        raise ValueError(f"--refit goes with --method {', '.join(solved)}, got {arguments.method!r}")
+    if arguments.order is not None and (arguments.method != "sparsegpt" or ":" in (arguments.structure or "")):
+        raise ValueError(f"--order {arguments.order} goes with --method sparsegpt and single weights, got "
+                         f"{arguments.method!r} and --structure {arguments.structure}")  # fmt: skip
 
 
 def _check_calibrated(method: str, allocation: object, structure: str | None) -> None:

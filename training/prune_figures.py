@@ -117,7 +117,7 @@ def units_figure(report: Mapping[str, Any]) -> str | None:
         axes.bar(range(len(names)), kept, color=FIRST, width=0.8, label="kept")
         axes.bar(range(len(names)), gone, bottom=kept, color=SECOND, alpha=0.45, width=0.8, label="removed")
         _layer_ticks(axes, layers, narrow=canvas.narrow)
-        axes.set_title(f"{kind}s of each layer")
+        axes.set_title(f"{kind.replace('_', ' ')}s of each layer")
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(0, 1.22 * int((kept + gone).max()))
         axes.legend(loc="upper right", ncols=2)

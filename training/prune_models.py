@@ -12,6 +12,7 @@ from torch import nn
 
 from pruning import load_pruned, prunable_axes
 from pruning.adapters import SUPPORTED
+from training.prune_arguments import option
 from training.prune_encoder import Encoder, copy_parts, pooling_of
 from training.run import model_folder, read_record
 from training.tokenizer import FILE_NAME, load_tokenizer
@@ -20,7 +21,8 @@ from transformer import Transformer
 OWN = "sparse-transformers"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENIZERS = (FILE_NAME, "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
-UNIT = {"layers": "layer", "experts": "expert", "heads": "head", "neurons": "neuron", "width": "width"}
+UNIT = {"layers": "layer", "experts": "expert", "expert_neurons": "expert_neuron", "heads": "head",
+        "neurons": "neuron", "width": "width"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def _architecture(folder: Path, record: dict[str, Any]) -> tuple[str | None, boo
 def check_units(source: Source, units: Sequence[str]) -> None:
     """Raises: ValueError naming the supported architectures if units are to go from one that is not."""
     if units and source.architecture is not None and source.architecture not in SUPPORTED:
-        raise ValueError(f"--{units[0]} needs an architecture whose units are known, {', '.join(SUPPORTED)}, got "
+        raise ValueError(f"{option(units[0])} needs an architecture whose units are known, {', '.join(SUPPORTED)}, got "
                          f"{source.architecture}: prune its weights by --sparsity, or declare prunable_axes() on "
                          "the model in Python")  # fmt: skip
 
@@ -109,7 +111,7 @@ def check_model(model: nn.Module, units: Sequence[str]) -> None:
     kinds = sorted({axis.kind for axis in prunable_axes(model)})
     for unit in units:
         if UNIT[unit] not in kinds:
-            raise ValueError(f"--{unit} needs a model that has them, {type(model).__name__} has units of "
+            raise ValueError(f"{option(unit)} needs a model that has them, {type(model).__name__} has units of "
                              f"kind {', '.join(kinds)}")  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def numbers_table(record: Record) -> Table:
 
 def plural(kind: str) -> str:
     """Units of a kind."""
-    return "channels of the width" if kind == "width" else f"{kind}s"
+    return "channels of the width" if kind == "width" else f"{kind.replace('_', ' ')}s"
 
 
 def perplexity_of(found: Record) -> str:

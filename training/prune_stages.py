@@ -10,7 +10,7 @@ from pruning import Masks, magnitude, prunable_weights, sparsify
 from pruning.allocation import loss_curves
 from pruning.batches import Loss, Progress
 from pruning.calibrated import Journal, MatrixReport, prune_calibrated
-from pruning.criteria import CALIBRATED, CRITERIA, make_allocation
+from pruning.criteria import CRITERIA, make_allocation
 from pruning.structure import Tiles, named_structure, parse_structure, removal_count, tile_sizes
 from pruning.weights import matrices, stored_turned
 from training.prune_arguments import PruneArguments
@@ -51,14 +51,15 @@ def prune_weights(
     progress: Progress,
 ) -> Weights:
     """Weights set to zero by --method. names: of those that may; loss: None is the next-token loss."""
-    if arguments.method in CALIBRATED:
+    if arguments.by_layer:
         allocation = arguments.chosen_allocation or "uniform"
         rule = "loss" if allocation == "loss" else make_allocation(
             allocation, model, prunable_weights(model, names), batches, loss
         )  # fmt: skip
         report = prune_calibrated(
             model, batches, method=arguments.method, sparsity=arguments.sparsity, structure=arguments.structure,
-            allocation=rule, loss=loss if rule == "loss" else None, weights=names, progress=progress, journal=journal,
+            allocation=rule, loss=loss if rule == "loss" else None, refit=arguments.refit, order=arguments.order,
+            weights=names, progress=progress, journal=journal,
         )  # fmt: skip
         return Weights(report.masks, report.matrices)
     device = next(model.parameters()).device

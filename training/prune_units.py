@@ -10,9 +10,11 @@ from pruning import (
     Axis,
     AxisScores,
     expert_importance,
+    expert_neuron_importance,
     layer_importance,
     magnitude_importance,
     prunable_axes,
+    prune_expert_neurons,
     prune_experts,
     prune_heads,
     prune_layers,
@@ -28,8 +30,8 @@ from training.prune_models import UNIT
 from training.prune_progress import Passes
 
 BY_DEFAULT = ("experts", "heads", "neurons")  # what a budget takes where nothing else is said
-REMOVE = {"layers": prune_layers, "experts": prune_experts, "heads": prune_heads, "neurons": prune_neurons,
-          "width": prune_width}  # fmt: skip
+REMOVE = {"layers": prune_layers, "experts": prune_experts, "expert_neurons": prune_expert_neurons,
+          "heads": prune_heads, "neurons": prune_neurons, "width": prune_width}  # fmt: skip
 Record = dict[str, Any]
 
 
@@ -43,13 +45,15 @@ class Scoring:
     passes: Passes
 
     def of(self, model: nn.Module, kind: str) -> AxisScores:
-        """Heads and neurons by --importance, experts by what they add (REAP), layers by how far they turn the stream
-        (ShortGPT), width by magnitude."""
-        axes, progress = axes_of_kind(model, kind), self.passes.over(f"importance of {kind}")
+        """Heads and neurons by --importance, experts and neurons inside them by what they add (REAP), layers by how far
+        they turn the stream (ShortGPT), width by magnitude."""
+        axes, progress = axes_of_kind(model, kind), self.passes.over(f"importance of {kind.replace('_', ' ')}")
         if kind == "layers":
             return layer_importance(model, self.batches, progress=progress)
         if kind == "experts":
             return expert_importance(model, self.batches, progress=progress)
+        if kind == "expert_neurons":
+            return expert_neuron_importance(model, self.batches, progress=progress)
         if kind == "width":
             return magnitude_importance(model, axes)
         asked = self.arguments
@@ -64,7 +68,7 @@ def axes_of_kind(model: nn.Module, kind: str) -> list[Axis]:
 
 def remove_units(model: nn.Module, kind: str, fraction: float, scoring: Scoring) -> tuple[Record, str]:
     """⌊fraction · units⌋ of a kind go, the least important first; the record of it, and the words."""
-    layerwise = {"layerwise": scoring.arguments.layerwise} if kind in BY_DEFAULT else {}
+    layerwise = {} if kind in ("layers", "width") else {"layerwise": scoring.arguments.layerwise}
     report = REMOVE[kind](model, scoring.of(model, kind), fraction=fraction, **layerwise)
     return asdict(report), str(report)
 

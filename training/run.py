@@ -29,7 +29,7 @@ from training.distributed.agreement import (
     require_rows,
     require_same_config,
 )
-from training.distributed.faults import how_to_go_on, one_clear_error
+from training.distributed.faults import how_to_go_on, one_clear_error, together
 from training.durable import replace_durably
 from training.fisher_control import in_order, make_penalties
 from training.folders import mark, only_user
@@ -61,23 +61,26 @@ def train(
     """
     console = console or Console(quiet=True)
     environment = torchrun_environment()
+    start = Start(resume=resume, checkpoint=checkpoint, overwrite=overwrite)
     if environment is None:
         require_alone(config.distributed)
-        start = Start(resume=resume, checkpoint=checkpoint, overwrite=overwrite)
         return _train(config, start, parallel=Alone(), console=console)
-    start = Start(resume=resume, checkpoint=checkpoint, overwrite=overwrite)
-    if environment.restarts and latest_checkpoint(config.out / CHECKPOINTS) is not None:
-        start = Start(resume=True)  # torchrun gives the processes that it restarts the first ones' arguments
     settings = config.distributed
-    advice = how_to_go_on(config.out / CHECKPOINTS, ranks=environment.ranks)
+    given = start.checkpoint and str(start.checkpoint)
+    flags = {"--resume": start.resume, "--checkpoint": given, "--overwrite": start.overwrite}
     with (
         joined(
             environment, device=config.train.device, expert_parallel=settings.expert_parallel,
             tensor_parallel=settings.tensor_parallel, timeout_s=settings.timeout_s,
-            agree=partial(require_same_config, flat(to_dict(config))),
+            agree=partial(require_same_config, flat(to_dict(config)) | flags),
         ) as world,
-        one_clear_error(timeout_s=settings.timeout_s, advice=advice),
+        one_clear_error(
+            timeout_s=settings.timeout_s,
+            advice=partial(how_to_go_on, config.out / CHECKPOINTS, ranks=environment.ranks),
+        ),
     ):  # fmt: skip
+        if environment.restarts and latest_checkpoint(config.out / CHECKPOINTS) is not None:
+            start = Start(resume=True)  # torchrun gives the processes that it restarts the first ones' arguments
         require_rows(config, ranks=world.ranks)
         require_methods(config)
         ranks = Ranks(
@@ -102,7 +105,8 @@ class Start:
 def _train(config: RunConfig, start: Start, *, parallel: Parallel, console: Console) -> Outcome:
     first = parallel.rank == 0
     with only_user(config.out) if first else nullcontext():
-        point = starting_point(config.out, resume=start.resume, checkpoint=start.checkpoint, overwrite=start.overwrite)
+        found = partial(starting_point, config.out, **vars(start))
+        point = together(found, parallel.gathered)
         require_alike("checkpoint", str(point), parallel.gathered)
         keep_freed_memory()
         trainer = make_trainer(config, parallel=parallel)
@@ -152,7 +156,7 @@ def make_trainer(config: RunConfig, *, parallel: Parallel | None = None) -> Trai
         seed=config.seed,
         sparsifiers=[
             *make_sparsifiers(config.sparsify, model, steps=config.train.steps, seed=config.seed, masks=masks),
-            *make_penalties(config, model, data, ranks=parallel.ranks),
+            *make_penalties(config, model, data, parallel=parallel),
         ],
         pace=make_pace(config.sparsify, steps=config.train.steps, warmup=config.optim.warmup),
         parallel=parallel,

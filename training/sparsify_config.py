@@ -1,7 +1,7 @@
 """The [sparsify] table of a run's config, and which of its settings go together."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -25,11 +25,36 @@ BEFORE = ("snip", "grasp", "synflow", "random")
 BEGINNING = (*GRADUAL, "iht", "dsd", "generalization", "lottery")
 EARLY_BIRD_WINDOW = 5
 STRONG = (*FINDING, "lc", "l1", "hoyer_square", "group_lasso", "sigmoid_units", "softplus_units", "polarized_units")
+# With any method, and without one.
+ALWAYS_READ = ("sparsity", "method", "fisher_penalty", "fisher_every", "curriculum", "curriculum_pool",
+               "curriculum_begin", "curriculum_end", "curriculum_start")  # fmt: skip
+_MOVING = ("fraction", "allocation", "end", "every")
+_GATED = ("strength", "gate_lr")
+_SHRINKING = ("strength", "scope")
+_SANITY = ("shuffle", "reinitialise")
+_ALONG = ("begin", "end", "every", "schedule", "scope", "rate")
+# Method → what it reads besides.
+READS: dict[str, tuple[str, ...]] = {
+    "magnitude": _ALONG, "movement": ("gate_lr", *_ALONG), "feedback": _ALONG, "dnw": (),
+    "static": ("topology", "allocation"), "set": _MOVING, "rigl": _MOVING, "snfs": _MOVING, "dsr": _MOVING,
+    "preferential": _MOVING, "deep_r": ("allocation", "end"), "robust_rewiring": ("attack", "allocation", "end"),
+    "top_kast": ("allocation", "every"), "nest": ("allocation", "end", "every"),
+    "snip": _SANITY, "grasp": _SANITY, "synflow": _SANITY, "random": _SANITY, "mask": ("mask",),
+    "iht": ("begin", "every", "scope"), "dsd": ("begin", "end", "scope"), "lc": ("strength", "every", "scope"),
+    "generalization": ("fraction", "when", "criterion", "begin", "scope"), "lottery": ("begin", "rounds", "scope"),
+    "early_bird": ("end", "every", "distance", "scope"),
+    "l1": _SHRINKING, "hoyer_square": _SHRINKING, "group_lasso": _SHRINKING,
+    "sigmoid_units": _GATED, "softplus_units": _GATED, "polarized_units": _GATED,
+    "soft_movement": _GATED, "l0": _GATED, "l0_units": _GATED, "str": _GATED, "variational": _GATED,
+    "variational_units": _GATED, "proximal": ("strength",), "group_proximal": ("strength",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SparsifyConfig:
-    """Weights or units pruned while training, or absent from the start; the zeros are held."""
+    """Weights or units pruned while training, or absent from the start; the zeros are held.
+
+    A word that the method does not read (:data:`READS`) is refused unless it is as it is by itself."""
 
     sparsity: float = 0.0
     """Share of the weights of matrices (of units, for the methods of units) that is zero in the end; 0 prunes nothing.
@@ -52,11 +77,15 @@ class SparsifyConfig:
     """Factor on the learning rate for scores, gates, thresholds and noise levels."""
     fraction: float = 0.3
     """Share of the connections that an update of set, rigl, snfs, dsr or preferential moves; of the weights that one
-    evaluation of 'generalization' prunes at most."""
+    evaluation of 'generalization' prunes at most, or of their mean statistic."""
     when: Literal["low", "high"] = "high"
     """At which generalisation loss 'generalization' prunes most: 'high', the further the held-out loss is above its
-    best (Prechelt 1997), the sparsity being a bound; 'low', its reverse, 'fraction' of what is left after each
+    best, as Prechelt (1997) does, the sparsity being a bound; 'low', its reverse, 'fraction' of what is left after each
     evaluation that is the best so far, which reaches the sparsity if there are enough of them."""
+    criterion: Literal["magnitude", "statistic"] = "magnitude"
+    """What 'generalization' prunes: the smallest weights, a share of them; or as Prechelt's lprune those whose test
+    statistic (Finnoff, Hergert & Zimmermann 1993), gathered over the steps since the last evaluation, is below a share
+    of its mean. 'fraction' is the most that the share can be, his 0.667."""
     mask: Path | None = None
     """Of 'mask': a file of `Masks.save`, or the folder of a saved model, whose zeros are the mask. Into a model of more
     or fewer layers it is stretched, each layer's repeated in its place."""
@@ -75,9 +104,9 @@ class SparsifyConfig:
     whole sparse one."""
     end: int = 0
     """Step at which magnitude pruning reaches its share, at or before 'begin' at once; at which movement and feedback
-    do, or after which the connections of the methods that are sparse from the start rest, 0 for three quarters of the
-    training; at which 'early_bird' prunes at the latest (likewise); at which the sparse phase of dsd ends (0: begin and
-    end at one and two thirds of the training)."""
+    do, or after which the connections of set, rigl, snfs, dsr, preferential, deep_r, robust_rewiring and nest rest, 0
+    for three quarters of the training; at which 'early_bird' prunes at the latest (likewise); at which the sparse phase
+    of dsd ends (0: begin and end at one and two thirds of the training)."""
     every: int = 50
     """Steps between choices of what to prune or move; of a phase of iht; between compression steps of lc."""
     rounds: int = 3
@@ -86,17 +115,23 @@ class SparsifyConfig:
     schedule: Literal["cubic", "linear", "exponential", "iterative"] = "cubic"
     """How magnitude, movement and feedback go from 'begin' to 'end': along a cubic (Zhu & Gupta 2017), evenly, with
     the same share of what is left in equal times, or in rounds of 'every' steps of retraining."""
+    distance: Literal["absolute", "relative"] = "absolute"
+    """How far 'early_bird' takes its mask to be from each of the last five, which must all be under 0.1: 'absolute',
+    the share of all prunable weights in which two masks differ (You et al. 2020; above 95% sparsity no two differ by
+    0.1, so that the sixth mask is taken); 'relative', that share over the largest that masks of their densities can
+    reach, so that 0.1 says the same at every sparsity."""
     scope: Literal["layerwise", "global"] = "layerwise"
     """Whether weights are compared inside each matrix or over all of them, of which each then keeps at least one."""
     fisher_penalty: float = 0.0
     """Coefficient of the trace of the Fisher information of the weights that are not 0, which is estimated on a
     micro-batch of its own and added to the loss in every 'fisher_every'-th step (Jastrzebski et al. 2021); with any
-    method, and without one. 0 for none."""
+    method, and without one. Replicas take the mean of estimates on their own rows of it. 0 for none."""
     fisher_every: int = 10
     """Steps between estimates of the Fisher penalty, the first of which is step 0."""
     curriculum: Literal["none", "low_fisher", "random"] = "none"
     """Which sequences training begins with: 'low_fisher' draws from a pool that opens with the steps, those of least
-    Fisher trace first; 'random' opens as large a pool in a random order, its control. With any method, and without."""
+    Fisher trace first; 'random' opens as large a pool in a random order, its control. With any method, and without; on
+    several processes 'low_fisher' needs all weights on each."""
     curriculum_pool: int = 256
     """Sequences of the pool."""
     curriculum_begin: int = 0
@@ -135,6 +170,8 @@ def check_sparsify(config: SparsifyConfig, *, steps: int) -> None:
     _check_fisher(config, steps)
     if config.rounds < 1:
         raise ValueError(f"sparsify.rounds must be >= 1, got {config.rounds}")
+    if prunes(config):
+        check_read(config)
     if config.sparsity:
         _check_times(config, steps)
     if config.method == "lottery" and config.sparsity:
@@ -144,6 +181,28 @@ def check_sparsify(config: SparsifyConfig, *, steps: int) -> None:
                 f"train.steps - sparsify.begin must be a multiple of sparsify.rounds + 1 = {passes}, got {left}: each"
                 " pass has as many steps"
             )
+
+
+def prunes(config: SparsifyConfig) -> bool:
+    """Whether a method takes part: one that is asked for a sparsity, finds its own, or has another model's."""
+    return config.sparsity > 0 or config.method in FINDING or config.method == "mask"
+
+
+def check_read(config: SparsifyConfig) -> None:
+    """Raises: ValueError for a word that the method does not read and that is not left as it is by itself, naming those
+    that it reads."""
+    reads = READS[config.method]
+    for word in unread(config.method):
+        if (value := getattr(config, word)) != getattr(SparsifyConfig, word):
+            raise ValueError(
+                f"sparsify.{word} must be left out for method={config.method!r}, which reads"
+                f" {', '.join(reads) or 'sparsity alone'}, got {value!r}"
+            )
+
+
+def unread(method: SparsifyMethod) -> tuple[str, ...]:
+    """The words of the table that the method does not read."""
+    return tuple(word.name for word in fields(SparsifyConfig) if word.name not in (*ALWAYS_READ, *READS[method]))
 
 
 def _check_fisher(config: SparsifyConfig, steps: int) -> None:
@@ -196,6 +255,8 @@ def sparse_dense_sparse(config: SparsifyConfig, steps: int) -> int:
 def _check_times(config: SparsifyConfig, steps: int) -> None:
     """Raises: ValueError where what the method does every so often, or from some step on, would not come in time."""
     method, every = config.method, config.every
+    if config.end < 0:
+        raise ValueError(f"sparsify.end must be >= 0, got {config.end}")
     if method in BEGINNING and not 0 <= config.begin < steps:
         raise ValueError(f"sparsify.begin must be in [0, train.steps={steps}), got {config.begin}")
     rest = min(last_update(config, steps), steps)

@@ -1,5 +1,6 @@
 """From the [sparsify] table to a method that takes part in training."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruning import Masks, Sparsifier, erk, prunable_axes, uniform
+from pruning import Masks, Sparsifier, erk, prunable_axes, prunable_weights, uniform
 from pruning.agreement import follow_first
 from pruning.allocation import guarded_ranking
 from pruning.axes import Axis
@@ -59,12 +60,16 @@ from pruning.retraining import (
     Rewinding,
 )
 from pruning.schedules import Schedule, cubic, exponential, iterative, linear, one_shot, prunings, rewarmed, rewound
+from pruning.sharding import as_wholes, spread_layouts
+from pruning.structure import removal_count
+from pruning.weights import matrices
 from training.data import Batches, Data
 from training.moments import Sparsifier as Method
 from training.sparsify_config import (
     BEFORE,
     EARLY_BIRD_WINDOW,
     FINDING,
+    READS,
     SparsifyConfig,
     last_update,
     sparse_dense_sparse,
@@ -108,13 +113,14 @@ def make_sparsifiers(
 
     calibration: makes the token ids [B, L] on which 'snip' and 'grasp' score the initial weights. masks: found by
     :func:`masks_at_start` while the model was whole; needed where ranks hold it in part.
-    Raises: ValueError for either without it, and for a mask that does not fit the model."""
+    Raises: ValueError for either without it, for a mask that does not fit the model, and as :func:`check_leaves`."""
     if config.method in FINDING:
         return [_finding(config, model, seed)]
     if config.mask is not None:
         return [Prescribed(model, masks_from(read_masks(config.mask), model))]
     if config.sparsity == 0:
         return []
+    check_leaves(config, model)
     if config.method == "magnitude":
         allocation = guarded_ranking if config.scope == "global" else uniform
         return [Sparsifier(model, schedule=pruning_schedule(config, config.end), allocation=allocation)]
@@ -124,6 +130,29 @@ def make_sparsifiers(
         found = masks_at_start(config, model, seed=seed, calibration=calibration) if masks is None else masks
         return [] if found is None else [Prescribed(model, found)]
     return [_asked(config, model, steps)]
+
+
+def check_leaves(config: SparsifyConfig, model: Transformer) -> None:
+    """Raises: ValueError for a sparsity that leaves a matrix without a weight, where the sizes alone say so: under one
+    ranking that keeps one weight of each, and Erdős–Rényi. Layer by layer, ⌊sparsity · n⌋ of n weights never go all."""
+    ranked = config.method == "dnw" or (config.scope == "global" and "scope" in READS[config.method])
+    if not ranked and not (config.method in FROM_THE_START and config.allocation == "erk"):
+        return
+    weights = as_wholes(prunable_weights(model), spread_layouts(model))
+    parts = matrices({name: torch.empty(w.shape, device="meta") for name, w in weights.items() if w.numel()})
+    total, least = sum(part.numel() for part in parts.values()), min(parts, key=lambda name: parts[name].numel())
+    if ranked and removal_count(config.sparsity, total) > total - len(parts):
+        raise ValueError(
+            f"sparsify.sparsity must be <= {math.floor((1 - len(parts) / total) * 1e4) / 1e4}, so that each of"
+            f" {len(parts)} matrices, the least of them {least!r} {list(parts[least].shape)}, keeps a weight, got"
+            f" {config.sparsity}"
+        )
+    for name, count in () if ranked else erk(parts, config.sparsity).items():
+        if count == parts[name].numel():
+            raise ValueError(
+                f"sparsify.sparsity must leave {name!r} {list(parts[name].shape)} a weight under sparsify.allocation ="
+                f" 'erk', got {config.sparsity}"
+            )
 
 
 def calibration_ids(data: Data, *, batch: int, length: int, seed: int, device: torch.device) -> list[Tensor]:
@@ -267,13 +296,23 @@ def _asked(config: SparsifyConfig, model: Transformer, steps: int) -> Method:
             model, every=config.every, mu=1e-3 if config.strength is None else config.strength, **asked
         ),
         "generalization": lambda: GeneralizationDriven(
-            model, begin=config.begin, most=config.fraction, when=config.when, **asked
+            model,
+            begin=config.begin,
+            most=config.fraction,
+            when=config.when,
+            criterion=config.criterion,
+            **asked,
         ),
         "lottery": lambda: Rewinding(
             model, every=pass_steps(config, steps), rounds=config.rounds, rewind=config.begin, **asked
         ),
         "early_bird": lambda: EarlyBirdPruning(
-            model, every=config.every, end=last_update(config, steps), window=EARLY_BIRD_WINDOW, **asked
+            model,
+            every=config.every,
+            end=last_update(config, steps),
+            window=EARLY_BIRD_WINDOW,
+            relative=config.distance == "relative",
+            **asked,
         ),
         "l1": lambda: Regularized(model, penalty=l1, **shrinking),
         "hoyer_square": lambda: Regularized(model, penalty=hoyer_square, **shrinking),

@@ -292,14 +292,14 @@ class Trainer:
         return number > 0
 
     def _forward_backward(self, batch: Batch, *, diagnose: bool = False) -> StepOutput:
-        with passes(self.sparsifiers):
+        with passes(self.sparsifiers) as telling:
             return accumulate(
                 self.model,
                 batch,
                 micro_batches=self.train.accumulation,
                 side=self.side,
                 autocast=self.precision.autocast(self.device),
-                run=partial(self.parallel.forward, self.model, side=self.side),
+                run=telling(partial(self.parallel.forward, self.model, side=self.side)),
                 around=lambda last: self.parallel.micro_batch(last=last, diagnose=diagnose),
             )
 

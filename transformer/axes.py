@@ -10,7 +10,7 @@ from transformer.attention import Attention
 from transformer.block import Block
 from transformer.feedforward import FeedForward
 from transformer.layer_config import DenseConfig
-from transformer.unit_axes import expert_axis, layer_axis, width_axis
+from transformer.unit_axes import expert_axis, expert_neuron_axes, layer_axis, width_axis
 
 if TYPE_CHECKING:
     from transformer.model import Transformer
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 def prunable_axes(model: "Transformer") -> list[Axis]:
     """One "head" axis for each attention (grouped by key-value head), one "neuron" axis for each dense feed-forward,
-    one "expert" axis for each mixture of experts, and for the whole model one "layer" axis and one "width" axis (the
-    latter unless some block chooses tokens, keys or memories).
+    one "expert" axis for each mixture of experts (none under a hash router), one "expert_neuron" axis for the neurons
+    inside its experts and another for those of its shared expert, and for the whole model one "layer" axis and one
+    "width" axis (the latter unless some block chooses tokens, keys or memories).
 
     Attention with ``qk_norm="full"`` has no head axis: a head that goes would change the norm of those that stay.
     Nor has one whose heads choose their keys: the choice would change with them.
@@ -32,6 +33,8 @@ def prunable_axes(model: "Transformer") -> list[Axis]:
             axes.append(_neuron_axis(model, index, layer.feedforward))
         if isinstance(layer.feedforward, MoE) and (experts := expert_axis(model, index, layer.feedforward)):
             axes.append(experts)
+        if isinstance(layer.feedforward, MoE):
+            axes += expert_neuron_axes(model, index, layer.feedforward)
     width = width_axis(model)
     return owned_by(model, [*axes, layer_axis(model), *([] if width is None else [width])])
 

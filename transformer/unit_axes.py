@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, cast
 from torch import nn
 
 from moe import HashRouter, MoE
+from moe.experts import Experts
+from moe.nonlinearity import projections
 from pruning.axes import Axis, Slice
 from transformer.attention import Attention
 from transformer.block import Block
@@ -32,6 +34,7 @@ def expert_axis(model: "Transformer", index: int, layer: MoE) -> Axis | None:
 
     def resize(kept: list[int]) -> None:
         layer.keep_experts(kept)
+        config = cast(MoEConfig, model.config.layers[index].feedforward)
         groups = len({unit * config.num_groups // config.num_experts for unit in kept})
         smaller = dataclasses.replace(
             config, num_experts=len(kept), num_groups=groups, top_groups=min(config.top_groups, groups)
@@ -43,6 +46,36 @@ def expert_axis(model: "Transformer", index: int, layer: MoE) -> Axis | None:
         slices=tuple(Slice(name, dim=0, width=1) for name in names), groups=config.num_groups,
         least=config.num_groups * -(-config.k // config.top_groups),
         resize=resize,
+    )  # fmt: skip
+
+
+def expert_neuron_axes(model: "Transformer", index: int, layer: MoE) -> list[Axis]:
+    """The neurons inside each expert of layer ``index``, of which every expert keeps equally many, and those of its
+    shared expert."""
+    where = f"layers.{index}.feedforward"
+    # experts that are spread over processes are another class
+    stacks = {name: one for name in ("experts", "shared") if isinstance(one := getattr(layer, name), Experts)}
+    return [_stack_axis(model, index, f"{where}.{name}", stack) for name, stack in stacks.items()]
+
+
+def _stack_axis(model: "Transformer", index: int, where: str, stack: Experts) -> Axis:
+    def resize(_: list[int]) -> None:
+        layer, stack.hidden = model.config.layers[index], stack.down.shape[2]
+        config = cast(MoEConfig, layer.feedforward)
+        if where.endswith(".shared"):
+            smaller = dataclasses.replace(config, shared_hidden=stack.hidden)
+        else:
+            smaller = dataclasses.replace(config, hidden=stack.hidden)
+        model.set_layer(index, dataclasses.replace(layer, feedforward=smaller))
+
+    parts = range(projections(stack.activation))
+    return Axis(
+        kind="expert_neuron", layer=index, name=f"{where}.neurons", size=stack.num_experts * stack.hidden, width=1,
+        gate=where, groups=stack.num_experts, least=stack.num_experts, stacked=True, resize=resize,
+        slices=(
+            *(Slice(f"{where}.up", dim=2, width=1, offset=part * stack.hidden) for part in parts),
+            Slice(f"{where}.down", dim=2, width=1),
+        ),
     )  # fmt: skip
 
 

@@ -1,21 +1,28 @@
 """The axes of a supported model: every slice of every tensor that goes with a head, neuron, expert, layer, channel."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from pruning.adapters.empty import HeadlessAttention
-from pruning.adapters.families import Family, Part, Place, features, set_attributes, weight_of
+from pruning.adapters.families import Family, Part, Place, features, neuron_multiple, set_attributes, weight_of
 from pruning.adapters.record import describe, head_counts, sizes_of
 from pruning.adapters.width import width_axis
 from pruning.axes import Axis, Slice
 
 Told = Callable[[], None]
+GROUPED_ROWS = 8  # neurons in 16 bytes of bfloat16
+NARROW = (
+    "{where} has {size} neurons in each expert now, no multiple of 8: transformers' grouped products, its choice by "
+    "default, may refuse them; run the model with experts_implementation='eager', as pruning.load_pruned does"
+)
 
 
 def axes_of_place(place: Place, *, record: bool = True) -> list[Axis]:
-    """One "head" and one "neuron" axis for each layer (or an "expert" axis), one "layer" and one "width" axis.
+    """One "head" and one "neuron" axis for each layer (or an "expert" and an "expert_neuron" axis), one "layer" and one
+    "width" axis.
 
     Layers that have lost all heads or neurons have no such axis. record: whether a removal rewrites the config.
     Raises: ValueError for weights that are not plain parameters, and for layers with cross-attention."""
@@ -32,7 +39,7 @@ def axes_of_place(place: Place, *, record: bool = True) -> list[Axis]:
         sizes = sizes_of(family, layer)
         axes += [_heads(place, index, told)] if sizes.heads and not family.joined_heads else []
         axes += [_neurons(place, index, told)] if family.inputs and sizes.neurons else []
-        axes += [] if family.experts is None else [_experts(place, index, told)]
+        axes += [] if family.experts is None else [_experts(place, index, told), _expert_neurons(place, index, told)]
     width = width_axis(place, told)
     return [*axes, _layers(place, told), *([] if width is None else [width])]
 
@@ -144,6 +151,26 @@ def _experts(place: Place, index: int, told: Told) -> Axis:
 
     return Axis("expert", index, f"{where}.{family.experts}", router.weight.shape[0], 1, f"{where}.{family.experts}",
                 tuple(Slice(f"{where}.{name}", 0, 1) for name in names), resize, least=router.top_k)  # fmt: skip
+
+
+def _expert_neurons(place: Place, index: int, told: Told) -> Axis:
+    """The neurons inside each of the stacked experts, of which every expert keeps equally many."""
+    layer = place.layers[index]
+    assert place.family.experts is not None
+    where = f"{place.where(index)}.{place.family.experts}"
+    experts: Any = layer.get_submodule(place.family.experts)
+    count, _, size = weight_of(layer, place.family.experts, "down_proj").shape
+
+    def resize(_: list[int]) -> None:
+        experts.intermediate_dim = weight_of(layer, str(place.family.experts), "down_proj").shape[2]
+        if experts.intermediate_dim % GROUPED_ROWS:
+            warnings.warn(NARROW.format(where=where, size=experts.intermediate_dim), stacklevel=2)
+        told()
+
+    joined = f"{where}.gate_up_proj"
+    slices = (Slice(joined, 1, 1), Slice(joined, 1, 1, offset=size), Slice(f"{where}.down_proj", 2, 1))
+    return Axis("expert_neuron", index, f"{where}.neurons", count * size, 1, where, slices, resize, groups=count,
+                least=count, multiple=neuron_multiple(place), stacked=True)  # fmt: skip
 
 
 def _layers(place: Place, told: Told) -> Axis:

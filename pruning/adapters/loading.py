@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from pruning.adapters.biases import BIASES, give_bias
-from pruning.adapters.families import SUPPORTED, Place, family_of
+from pruning.adapters.families import SUPPORTED, Place, family_of, row_multiple, weight_of
 from pruning.adapters.geometry import axes_of_place
 from pruning.adapters.record import LAYERS, WIDTH
 from pruning.axes import Axis
 from pruning.surgery import shrink
+
+KINDS = ("head", "neuron", "expert", "expert_neuron")
 
 
 def load_pruned(
@@ -26,7 +28,8 @@ def load_pruned(
 
     It is the transformers class that the config names. Where layers differ in size, as the config's ``pruned_layers``
     and ``pruned_width`` record, its still empty modules shrink to those sizes before transformers reads the weights,
-    and get the biases that ``pruned_biases`` tells of; uniform and unpruned models load too. dtype: as saved by
+    and get the biases that ``pruned_biases`` tells of; uniform and unpruned models load too. Experts whose rows are no
+    multiple of 16 bytes run one by one (experts_implementation="eager"). dtype: as saved by
     default. device: the CPU by default. attention: the backend ("sdpa", "eager", ...), transformers' choice by default.
 
     >>> model.save_pretrained(folder)
@@ -50,7 +53,19 @@ def load_pruned(
         if report[what]:
             raise ValueError(f"{what} of {folder} must be none, got {', '.join(sorted(report[what]))}")
     model.__class__ = kind
+    _run_one_by_one(model)
     return model.eval()
+
+
+def _run_one_by_one(model: Any) -> None:
+    """Experts whose rows grouped products cannot take in this dtype go one after the other."""
+    family = family_of(model)
+    if family is None or family.experts is None:
+        return
+    place = Place(model, family)
+    shapes = [weight_of(layer, family.experts, "down_proj").shape for layer in place.layers]
+    if any(size % row_multiple(place) for shape in shapes for size in shape[1:]):
+        model.set_experts_implementation("eager")
 
 
 def _class_named(library: Any, names: list[str] | None) -> Any:
@@ -84,7 +99,7 @@ def _shrink_to_record(model: Any) -> None:
     kept: dict[str, list[int]] = {}
     if sizes is not None:
         _check_sizes(sizes, len(place.layers), 3 if family.experts is None else 4)
-        kept = {axis.name: _kept(axis, sizes[axis.layer]) for axis in axes if axis.kind in ("head", "neuron", "expert")}
+        kept = {axis.name: _kept(axis, sizes[axis.layer]) for axis in axes if axis.kind in KINDS}
     if width is not None:
         kept |= {axis.name: _first(axis, width) for axis in axes if axis.kind == "width"}
     shrink(model, axes, kept)
@@ -101,6 +116,8 @@ def _kept(axis: Axis, sizes: list[int]) -> list[int]:
         return _first(axis, sizes[3])
     if axis.kind == "neuron":
         return _first(axis, neurons)
+    if axis.stacked:
+        return _first_of_each(axis, neurons)
     if axis.groups == 1 or not heads:
         return _first(axis, heads)
     if groups < 1 or heads % groups or groups > axis.groups or heads // groups > axis.group_size:
@@ -108,6 +125,12 @@ def _kept(axis: Axis, sizes: list[int]) -> list[int]:
             f"{axis.name} must have at most {axis.size} heads on {axis.groups} key-value heads, got {heads} on {groups}"
         )
     return [group * axis.group_size + unit for group in range(groups) for unit in range(heads // groups)]
+
+
+def _first_of_each(axis: Axis, count: int) -> list[int]:
+    if not 1 <= count <= axis.group_size:
+        raise ValueError(f"neurons of each expert of {axis.name} must be in [1, {axis.group_size}], got {count}")
+    return [group * axis.group_size + unit for group in range(axis.groups) for unit in range(count)]
 
 
 def _first(axis: Axis, count: int) -> list[int]:

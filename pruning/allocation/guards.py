@@ -51,7 +51,10 @@ def min_density(allocation: Allocation, density: float = 0.0) -> Allocation:
         counts = allocation(scores, sparsity)
         total, held = sum(counts.values()), dict[str, int]()
         if total > sum(limits.values()):
-            raise ValueError(f"a density of at least {density} lets {sum(limits.values())} weights go, not {total}")
+            raise ValueError(
+                f"sparsity must leave each of {len(limits)} matrices a share of {density:g} of its weights and at least"
+                f" one: it lets {total} go, of which {sum(limits.values())} can"
+            )
         while over := {name: limits[name] for name, count in counts.items() if count > limits[name]}:
             held |= over
             rest = {name: score for name, score in scores.items() if name not in held}

@@ -2,6 +2,7 @@
 
 from pruning.diagnostics.accounting import (
     Densities,
+    Passes,
     RunCost,
     dense_run,
     feedback_run,
@@ -10,6 +11,7 @@ from pruning.diagnostics.accounting import (
     recorded_run,
     rigl_run,
     run_cost,
+    search_cost,
     static_run,
     top_kast_run,
 )
@@ -54,6 +56,7 @@ __all__ = [
     "FisherTrace",
     "LossPath",
     "Memorisation",
+    "Passes",
     "PowerLaw",
     "RankingStability",
     "Robustness",
@@ -87,6 +90,7 @@ __all__ = [
     "recorded_run",
     "rigl_run",
     "run_cost",
+    "search_cost",
     "sparsity_loss_curve",
     "spearman_rho",
     "static_run",

@@ -28,9 +28,23 @@ class Densities:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """Products with every weight that is there, beyond those of training steps: ``forward`` of them on the way to a
+    loss and ``backward`` on the way back, each of ``tokens`` tokens.
+
+    A loss takes 1 forward, its gradient 2 backward (of the inputs, of the weights), and the gradient of something made
+    of that gradient 6: two for each of the three products that it goes back through."""
+
+    forward: int
+    backward: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class RunCost:
     """Of each step: FLOPs of the forward pass and of the backward one, bytes of weights, gradients and moments moved;
-    and what a dense run of as many steps takes. Runs add up: ``search + final``."""
+    and what a dense run of as many steps takes. Runs add up: ``search + final``. Passes beside the steps are entries of
+    their own, behind the steps."""
 
     forward: Float[Tensor, "steps"]
     backward: Float[Tensor, "steps"]
@@ -88,6 +102,7 @@ def run_cost(
     index_bytes: int = 0,
     attack_steps: int = 0,
     extra_flops: Callable[[int], float] = lambda step: 0.0,
+    passes: Callable[[int], Sequence[Passes]] = lambda step: (),
 ) -> RunCost:
     """The cost of ``steps`` steps of ``tokens`` tokens each.
 
@@ -102,14 +117,13 @@ def run_cost(
     times weight_bytes, and index_bytes more for every sparse weight read (2 d). Activations are not counted.
     attack_steps: passes to the inputs and back that look for the worst embeddings before each step, each of them
     d f + o forward and backward, and 2 d weights moved. extra_flops: step → FLOPs a token of the backward pass for what
-    is no weight, such as NeST's bridging gradients.
+    is no weight, such as NeST's bridging gradients. passes: step → what it does besides, at its d: each product takes
+    (d f + o) a token of its own and moves one matrix of the shape of each weight, read or written.
     Raises: ValueError for counts below 0 (steps, tokens below 1), and a density outside [0, 1]."""
-    for name, value, least in (("steps", steps, 1), ("tokens", tokens, 1), ("prunable_flops", prunable_flops, 0),
-                               ("other_flops", other_flops, 0), ("prunable_weights", prunable_weights, 0),
-                               ("other_weights", other_weights, 0), ("weight_bytes", weight_bytes, 1),
-                               ("index_bytes", index_bytes, 0), ("attack_steps", attack_steps, 0)):  # fmt: skip
-        if value < least:
-            raise ValueError(f"{name} must be >= {least}, got {value}")
+    _check_least({"steps": steps, "tokens": tokens, "weight_bytes": weight_bytes}, 1)
+    _check_least({"index_bytes": index_bytes, "attack_steps": attack_steps}, 0)
+    _check_least({"prunable_flops": prunable_flops, "other_flops": other_flops, "prunable_weights": prunable_weights,
+                  "other_weights": other_weights}, 0)  # fmt: skip
     d, w, m = (_table(name, rule, steps) for name, rule in vars(densities).items())
     once = tokens * (d * prunable_flops + other_flops)
     forward = (1 + attack_steps) * once
@@ -119,7 +133,40 @@ def run_cost(
     moved = moved + weight_bytes * attack_steps * 2 * (d * prunable_weights + other_weights)
     moved = moved + index_bytes * 2 * d * prunable_weights
     dense_moved = weight_bytes * 10.0 * (prunable_weights + other_weights) * steps
-    return RunCost(forward, backward, moved, 3.0 * tokens * (prunable_flops + other_flops) * steps, dense_moved)
+    run = RunCost(forward, backward, moved, 3.0 * tokens * (prunable_flops + other_flops) * steps, dense_moved)
+    besides = search_cost(
+        [(float(d[step]), each) for step in range(steps) for each in passes(step)],
+        prunable_flops=prunable_flops, other_flops=other_flops, prunable_weights=prunable_weights,
+        other_weights=other_weights, weight_bytes=weight_bytes,
+    )  # fmt: skip
+    return run + besides
+
+
+def search_cost(
+    found: Sequence[tuple[float, Passes]],
+    *,
+    prunable_flops: float,
+    other_flops: float,
+    prunable_weights: int,
+    other_weights: int,
+    weight_bytes: int = 4,
+) -> RunCost:
+    """The cost of passes that are no training steps, each at a density d of the prunable weights: what looks for a mask
+    before the first step. Added to a run's, the dense run that they are compared with stays that of the run.
+
+        forward, backward = (their number) · tokens · (d f + o);  moved = weight_bytes · (their number) · (d w + o')
+
+    f, o: forward FLOPs a token, w, o': numbers of the prunable weights and of the others, which count as if each got
+    a gradient. Raises: ValueError for counts below 0, weight_bytes below 1, and a density outside [0, 1]."""
+    _check_least({"weight_bytes": weight_bytes}, 1)
+    _check_least({"prunable_flops": prunable_flops, "other_flops": other_flops, "prunable_weights": prunable_weights,
+                  "other_weights": other_weights}, 0)  # fmt: skip
+    d = _table("search", lambda n: found[n][0], len(found))
+    forward, backward, tokens = (torch.tensor([getattr(each, name) for _, each in found], dtype=torch.float64)
+                                 for name in ("forward", "backward", "tokens"))  # fmt: skip
+    each = tokens * (d * prunable_flops + other_flops)
+    moved = weight_bytes * (forward + backward) * (d * prunable_weights + other_weights)
+    return RunCost(forward * each, backward * each, moved, 0.0, 0.0)
 
 
 def dense_run() -> Densities:
@@ -181,6 +228,12 @@ def recorded_run(
         return history[bisect.bisect_right(steps, step) - 1][1]
 
     return Densities(density, lambda step: 1.0 if dense_gradients(step) else density(step), lambda step: 1.0)
+
+
+def _check_least(values: dict[str, float], least: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
 
 
 def _table(name: str, rule: Callable[[int], float], steps: int) -> Float[Tensor, "steps"]:

@@ -60,7 +60,12 @@ class DegreeDistribution:
 
 
 def degree_distribution(masks: Masks) -> DegreeDistribution:
-    """The degrees of every matrix of the masks, each expert of a stack for itself."""
+    """The degrees of every matrix of the masks, each expert of a stack for itself.
+
+    Raises: ValueError for a mask that is no matrix and no stack of them."""
+    for name, mask in masks.kept.items():
+        if mask.ndim < 2:
+            raise ValueError(f"mask of {name!r} must have at least 2 dimensions, got {list(mask.shape)}")
     parts = matrices(masks.kept)
     fan_in, fan_out = ({name: mask.sum(dim).cpu() for name, mask in parts.items()} for dim in (1, 0))
     return DegreeDistribution(fan_in, fan_out)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pruning.batches import Batch, Loss, batch_size, model_batches, next_token_loss
 from pruning.diagnostics.figure import axes_for, labelled
+from pruning.diagnostics.kept import kept_of
 from pruning.masking import Masks
 from pruning.saliency.products import check_twice_differentiable
 from pruning.saliency.second_order import hessian_diagonal
@@ -91,10 +92,11 @@ def fisher_trace(
     An unbiased estimate for next-token prediction: the draws at the T positions of a sample are independent and their
     gradients have mean 0, so that T · ‖∇ mean_t log p‖² has the mean of the single ones' as its expectation.
     weights: parameter names, None all that train; masks: count only the weights that are there. draws: of labels for
-    each sample, from ``generator``. Raises: as :func:`hessian_diagonal`; ValueError for unknown names."""
-    chosen = _chosen(model, weights)
+    each sample, from ``generator``. Raises: as :func:`hessian_diagonal`; ValueError for unknown names, and for masks of
+    other parameters or shapes than the model's."""
+    chosen, kept = _chosen(model, weights), kept_of(masks, model)
     diagonal = hessian_diagonal(model, chosen, batches, estimator="fisher", draws=draws, generator=generator)
-    return FisherTrace(_sums(diagonal, masks), "model")
+    return FisherTrace(_sums(diagonal, kept), "model")
 
 
 def empirical_fisher_trace(
@@ -108,10 +110,10 @@ def empirical_fisher_trace(
     """E_(x, y) ‖∇ loss(x, y)‖² over samples, with the labels of the text: the mean squared gradient of a sample's loss.
 
     It goes to 0 where the model fits its data, as the Fisher need not. loss: a sum over samples; None next-token loss.
-    Raises: as :func:`hessian_diagonal`; ValueError for unknown names."""
-    chosen = _chosen(model, weights)
-    return FisherTrace(_sums(hessian_diagonal(model, chosen, batches, estimator="empirical_fisher", loss=loss), masks),
-                       "data")  # fmt: skip
+    Raises: as :func:`fisher_trace`."""
+    chosen, kept = _chosen(model, weights), kept_of(masks, model)
+    diagonal = hessian_diagonal(model, chosen, batches, estimator="empirical_fisher", loss=loss)
+    return FisherTrace(_sums(diagonal, kept), "data")
 
 
 def low_fisher_first(
@@ -125,13 +127,13 @@ def low_fisher_first(
 ) -> FisherCurriculum:
     """The trace of each sample of ``batches`` under the present model, and their order: low ones first, so that early
     training, which fixes the basin, is not led by the samples of steepest predictions. masks: count only the weights
-    that are there."""
-    chosen, traces = _chosen(model, weights), []
+    that are there. Raises: as :func:`fisher_trace`."""
+    chosen, kept, traces = _chosen(model, weights), kept_of(masks, model), []
     for batch in model_batches(model, batches):
         for sample in range(batch_size(batch)):
             one = _sample(batch, sample)
             diagonal = hessian_diagonal(model, chosen, [one], estimator="fisher", draws=draws, generator=generator)
-            traces.append(sum(_sums(diagonal, masks).values()))
+            traces.append(sum(_sums(diagonal, kept).values()))
     found = torch.tensor(traces, dtype=torch.float64)
     return FisherCurriculum(found.argsort(stable=True), found)
 
@@ -150,8 +152,9 @@ def fisher_penalty(
     loss. Differentiable twice, as the model must be: run both passes under
     :func:`pruning.saliency.products.twice_differentiable`, which sees to attention, experts and memories. In
     expectation over ŷ it is :func:`fisher_trace`, under masks too: the gradients of absent weights count for nothing.
-    Raises: ValueError for padding, labels of one's own, fewer than two tokens, and a function that is differentiable
-    once only, by name."""
+    Raises: ValueError for padding, labels of one's own, fewer than two tokens, unknown names, masks of other parameters
+    or shapes than the model's, and a function that is differentiable once only, by name."""
+    chosen, kept = _chosen(model, weights), kept_of(masks, model)
     ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
     if not isinstance(batch, Tensor) and set(batch) != {"input_ids"}:
         raise ValueError(f"a Fisher penalty draws all labels and takes input_ids alone, got {sorted(batch)}")
@@ -164,7 +167,6 @@ def fisher_penalty(
         drawn = torch.multinomial(chances, 1, generator=generator).view(len(ids), -1).to(ids.device)
     loss = next_token_loss(model, {"input_ids": ids, "labels": torch.cat([ids[:, :1], drawn], dim=1)})
     check_twice_differentiable(loss)
-    chosen, kept = _chosen(model, weights), {} if masks is None else masks.kept
     found = torch.autograd.grad(
         loss, list(chosen.values()), create_graph=True, allow_unused=True, materialize_grads=True
     )
@@ -185,8 +187,7 @@ def _chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Param
     return {name: own[name] for name in names}
 
 
-def _sums(diagonal: Mapping[str, Tensor], masks: Masks | None) -> dict[str, float]:
-    kept = {} if masks is None else masks.kept
+def _sums(diagonal: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> dict[str, float]:
     return {n: float((d * kept[n].to(d.device) if n in kept else d).double().sum()) for n, d in diagonal.items()}
 
 

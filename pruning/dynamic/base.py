@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from pruning.allocation import Allocation, erk
 from pruning.dynamic.sparse_adamw import SparseAdamW
-from pruning.masking import Masks, clear_gradients
+from pruning.masking import Masks, check_shapes, clear_gradients
+from pruning.resuming import check_named, named
 from pruning.sharding import as_wholes, gathered, own_part, put, sharded_as, spread_layouts, whole
 from pruning.structure import check_fraction, unstructured
 from pruning.weights import growable_weights, matrices
@@ -71,6 +72,7 @@ class DynamicSparsity(ABC):
         noise = {name: self._uniform(part) for name, part in matrices(kept).items()}
         counts = allocation(noise, sparsity)
         check_counts(noise, counts, sparsity)
+        self._begun = {name: score.numel() - counts[name] for name, score in noise.items()}
         for name, mask in matrices(kept).items():
             mask.copy_(self.initial(name, noise[name], counts[name]))
         self._masks = Masks({name: sharded_as(mask, views[name]) for name, mask in kept.items()})
@@ -153,8 +155,9 @@ class DynamicSparsity(ABC):
         return self._masks
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, masks, generator, and what the method keeps besides."""
-        return {
+        """Name, sparsity, connections at the start, step, masks, generator, and what the method keeps besides."""
+        return named(self, {"sparsity": self.sparsity}) | {
+            "begun": self._begun,
             "step": self.step,
             "masks": self._masks.state_dict(),
             "generator": self.generator.get_state(),
@@ -164,12 +167,19 @@ class DynamicSparsity(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict()``; the masks are applied to the model at once.
 
-        Raises: ValueError if the masks are not those of this model's weights."""
+        Raises: ValueError if the state is another method's, of another sparsity or allocation, or its masks are not
+        those of this model's weights."""
+        check_named(state, self, {"sparsity": self.sparsity})
         masks = Masks.from_state_dict({name: mask.to(self._weights[name].device) if name in self._weights else mask
                                        for name, mask in state["masks"].items()})  # fmt: skip
         if masks.kept.keys() != self._weights.keys():
             odd = sorted(masks.kept.keys() ^ self._weights.keys())
             raise ValueError(f"masks must be those of the model's {len(self._weights)} weights, got {odd[0]!r} besides")
+        check_shapes(masks.kept, self.wholes(self._weights))
+        for name, count in self._begun.items():
+            if state["begun"].get(name, count) != count:
+                raise ValueError(f"allocation must give {name!r} the {state['begun'][name]} connections with which the "
+                                 f"state of {type(self).__name__} began, got {count}")  # fmt: skip
         masks.apply(self.model)
         views = self.wholes(self._weights)
         self._masks = Masks({name: sharded_as(mask, views[name]) for name, mask in masks.kept.items()})

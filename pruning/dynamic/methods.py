@@ -118,10 +118,13 @@ class RigL(DynamicSparsity):
 class SNFS(DynamicSparsity):
     """Sparse momentum: drop by magnitude, share the free places out by mean momentum, grow by largest momentum.
 
-    Dettmers & Zettlemoyer 2019 (arXiv:1907.04840). The momentum is an exponential mean of the dense gradients with
-    decay ``momentum``. After the drop, matrix i gets a share of all the dropped connections in proportion to the mean
-    of abs(momentum) over its active weights; a full matrix passes the rest on. As in the authors' code, whose mask is
-    put on the weights only after the growth, a weight that is dropped and grown at once goes on as it was.
+    Dettmers & Zettlemoyer 2019 (arXiv:1907.04840). First the mean of abs(momentum) over the active weights of each
+    matrix is taken, as they are before the drop; then each drops ``fraction`` of its own, and matrix i grows a share of
+    all the dropped connections in proportion to its mean; a full matrix passes the rest on. As in the authors' code,
+    whose mask is put on the weights only after the growth, a weight that is dropped and grown at once goes on as it
+    was. The momentum is this class's own: an exponential mean of the raw dense gradients (not clipped) with decay
+    ``momentum``, whatever the optimiser; the paper's is that of SGD, and where the authors' code trains with Adam it
+    divides the first moment by the root of the second, which is not done here.
     Raises: as :class:`DynamicSparsity`; ValueError for momentum outside [0, 1).
     """
 
@@ -155,14 +158,14 @@ class SNFS(DynamicSparsity):
                 mean.lerp_(own_part(weight.grad).to(mean.dtype), 1 - self.momentum)
 
     def update(self, optimizer: Optimizer) -> dict[str, Bool[Tensor, "out in"]]:
-        """Drop in each matrix, grow wherever the momentum is; what is grown at once goes on as it was."""
+        """Mean momenta, drop in each matrix, grow where the momentum is; what is grown at once goes on as it was."""
         parts, means = self.parts(), matrices(gathered(self.wholes(self._means)))
+        shares = [float((means[n].abs() * mask).sum() / mask.sum().clamp_min(1)) for n, (_, _, mask) in parts.items()]
         kept, total = {}, 0
         for name, (weight, _, mask) in parts.items():
             count = int(self.drop_share() * int(mask.sum()))
             kept[name] = lowest_active(weight, mask, count)
             total += count
-        shares = [float((means[n].abs() * k).sum() / k.sum().clamp_min(1)) for n, k in kept.items()]
         counts = apportion(total, shares, [int((~k).sum()) for k in kept.values()])
         for (name, (weight, _, mask)), count in zip(parts.items(), counts, strict=True):
             grown = highest(means[name].abs(), ~kept[name], count)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from pruning.allocation import Allocation, erk
 from pruning.dynamic.base import check_counts
 from pruning.masking import Masks, check_shapes
+from pruning.resuming import check_named, named
 from pruning.sharding import as_wholes, gathered, own_part, sharded_as, spread_layouts
 from pruning.sparsifier import select_masks
 from pruning.structure import check_fraction
@@ -111,13 +112,21 @@ class TopKAST:
         return self._forward
 
     def state_dict(self) -> dict[str, Any]:
-        """Step and both sets, for a checkpoint."""
-        return {"step": self.step, "forward": self._forward.state_dict(), "backward": self._backward.state_dict()}
+        """Name, sparsities, step and both sets, for a checkpoint."""
+        sets = {"forward": self._forward.state_dict(), "backward": self._backward.state_dict()}
+        return named(self, self._asked()) | {"step": self.step} | sets
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state_dict()``. Raises: ValueError if the masks are not those of this model's weights."""
+        """Go on from ``state_dict()``.
+
+        Raises: ValueError if it is another method's or of other sparsities, or its masks are not those of this model's
+        weights."""
+        check_named(state, self, self._asked())
         self._forward, self._backward = (self._own(state[key]) for key in ("forward", "backward"))
         self.step, self._resting = state["step"], {}
+
+    def _asked(self) -> dict[str, float]:
+        return {"sparsity": self.sparsity, "backward_sparsity": self.backward_sparsity}
 
     def _own(self, masks: Mapping[str, Tensor]) -> Masks:
         if masks.keys() != self._weights.keys():

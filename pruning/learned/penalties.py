@@ -60,7 +60,8 @@ def unit_size(weights: Mapping[str, Tensor], axis: Axis) -> int:
 
 
 def unit_blocks(weights: Mapping[str, Tensor], axis: Axis) -> list[Tensor]:
-    """Each slice of the axis as [size, …], the unit first; views. Raises: ValueError if there is none."""
+    """Each slice of the axis as [size, …], the unit first; views. Raises: ValueError if there is none, and for stacked
+    axes."""
     blocks = list(_blocks(weights, axis))
     if not blocks:
         raise ValueError(f"weights must hold a slice of axis {axis.name!r}, got {len(weights)} others")
@@ -68,6 +69,8 @@ def unit_blocks(weights: Mapping[str, Tensor], axis: Axis) -> list[Tensor]:
 
 
 def _blocks(weights: Mapping[str, Tensor], axis: Axis) -> Iterator[Tensor]:
+    if axis.stacked:
+        raise ValueError(f"units of axis {axis.name!r} must be slices of a dimension, got those of stacked matrices")
     for part in axis.slices:
         if part.parameter in weights and not (part.grouped and axis.group_size > 1):
             tensor = weights[part.parameter]

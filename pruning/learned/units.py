@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pruning.adapters import adapted_axes
 from pruning.axes import Axis
 from pruning.learned.base import LearnedSparsity
 from pruning.learned.hard_concrete import expected_gate, hard_concrete, log_odds, open_probability
@@ -29,7 +30,8 @@ class UnitGroup:
     """Units whose activations enter one matrix: multiplying its input by a gate a unit is scaling its columns.
 
     name: of the axis, or of the parameter for a stack of experts. parameter: the matrix; dim: where its inputs are;
-    units: [size], or [E, size] for a stack; width: inputs of a unit; axis: none for a stack.
+    units: [size], or [E, size] for a stack; width: inputs of a unit; axis: none for a stack
+    of a model that declares no axes.
     """
 
     name: str
@@ -42,7 +44,7 @@ class UnitGroup:
     @property
     def tied(self) -> bool:
         """Whether units go by groups, as heads do under grouped-query attention."""
-        return self.axis is not None and self.axis.groups > 1 and self.axis.group_size > 1
+        return self.axis is not None and not self.axis.stacked and self.axis.groups > 1 and self.axis.group_size > 1
 
     def spread(self, gate: Tensor) -> Tensor:
         """The gates [size] or [E, size], laid out to be multiplied with the matrix."""
@@ -61,16 +63,30 @@ def unit_groups(
     Raises: ValueError for an axis whose gate module owns no slice of it, and if nothing is found."""
     chosen = [axis for axis in (prunable_axes(model) if axes is None else axes) if axis.kind in kinds]
     groups = [_of_axis(model, axis) for axis in chosen]
+    taken = {group.parameter for group in groups}
     if "neuron" in kinds:
         wholes = as_wholes({name: p.data for name, p in model.named_parameters()}, spread_layouts(model))
-        groups += [UnitGroup(name, name, 2, (p.shape[0], p.shape[2]), 1) for name, p in wholes.items()
-                   if p.ndim == 3 and name.rpartition(".")[2] in STACKED_OUTPUTS]  # fmt: skip
+        stacks = _stacks(model)
+        groups += [_of_stack(name, (p.shape[0], p.shape[2]), stacks.get(name)) for name, p in wholes.items()
+                   if p.ndim == 3 and name.rpartition(".")[2] in STACKED_OUTPUTS and name not in taken]  # fmt: skip
     if not groups:
         raise ValueError(f"{type(model).__name__} must have units of kinds {tuple(kinds)}, got none")
     return groups
 
 
+def _stacks(model: nn.Module) -> dict[str, Axis]:
+    """The axes of stacked units, if the model has any, by the parameter that reads the units."""
+    known = hasattr(model, "prunable_axes") or adapted_axes(model) is not None
+    return {axis.slices[-1].parameter: axis for axis in prunable_axes(model) if axis.stacked} if known else {}
+
+
+def _of_stack(name: str, units: tuple[int, int], axis: Axis | None) -> UnitGroup:
+    return UnitGroup(name if axis is None else axis.name, name, 2, units, 1, axis)
+
+
 def _of_axis(model: nn.Module, axis: Axis) -> UnitGroup:
+    if axis.stacked:
+        return _of_stack(axis.slices[-1].parameter, (axis.groups, axis.group_size), axis)
     for part in axis.slices:
         if part.parameter == f"{axis.gate}.weight" and part.offset == 0:
             dim = part.dim % model.get_parameter(part.parameter).ndim
@@ -116,20 +132,20 @@ class UnitSparsity(LearnedSparsity):
 
     @torch.no_grad()
     def kept(self) -> dict[str, list[int]]:
-        """Group name → the units that stay, for ``pruning.masked`` and surgery; "name[e]" of experts.
+        """Axis name → the units that stay, for ``pruning.masked`` and surgery; "name[e]" of stacks without an axis.
 
         Those that evaluation leaves open; once finished, those whose columns are not all 0. Besides, closed ones that
         surgery cannot take alone (:func:`pruning.selection.completed`: under grouped-query attention surviving groups
-        keep equally many heads). Their columns are 0 once finished: with them or without, the model is the same."""
+        keep equally many heads; experts of one layer equally many neurons). Their columns are 0 once finished: with
+        them or without, the model is the same."""
         self.prepare()
         found: dict[str, list[int]] = {}
         for name, group in self.groups.items():
             is_open = self._alive(name) if self.finished else self.gate(name, training=False) != 0
-            rows = (
-                {group.name: is_open} if is_open.ndim == 1 else {f"{group.name}[{e}]": r for e, r in enumerate(is_open)}
-            )
-            units = {key: row.nonzero().flatten().tolist() for key, row in rows.items()}
-            found |= units if group.axis is None else {key: completed(group.axis, row) for key, row in units.items()}
+            if group.axis is not None:
+                found[group.name] = completed(group.axis, is_open.flatten().nonzero().flatten().tolist())
+                continue
+            found |= {f"{group.name}[{e}]": row.nonzero().flatten().tolist() for e, row in enumerate(is_open)}
         return found
 
     def _alive(self, name: str) -> Tensor:

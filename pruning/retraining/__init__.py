@@ -6,6 +6,7 @@ from pruning.retraining.feedback import Feedback, NeuralWirings
 from pruning.retraining.generalization import GeneralizationDriven, generalization_loss, pruning_share
 from pruning.retraining.phases import DenseSparseDense, HardThresholding
 from pruning.retraining.tickets import EarlyBirdPruning, Rewinding, start_afresh
+from pruning.retraining.zero_test import ZeroTest, count_below
 
 __all__ = [
     "DenseSparseDense",
@@ -16,6 +17,8 @@ __all__ = [
     "LearningCompression",
     "NeuralWirings",
     "Rewinding",
+    "ZeroTest",
+    "count_below",
     "generalization_loss",
     "pruning_share",
     "start_afresh",

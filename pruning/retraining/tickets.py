@@ -11,6 +11,7 @@ from pruning.allocation import Allocation, uniform
 from pruning.lottery import EarlyBird, Ticket, tensors_to_rewind
 from pruning.mask_selection import select_masks
 from pruning.masking import Masks, check_kept, check_same, clear_gradients
+from pruning.resuming import check_named, named
 from pruning.saliency.data_free import magnitude
 from pruning.sharding import as_wholes, put, sharded_as, spread_layouts
 from pruning.structure import check_fraction
@@ -85,20 +86,25 @@ class Rewinding:
         return self._masks
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, masks and W_k, for a checkpoint."""
+        """Name, sparsity and passes, step, masks and W_k, for a checkpoint."""
         values = as_wholes(self._values, self._layouts)
-        return {"step": self.step, "masks": self._masks.state_dict(), "values": values}
+        return named(self, self._asked()) | {"step": self.step, "masks": self._masks.state_dict(), "values": values}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict()``; the masks are applied to the model at once.
 
-        Raises: ValueError if the masks are not those of this model's weights; then nothing has changed."""
+        Raises: ValueError if it is another method's, of another sparsity or of other passes, or its masks are not those
+        of this model's weights; then nothing has changed."""
+        check_named(state, self, self._asked())
         views = self._views()
         check_same(state["masks"], views)
         kept = {name: sharded_as(mask.to(views[name].device), views[name]) for name, mask in state["masks"].items()}
         masks = Masks.from_state_dict(kept)
         masks.apply(self.model)
         self._masks, self.step, self._values = masks, state["step"], self._own_values(state["values"])
+
+    def _asked(self) -> dict[str, float]:
+        return {"sparsity": self.sparsity, "every": self.every, "rounds": self.rounds, "rewind": self.rewind}
 
     def _views(self) -> dict[str, Tensor]:
         return as_wholes({name: weight.data for name, weight in self._weights.items()}, self._layouts)
@@ -127,8 +133,11 @@ class EarlyBirdPruning:
     """Dense until the mask has settled, then pruned to it, the weights that stay going on as they are.
 
     Every ``every`` steps :class:`pruning.lottery.EarlyBird` draws a mask; at the first that is near each of the last
-    ``window``, or at step ``end`` if none was, the smallest magnitudes go. Distances are relative to the largest
-    possible, so that the threshold says the same at every sparsity. You et al. 2020 (arXiv:1909.11957).
+    ``window``, or at step ``end`` if none was, the smallest magnitudes go. You et al. 2020 (arXiv:1909.11957), whose
+    distance is the share of all the weights in which two masks differ: under 0.1 for each of the last 5. Masks of
+    density d differ in at most 2 · min(d, 1 − d) of the weights, so that above 95% sparsity all are that near, and the
+    mask is taken as soon as there are window + 1. relative=True, which is not the paper's, divides by that largest
+    distance, so that the threshold says the same at every sparsity.
     found: the step at which it pruned, None before. forced: whether that was ``end``, where no mask had settled: then
     it is magnitude pruning at that step, and no early bird.
     Raises: as `EarlyBird`; ValueError for every or end below 1, weights that are frozen or shared by two layers, and
@@ -144,6 +153,7 @@ class EarlyBirdPruning:
         end: int,
         window: int = 5,
         threshold: float = 0.1,
+        relative: bool = False,
         allocation: Allocation = uniform,
         weights: Sequence[str] | None = None,
     ) -> None:
@@ -154,7 +164,7 @@ class EarlyBirdPruning:
             raise ValueError(f"every must be <= end / (window + 1) = {end // (window + 1)}, so that a mask can settle"
                              f" by end={end}, got {every}")  # fmt: skip
         self.model, self.every, self.end, self.step = model, every, end, 0
-        self.bird = EarlyBird(model, sparsity=sparsity, window=window, threshold=threshold, relative=True,
+        self.bird = EarlyBird(model, sparsity=sparsity, window=window, threshold=threshold, relative=relative,
                               allocation=allocation, weights=weights)  # fmt: skip
         self.found: int | None = None
         self.forced = False
@@ -184,15 +194,23 @@ class EarlyBirdPruning:
         return Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in self.bird.views().items()})
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, the step at which it pruned and whether it had to, and the masks seen, for a checkpoint."""
-        return {"step": self.step, "found": self.found, "forced": self.forced, "bird": self.bird.state_dict()}
+        """Name, sparsity, step, when it pruned and whether it had to, and the masks seen, for a checkpoint."""
+        seen = {"step": self.step, "found": self.found, "forced": self.forced, "bird": self.bird.state_dict()}
+        return named(self, self._asked()) | seen
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state_dict()``. Raises: ValueError if the masks are not those of this model's weights."""
+        """Go on from ``state_dict()``.
+
+        Raises: ValueError if it is another method's, of another sparsity or distance, or its masks are not those of
+        this model's weights."""
+        check_named(state, self, self._asked())
         for masks in state["bird"]["last"]:
             check_same(masks, self.bird.views())
         self.step, self.found, self.forced = state["step"], state["found"], state["forced"]
         self.bird.load_state_dict(state["bird"])
+
+    def _asked(self) -> dict[str, bool | float]:
+        return {"sparsity": self.bird.sparsity, "relative": self.bird.relative}
 
 
 def start_afresh(optimizer: Optimizer) -> None:

@@ -4,6 +4,7 @@ from pruning.saliency.activations import activation_importance, response_importa
 from pruning.saliency.confidence import attention_confidence
 from pruning.saliency.correlation import correlation_scores
 from pruning.saliency.data_free import lamp, magnitude, magnitude_importance, random_importance, random_scores
+from pruning.saliency.expert_neurons import expert_neuron_importance
 from pruning.saliency.experts import expert_importance
 from pruning.saliency.first_order import gradient_scores, snip_scores, taylor, taylor_scores
 from pruning.saliency.grasp import grasp_scores
@@ -24,6 +25,7 @@ __all__ = [
     "correlation_scores",
     "dense_wanda_scores",
     "expert_importance",
+    "expert_neuron_importance",
     "gate_importance",
     "gradient_scores",
     "grasp_scores",

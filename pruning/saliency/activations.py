@@ -36,9 +36,10 @@ def activation_importance(
     "firing": share of tokens with ‖a_u‖² > threshold (1 by default) times the mean over the layer's units and the
     batch's tokens, so that units that fire rarely go first where no activation is exactly 0 either.
     batches: token ids or keyword dicts, run in evaluation mode; padding under ``attention_mask`` does not count.
-    Raises: ValueError for another statistic, a threshold where none is taken or below 0, without batches, or if a gate
-    module sees no token."""
+    Raises: ValueError for another statistic, a threshold where none is taken or below 0, for stacked axes, without
+    batches, or if a gate module sees no token."""
     limit = _limit(statistic, threshold)
+    _check_read(axes)
     sums = {axis.name: _Sums(axis) for axis in axes}
     samples = 0
     with evaluating(model), torch.no_grad(), ExitStack() as hooks:
@@ -53,6 +54,13 @@ def activation_importance(
             samples += batch_size(batch)
     values = {axis.name: sums[axis.name].mean(statistic) for axis in axes}
     return record(axes, values, method=f"activation {statistic}", samples=samples, normalize=normalize)
+
+
+def _check_read(axes: Sequence[Axis]) -> None:
+    for axis in axes:
+        if axis.stacked:
+            raise ValueError(f"units of axis {axis.name!r} are inside stacked experts, whose input is not theirs: "
+                             "score them with expert_neuron_importance or gate_importance")  # fmt: skip
 
 
 def _limit(statistic: str, threshold: float | None) -> float:
@@ -133,6 +141,7 @@ def response_importance(
     not depend on the activations."""
     if response not in get_args(Response):
         raise ValueError(f"response must be one of {', '.join(get_args(Response))}, got {response!r}")
+    _check_read(axes)
     totals = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in axes}
     samples = 0
     with evaluating(model), torch.enable_grad():

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pruning.allocation.counts import lamp_of_magnitudes
-from pruning.axes import Axis
+from pruning.axes import Axis, Slice
 from pruning.saliency.record import AxisScores, Normalize, record
 
 
@@ -41,11 +41,15 @@ def magnitude_importance(model: nn.Module, axes: Sequence[Axis], *, normalize: N
     for axis in axes:
         squares = torch.zeros(axis.size, dtype=torch.float64)
         for piece in (piece for piece in axis.slices if not piece.grouped):
-            rows = parameters[piece.parameter].detach().movedim(piece.dim, 0)
-            rows = rows[piece.offset : piece.offset + axis.size * piece.width]
-            squares += rows.reshape(axis.size, -1).double().square().sum(1).cpu()
+            squares += _units(parameters[piece.parameter].detach(), piece, axis).double().square().sum(1).cpu()
         values[axis.name] = squares.sqrt()
     return record(axes, values, method="magnitude", normalize=normalize)
+
+
+def _units(tensor: Float[Tensor, "..."], piece: Slice, axis: Axis) -> Float[Tensor, "size rest"]:
+    count = axis.group_size if axis.stacked else axis.size * piece.width
+    owned = tensor.narrow(piece.dim, piece.offset, count).movedim(piece.dim, int(axis.stacked))
+    return owned.reshape(axis.size, -1)
 
 
 def random_importance(axes: Sequence[Axis], *, generator: torch.Generator | None = None) -> AxisScores:

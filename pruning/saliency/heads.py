@@ -6,7 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from pruning.axes import Axis
-from pruning.batches import Batch, Loss, Progress, batch_size, evaluating, model_batches, scalar_loss
+from pruning.batches import (
+    Batch,
+    Loss,
+    Progress,
+    batch_size,
+    evaluating,
+    model_batches,
+    samples_of,
+    scalar_loss,
+)
 from pruning.gates import gated, masked
 from pruning.model_axes import axes_of
 from pruning.saliency.record import AxisScores, Normalize, record
@@ -65,17 +74,19 @@ def gate_importance(
     sample's tokens). Each sample has its own gate, so one backward gives every sample's gradient; a loss that is a mean
     over the batch only scales that batch's scores by 1/B. The model runs in evaluation mode; its mode, its
     parameters' requires_grad and .grad, and its hooks are as before afterwards, errors included. Capacity-limited MoE
-    layers let samples compete for places: score those with capacity off.
+    layers let samples compete for places: score those with capacity off. With stacked axes among `axes` the samples
+    run one by one.
     Raises: ValueError if batches are empty, the loss is no finite scalar, or an axis' gate module does not run."""
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     totals = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in axes}
     samples = 0
     with evaluating(model), torch.enable_grad():
         for batch in model_batches(model, batches, progress=progress):
-            found = _gate_gradients(model, batch, axes, loss, dtype)
             samples += batch_size(batch)
-            for axis, gradient in zip(axes, found, strict=True):
-                totals[axis.name] += gradient.double().abs().sum(0).cpu()
+            for part in samples_of(batch) if any(axis.stacked for axis in axes) else [batch]:
+                found = _gate_gradients(model, part, axes, loss, dtype)
+                for axis, gradient in zip(axes, found, strict=True):
+                    totals[axis.name] += gradient.double().abs().sum(0).cpu()
     means = {name: total / samples for name, total in totals.items()}
     return record(axes, means, method="gate gradient", samples=samples, normalize=normalize)
 
@@ -85,17 +96,17 @@ def _gate_gradients(
 ) -> tuple[Tensor, ...]:
     """∂L_b/∂ξ_u [B, size] of each axis."""
     device = next(model.parameters()).device
-    ones = {
-        axis.name: torch.ones(batch_size(batch), axis.size, device=device, dtype=dtype, requires_grad=True)
-        for axis in axes
-    }
+    one = torch.ones((), device=device, dtype=dtype)
+    shapes = {axis.name: (axis.size,) if axis.stacked else (batch_size(batch), axis.size) for axis in axes}
+    ones = {name: one.expand(shape).clone().requires_grad_() for name, shape in shapes.items()}
     # backward inside the context: activation checkpointing runs the hooks again
     with gated(model, axes, ones) as ran:
         value = scalar_loss(model, batch, loss)
         _check_ran(axes, ran)
         if not value.requires_grad:
             raise ValueError("loss must depend on the gates differentiably, got a value without gradient")
-        return torch.autograd.grad(value, list(ones.values()), allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(value, list(ones.values()), allow_unused=True, materialize_grads=True)
+    return tuple(gradient.view(-1, axis.size) for gradient, axis in zip(found, axes, strict=True))
 
 
 def _check_ran(axes: Sequence[Axis], ran: set[str]) -> None:

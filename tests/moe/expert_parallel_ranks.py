@@ -20,6 +20,7 @@ from moe import (
     gather_experts,
     shard_experts,
 )
+from tests.moe import expert_parallel_fault_ranks
 from tests.tolerances import close
 from transformer import MoEConfig, Transformer, TransformerConfig
 
@@ -171,6 +172,7 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     for case in (layers, skewed, overlap, half_precision, models):
         case(rank, world)
+    expert_parallel_fault_ranks.run(rank, world)
     dist.destroy_process_group()
 
 

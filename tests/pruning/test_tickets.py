@@ -89,7 +89,7 @@ def test_it_is_find_ticket_and_the_training_of_its_ticket(rewind):
 def test_an_early_bird_is_found_once_six_masks_are_alike_or_at_the_end():
     still = line([1.0, 2.0, 3.0, 4.0])
     optimizer = torch.optim.SGD(still.parameters(), lr=1.0)
-    method = EarlyBirdPruning(still, sparsity=0.5, every=2, end=100)
+    method = EarlyBirdPruning(still, sparsity=0.5, every=2, end=100, relative=True)
     for _ in range(11):
         assert push(still, method, optimizer, [0.0] * 4) == [1.0, 2.0, 3.0, 4.0] and method.masks().sparsity == 0
     assert push(still, method, optimizer, [0.0] * 4) == [0.0, 0.0, 3.0, 4.0] and method.found == 12
@@ -97,7 +97,7 @@ def test_an_early_bird_is_found_once_six_masks_are_alike_or_at_the_end():
     assert push(still, method, optimizer, [-9.0, 0.0, 1.0, 0.0]) == [0.0, 0.0, 2.0, 4.0]
 
     restless = line([1.0, 2.0, 3.0, 4.0])
-    method = EarlyBirdPruning(restless, sparsity=0.5, every=2, end=21)
+    method = EarlyBirdPruning(restless, sparsity=0.5, every=2, end=21, relative=True)
     for step in range(21):
         sign = 1.0 if step // 2 % 2 else -1.0
         restless.weight.data.copy_(torch.tensor([[2.5 + sign, 2.5 + sign, 2.5 - sign, 2.5 - sign]]))
@@ -111,7 +111,7 @@ def test_both_go_on_from_their_state():
     gradients = torch.randn(20, 4).tolist()
     for make in (
         lambda model: Rewinding(model, sparsity=0.5, every=6, rounds=2, rewind=2),
-        lambda model: EarlyBirdPruning(model, sparsity=0.5, every=1, end=15),
+        lambda model: EarlyBirdPruning(model, sparsity=0.5, every=1, end=15, relative=True),
     ):
         whole = line([4.0, 3.0, 2.0, 1.0])
         method, optimizer = make(whole), torch.optim.SGD(whole.parameters(), lr=0.1)

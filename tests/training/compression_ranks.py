@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.tolerances import close
+from tests.training import compression_fault_ranks
 from tests.training.distributed_cases import make_trainer
 from training import compress_gradients
 from training.distributed import Ranks, make_world
@@ -46,9 +47,11 @@ def local(model, step, rank):
     return {name: p.grad.clone().flatten() for name, p in model.named_parameters()}
 
 
-def select(method, a, g, memory, name, step):
-    """Entries that one rank sends of one parameter, one at a time: {index: value}; memory is changed."""
+def select(method, a, g, name, drawn):
+    """Entries that one rank sends of one parameter, one at a time: {index: value}. drawn: places of "randomk"."""
     count = max(1, math.ceil(METHODS[method].get("density", 1) * len(a)))
+    if method == "randomk":
+        return {i: float(a[i]) for i in drawn[name]}
     if method == "threshold":
         return {i: float(v) for i, v in enumerate(a) if abs(v) >= 0.05}
     if method == "adacomp":
@@ -65,8 +68,8 @@ def select(method, a, g, memory, name, step):
     return {i: float(a[i]) for i in order[:count]}
 
 
-def by_hand(method, world, steps):
-    """The reduced gradients of each step, from loops over ranks, parameters and entries."""
+def by_hand(method, world, steps, drawn):
+    """The reduced gradients of each step, from loops over ranks, parameters and entries. drawn: see select."""
     model = net()
     names = [name for name, _ in model.named_parameters()]
     rest = [{n: torch.zeros(p.numel()).double() for n, p in model.named_parameters()} for _ in range(world)]
@@ -95,7 +98,7 @@ def by_hand(method, world, steps):
                         rest[rank][n][i] = speed[rank][n][i] = 0.0
                     continue
                 a = rest[rank][n] + g
-                for i, value in select(method, a, g, rest, n, step).items():
+                for i, value in select(method, a, g, n, drawn).items():
                     total[n][i] += value
                     a[i] -= value
                 rest[rank][n] = a
@@ -105,29 +108,51 @@ def by_hand(method, world, steps):
                 p -= 0.1 * total[n].view_as(p)
 
 
+def watched(compressor, drawn=None):
+    """The places that "randomk" draws, by parameter; under "all" those of all steps for the largest parameter."""
+    found, choose = {"all": []} if drawn is None else drawn, compressor._choose
+
+    def note(name, total):
+        index = choose(name, total)
+        found[name] = index.tolist()
+        assert len(set(found[name])) == len(found[name])
+        if name == "0.weight":
+            found["all"].append(found[name])
+        return index
+
+    compressor._choose = note
+    return found
+
+
 def methods(rank, world):
     for method, options in METHODS.items():
         model = DistributedDataParallel(net())
         compressor = compress_gradients(model, method, **options)
-        expected = by_hand(method, world, 6) if method != "randomk" else [None] * 6
-        for step, wanted in enumerate(expected):
-            if step == 3:  # what a checkpoint would hold
+        drawn = watched(compressor)
+        expected, traffic = by_hand(method, world, 6, drawn), compressor.traffic
+        for step in range(6):
+            if step == 3:  # another process goes on from what a checkpoint holds
                 state = copy.deepcopy(compressor.state_dict())
-                compressor.residuals.clear()
-                compressor.velocities.clear()
+                again = DistributedDataParallel(net())
+                again.module.load_state_dict(model.module.state_dict())
+                model, compressor = again, compress_gradients(again, method, **options)
                 compressor.load_state_dict(state)
+                compressor.traffic = traffic
+                drawn |= watched(compressor, drawn)
             model.zero_grad()
             model(data(step, rank)).square().sum().backward()
+            wanted = next(expected)
             for name, p in model.module.named_parameters():
                 other = p.grad.clone()
                 dist.broadcast(other, 0)
                 assert p.grad.equal(other), "every rank holds the same gradient"
-                if wanted is not None:
-                    close(p.grad.flatten(), wanted[name])
+                close(p.grad.flatten(), wanted[name])
             with torch.no_grad():
                 for p in model.module.parameters():
                     p -= 0.1 * p.grad
-        assert compressor.traffic.steps == compressor.step == 6
+        assert traffic.steps == compressor.step == 6
+        if method == "randomk":
+            assert len({tuple(places) for places in drawn["all"]}) == 6, "other places each step"
         assert compressor.traffic.sent <= compressor.traffic.dense == 6 * (2 * 83 * 8 * (world - 1) // world)
         if method in SENT:
             assert compressor.traffic.sent == 6 * SENT[method](world)
@@ -290,6 +315,7 @@ def main() -> None:
     for case in (methods, nothing_is_lost, clipping, clipped_by_hand, many_buckets, forgetting):
         case(rank, world)
     trainers(rank, world, Path(store).parent)
+    compression_fault_ranks.run(rank, world, Path(store).parent)
     dist.destroy_process_group()
 
 

@@ -74,6 +74,8 @@ RUNS: dict[str, Run] = {
     ),
     "heads": Run(MoEConfig(hidden=8, num_experts=4, k=2), GLOBAL, HEADS, 0.1),
     "depths": Run(MoEConfig(hidden=8, num_experts=4, k=2), GLOBAL, PASSED, 0.1),
+    # epochs of 549 sequences end inside the third batch and the fifth
+    "epochs": Run(MoEConfig(hidden=8, num_experts=4, k=2), GLOBAL | {"batch": 240}),
 }  # fmt: skip
 # one run for each router; ranks route their own tokens, as one process does its micro-batches
 ROUTED = {f"router-{name}": name for name in ROUTERS}
@@ -114,15 +116,26 @@ LAYOUTS = {
         Layout("noisy", 2),
         Layout("noisy", shard="fsdp"),
         Layout("jitter", 2),
+        Layout("sigmoid", shard="fsdp"),
         Layout("second"),
+        Layout("second", shard="fsdp"),
+        Layout("epochs", 2),
         Layout("heads", heads=2),
         Layout("heads", shard="fsdp", heads=2),
         Layout("depths"),
         Layout("depths", 2, "fsdp"),
         Layout("depths", heads=2),
         *(Layout(run, 2) for run in ROUTED),
+        Layout("router-switch", shard="fsdp"),
+        Layout("router-expert_choice", 2, "fsdp"),
     ],
-    3: [Layout("dense", shard="fsdp"), Layout("moe", 3), Layout("noisy", 3), Layout("heads", heads=3)],
+    3: [
+        Layout("dense", shard="fsdp"),
+        Layout("epochs", shard="fsdp"),
+        Layout("moe", 3),
+        Layout("noisy", 3),
+        Layout("heads", heads=3),
+    ],
     4: [
         Layout("moe", 2, "fsdp"),
         Layout("moe", 4),
@@ -136,6 +149,8 @@ LAYOUTS = {
 
 # what is saved by 4 ranks, at which step, and where it goes on
 SAVED, SAVED_STEP = [Layout("moe", 2), Layout("moe", 2, "fsdp"), Layout("heads", 2, heads=2)], 3
+# methods of compression that keep what they do not send
+UNSENT = ("topk", "threshold", "dropping", "adacomp", "dgc")
 RESUMED = {
     2: [Layout("", 1, "fsdp"), Layout("", 2), Layout("", heads=2)],
     3: [Layout("", 3, "fsdp"), Layout(""), Layout("", heads=3)],

@@ -6,12 +6,18 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
 
+from pruning.diagnostics import FisherCurriculum, low_fisher_first
 from pruning.sharding import gathered
+from tests.tolerances import close
+from tests.training import fisher_cases
 from tests.training.distributed_cases import (
     LAYOUTS,
     PRUNED,
@@ -19,6 +25,7 @@ from tests.training.distributed_cases import (
     SAVED,
     SAVED_STEP,
     STEPS,
+    UNSENT,
     Layout,
     keep_gradients,
     make_trainer,
@@ -27,6 +34,8 @@ from tests.training.distributed_cases import (
 )
 from training.distributed import Ranks, make_world
 from training.distributed.export import whole_weights
+from training.distributed.faults import LostRankError, one_clear_error
+from training.finite import NonFiniteError
 from training.trainer import CHECKPOINTS
 
 
@@ -66,6 +75,31 @@ def resumes(rank: int, world: int, folder: Path) -> None:
             trainer = make_trainer(layout.run, folder / f"{layout}-to-{world}-{other}", parallel=placed(other))
             trainer.resume(folder / str(layout) / CHECKPOINTS / f"step-{SAVED_STEP:08d}")
             trainer.run()
+
+
+def holds(rank: int, world: int, folder: Path) -> None:
+    """FSDP2 in micro-batches: between them a rank holds the gradients of its own shards and no others."""
+    trainer = make_trainer("dense", folder / "held", parallel=placed(Layout("dense", shard="fsdp")), accumulation=3)
+    seen, run_forward = [], trainer.parallel.forward
+
+    def forward(model: Any, batch: Any, side: Any) -> Any:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        seen.append(sum(gradient.to_local().nbytes for gradient in gradients) + whole_gradients(model))
+        return run_forward(model, batch, side)
+
+    trainer.parallel.forward = forward
+    trainer.train_step()
+    weights = 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
+    # a parameter whose rows do not divide has one row more on the first ranks
+    share = sum(parameter.to_local().nbytes for parameter in trainer.model.parameters())
+    assert seen == [0, share, share] and share < 0.6 * weights
+
+
+def whole_gradients(model: Any) -> int:
+    """Bytes of the gradients that FSDP2 holds unsharded."""
+    groups = [g for m in model.modules() if isinstance(m, FSDPModule) for g in m._get_fsdp_state()._fsdp_param_groups]
+    held = [parameter.unsharded_accumulated_grad for group in groups for parameter in group.fsdp_params]
+    return sum(gradient.nbytes for gradient in held if gradient is not None)
 
 
 def prunes(rank: int, world: int, folder: Path) -> None:
@@ -113,6 +147,41 @@ def compresses(rank: int, world: int, folder: Path) -> None:
                     assert left.equal(again.compressor.residuals[key])
 
 
+def keeps_unsent(rank: int, world: int, folder: Path) -> None:
+    """Every method stopped and resumed ends as one that was not; what it had not sent, as it stopped."""
+    for method in UNSENT:
+        out, grid = folder / method, make_world(torch.device("cpu"))
+        whole, stopped, again = (Ranks(grid, compression=method, density=0.1) for _ in range(3))
+        make_trainer("dense", folder / f"{method}-whole", parallel=whole).run()
+        make_trainer("dense", out, parallel=stopped, stop_at=SAVED_STEP).run()
+        save_unsent(stopped, folder / f"{method}-{rank}-of-{world}.safetensors")
+        trainer = make_trainer("dense", folder / f"{method}-again", parallel=again)
+        trainer.resume(out / CHECKPOINTS / f"step-{SAVED_STEP:08d}")
+        trainer.run()
+        for kind in ("residuals", "velocities"):
+            wanted, found = getattr(whole.compressor, kind), getattr(again.compressor, kind)
+            assert wanted.keys() == found.keys()
+            for name, left in wanted.items():
+                close(found[name], left)
+
+
+def shares_unsent(rank: int, world: int, folder: Path) -> None:
+    """What other ranks had not sent when they stopped, as these take it over; they train to the end."""
+    for method in UNSENT:
+        ranks = Ranks(make_world(torch.device("cpu")), compression=method, density=0.1)
+        trainer = make_trainer("dense", folder / f"{method}-on-{world}", parallel=ranks)
+        trainer.resume(folder / method / CHECKPOINTS / f"step-{SAVED_STEP:08d}")
+        assert ranks.compressor is not None and ranks.compressor.step == SAVED_STEP
+        save_unsent(ranks, folder / f"{method}-{rank}-of-{world}.safetensors")
+        trainer.run()
+
+
+def save_unsent(ranks: Ranks, file: Path) -> None:
+    assert ranks.compressor is not None
+    held = {"residuals": ranks.compressor.residuals, "velocities": ranks.compressor.velocities}
+    save_file({f"{kind}/{n}": left.contiguous() for kind, store in held.items() for n, left in store.items()}, file)
+
+
 def keeps_compact(rank: int, world: int, folder: Path) -> None:
     """RigL with moments of the weights that are there alone: saved, in the background too, resumed, run through."""
     options = {"sparsifiers": PRUNERS["rigl"], "optim": {"sparse_state": True}}
@@ -125,13 +194,62 @@ def keeps_compact(rank: int, world: int, folder: Path) -> None:
     again.run()
 
 
+def controls(rank: int, world: int, folder: Path) -> None:
+    """A Fisher penalty and curriculum, resumed to the bit; rank 1 finds other traces than rank 0, which all follow."""
+
+    def ranked(*args: Any, **options: Any) -> FisherCurriculum:
+        found = low_fisher_first(*args, **options)
+        return FisherCurriculum(found.order, found.traces if rank == 0 else -found.traces)
+
+    for name, case in fisher_cases.CASES.items():
+        with patch("training.fisher_control.low_fisher_first", ranked):
+            out = folder / f"fisher-{name}"
+            trainer = fisher_cases.trainer_of(case, out, parallel=placed(case.layout), save_every=SAVED_STEP)
+            rows, gradients = fisher_cases.keep_rows(trainer), keep_gradients(trainer)
+            trainer.run()
+            again = fisher_cases.trainer_of(case, folder / f"{out.name}-again", parallel=placed(case.layout))
+            again.resume(out / CHECKPOINTS / f"step-{SAVED_STEP:08d}")
+            again.run()
+        last, resumed_to = whole_weights(trainer.model), whole_weights(again.model)
+        for key, weight in last.items():
+            theirs = weight.clone()
+            dist.broadcast(theirs, 0)
+            assert theirs.equal(weight) and resumed_to[key].equal(weight), key
+        save_file({"rows": torch.stack(rows)}, out / f"rows-{rank}.safetensors")
+        if rank == 0:
+            tensors = last | {f"gradient of {key}": gradient for key, gradient in gradients.items()}
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, out / "last.safetensors")
+    broken = fisher_cases.trainer_of(fisher_cases.CASES["dense"], folder / "broken", parallel=placed(Layout("dense")))
+    found = torch.tensor(math.inf if rank == 1 else 1.0)
+    with (
+        patch("training.fisher_control.fisher_penalty", lambda *_, **__: found),
+        pytest.raises(NonFiniteError, match="step 1: the Fisher penalty on rank 1 is inf; nothing was updated"),
+    ):
+        broken.train_step()
+
+
+def fails(rank: int, world: int, folder: Path) -> None:
+    """The last rank ends with an error that nobody foresaw; the others, who wait for it, say which."""
+    last = world - 1
+    error, said = (KeyError, "oops") if rank == last else (LostRankError, f"rank {last}: KeyError: 'oops'; start again")
+    with pytest.raises(error, match=said), one_clear_error(timeout_s=1.0, advice=lambda: "start again"):
+        if rank == last:
+            raise KeyError("oops")
+        dist.barrier()
+
+
 CASES = {
+    "fails": fails,
+    "holds": holds,
     "runs": runs,
     "saves": saves,
     "resumes": resumes,
     "prunes": prunes,
     "compresses": compresses,
+    "keeps_unsent": keeps_unsent,
+    "shares_unsent": shares_unsent,
     "keeps_compact": keeps_compact,
+    "controls": controls,
 }
 
 

@@ -1,8 +1,8 @@
 """The command, with faults of rank 1: FAULT=kill python -m tests.training.faulty_rank train …
 
-kill: it is slow in one step and dies in mid-step in its first life, in mid-checkpoint in its second. stop: it hangs.
-nan: its loss is not a number. full: its disk has no room for the second checkpoint. behind: it dies while it writes
-that one in the background.
+kill: it is slow in one step and dies in mid-step in its first life, in mid-checkpoint in its second. stop, halt: it
+hangs in a step, in its first checkpoint. nan: its loss is not a number. full: its disk has no room for the second
+checkpoint. behind: it dies while it writes that one in the background.
 """
 
 import contextlib
@@ -37,9 +37,11 @@ def rows(self, batch):
 
 
 def own_file(rank):
-    """Die when the tensors of this rank are on the disk, and the rest is not."""
+    """Die, or stop for ever, when the tensors of this rank are on the disk, and the rest is not."""
     if life == 1 and fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "halt":
+        os.kill(os.getpid(), signal.SIGSTOP)
     return name_part(rank)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from training.cli import main
 
 HEADS = ("--expert-parallel", "1", "--tensor-parallel", "2")
-HALF = ("--sparsify.sparsity", "0.5", "--sparsify.every", "2")
+HALF = ("--sparsify.sparsity", "0.5")
 # case: what both ranks add to the command, and rank 1 alone
 CASES: dict[str, tuple[list[str], list[str]]] = {
     "seed": ([], ["--seed", "7"]),
@@ -28,9 +28,9 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "both": (["--tensor-parallel", "2"], []),
     "heads": ([*HEADS, "--model.kv-heads", "1"], []),
     "compiled heads": ([*HEADS, "--train.compile"], []),
-    "learned": (["--sparsify.method", "variational"], []),
+    "learned": ([*HEADS, "--sparsify.method", "variational"], []),
     "attacked shards": (["--shard", "fsdp", "--sparsify.method", "robust_rewiring", *HALF], []),
-    "moments of shards": (["--optim.sparse-state", "--sparsify.method", "rigl", *HALF], []),
+    "moments of shards": (["--optim.sparse-state", "--sparsify.method", "rigl", *HALF, "--sparsify.every", "2"], []),
     "penalty": (["--sparsify.fisher-penalty", "0.1"], []),
     "curriculum": (["--sparsify.curriculum", "low_fisher"], []),
     "masks of the whole": (
@@ -39,7 +39,16 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "none of it": (["--train.steps", "1"], []),
     "nothing to resume": (["--resume", "--out", "OUT/absent"], []),
+    "resumed on one": ([], ["--resume"]),
+    "started anew on one": ([], ["--overwrite"]),
+    "another start": (["--resume"], ["--checkpoint", "OUT/elsewhere"]),
+    "unread": ([], []),
+    "unread on one": ([], []),
+    "a wrong flag on one": ([], ["--model.num-experts", "four"]),
     "another model": (["--resume", "--model.dim", "32"], []),
+    "other heads": (["--resume", "--model.heads", "4"], []),
+    "other k": (["--resume", "--model.k", "1"], []),
+    "other settings of training": (["--resume", "--train.steps", "1", "--model.dropout", "0.1"], []),
     "other experts": (["--resume", "--model.num-experts", "6"], []),
     "data": (["--overwrite"], []),
 }
@@ -59,6 +68,8 @@ if __name__ == "__main__":
     for life, (case, (both, one)) in enumerate(CASES.items()):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(life)
         os.chdir(out / f"rank-{rank}" if case == "data" else out / "rank-0")
-        command = ["train", sys.argv[2], "--out", str(out / "run"), "--expert-parallel", "2", *both, *one * rank]
+        unread = case == "unread" or (case == "unread on one" and rank == 1)
+        file = str(out / "unread.toml") if unread else sys.argv[2]
+        command = ["train", file, "--out", str(out / "run"), "--expert-parallel", "2", *both, *one * rank]
         found[case] = said([argument.replace("OUT", str(out)) for argument in command])
     (out / f"{rank}.json").write_text(json.dumps(found))

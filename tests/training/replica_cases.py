@@ -29,14 +29,16 @@ METHODS: dict[str, SparsifyConfig] = {
     "dsd": SparsifyConfig(0.5, "dsd", begin=2, end=6),
     "lc": SparsifyConfig(0.5, "lc", every=2, strength=0.1),
     "generalization": SparsifyConfig(0.5, "generalization", when="low"),
+    "statistic": SparsifyConfig(0.5, "generalization", when="low", criterion="statistic", scope="global"),
     "lottery": SparsifyConfig(0.5, "lottery", begin=3, rounds=1),
-    "early_bird": SparsifyConfig(0.5, "early_bird", every=1, end=6),
+    "early_bird": SparsifyConfig(0.5, "early_bird", every=1, end=6, distance="relative"),
     "hoyer_square": SparsifyConfig(0.5, "hoyer_square"),
     "polarized_units": SparsifyConfig(0.5, "polarized_units"),
     "soft_movement": SparsifyConfig(method="soft_movement", strength=300.0, gate_lr=100.0),
     "l0": SparsifyConfig(method="l0", strength=300.0, gate_lr=170.0),
     "l0_units": SparsifyConfig(method="l0_units", strength=1.0, gate_lr=300.0),
     "str": SparsifyConfig(method="str", strength=1.0),
+    "variational": SparsifyConfig(method="variational", strength=300.0, gate_lr=100.0),
     "variational_units": SparsifyConfig(method="variational_units", strength=30.0, gate_lr=153.0),
     "proximal": SparsifyConfig(method="proximal", strength=1.0),
     "group_proximal": SparsifyConfig(method="group_proximal", strength=5.0),
@@ -57,6 +59,7 @@ WHERE: dict[str, tuple[Layout, ...]] = {
     "dsd": (SHARDS,),
     "lc": (BOTH,),
     "generalization": (BOTH, REPLICAS),
+    "statistic": (BOTH,),
     "lottery": (BOTH, REPLICAS),
     "early_bird": (HEADS,),
     "hoyer_square": (HEADS,),
@@ -65,6 +68,7 @@ WHERE: dict[str, tuple[Layout, ...]] = {
     "l0": (BOTH,),
     "l0_units": (BOTH, REPLICAS),
     "str": (BOTH,),
+    "variational": (BOTH, SHARDS, REPLICAS),
     "variational_units": (HEADS,),
     "proximal": (SHARDS,),
     "group_proximal": (BOTH,),
@@ -72,8 +76,9 @@ WHERE: dict[str, tuple[Layout, ...]] = {
     "robust_rewiring": (SPREAD, REPLICAS),
 }
 CASES = [(method, layout) for method, layouts in WHERE.items() for layout in layouts]
-# from shards and spread experts to whole weights: gates of weights, of matrices, of units; values to go back to
-MOVED = {"movement": Layout("moe"), "str": Layout("moe"), "l0_units": SHARDS._replace(run="moe"), "lottery": SPREAD}
+# from shards and spread experts to whole weights: gates of weights, of matrices, of units; values to go back to; sums
+MOVED = {"movement": Layout("moe"), "str": Layout("moe"), "l0_units": SHARDS._replace(run="moe"), "lottery": SPREAD,
+         "statistic": SPREAD}  # fmt: skip
 
 
 def trainer_of(method: str, run: str, out: Path, **options: Any) -> Trainer:

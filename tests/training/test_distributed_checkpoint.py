@@ -32,7 +32,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     spawn("tests.training.distributed_ranks", 4, folder, "saves")
     for world in RESUMED:
-        (folder / "store").unlink()
+        (folder / "store").unlink(missing_ok=True)
         spawn("tests.training.distributed_ranks", world, folder, "resumes")
     return folder
 

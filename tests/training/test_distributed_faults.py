@@ -61,15 +61,24 @@ MISFITS = {
     "both": "distributed.expert_parallel must divide the 2 processes divided by tensor_parallel=2, got 2",
     "heads": "layers.0.attention: num_kv_heads must be a multiple of distributed.tensor_parallel=2, got 1",
     "compiled heads": "train.compile must be false with distributed.tensor_parallel=2",
-    "learned": "sparsify.method must not be 'variational' with several processes",
+    "learned": "distributed.tensor_parallel must be 1 with sparsify.method='variational', got 2",
     "attacked shards": "sparsify.attack must be 0 with distributed.shard='fsdp', got 0.05",
     "moments of shards": "distributed.expert_parallel must be 1 with optim.sparse_state, got 2",
-    "penalty": "sparsify.fisher_penalty must be 0.0 with several processes, got 0.1",
-    "curriculum": "sparsify.curriculum must be 'none' with several processes, got 'low_fisher'",
+    "penalty": "distributed.expert_parallel must be 1 with sparsify.fisher_penalty, got 2",
+    "curriculum": "distributed.expert_parallel must be 1 with sparsify.curriculum='low_fisher', got 2",
     "masks of the whole": "",
     "none of it": "",
     "nothing to resume": "no checkpoint at .*: leave out --resume",
+    "resumed on one": "--resume must be the same on every rank: rank 0 has False, rank 1 has True",
+    "started anew on one": "--overwrite must be the same on every rank: rank 0 has False, rank 1 has True",
+    "another start": "--checkpoint must be the same on every rank: rank 0 has None, rank 1 has '.*elsewhere'",
+    "unread": "model.num_experts in .*unread.toml must be int, got 'four'",
+    "unread on one": "rank 1: model.num_experts in .*unread.toml must be int, got 'four'",
+    "a wrong flag on one": "rank 1: the arguments of train are refused, see what was said above",
     "another model": ".*is of another shape: ",
+    "other heads": "/.* is of another model: layers.0.attention.num_heads is 2 there and 4 in this run: resume with",
+    "other k": "/.* is of another model: layers.0.feedforward.k is 2 there and 1 in this run: resume with",
+    "other settings of training": "",
     "other experts": ".*is of another shape: ",
     "data": "fingerprint of the data must be the same on every rank: rank 0 has",
 }
@@ -94,15 +103,15 @@ def losses(out: Path) -> torch.Tensor:
     return torch.tensor([line["loss"] for line in lines if "loss" in line])
 
 
-def errors_of_two(config: Path, out: Path, fault: str, *flags: str) -> list[str]:
-    """What each of two ranks, which fail unless they hang or die, says on standard error."""
+def errors_of(config: Path, out: Path, fault: str, *flags: str, world: int = 2) -> list[str]:
+    """What each rank, which fails unless it hangs or dies, says on standard error."""
     command = ["train", str(config), "--out", str(out), "--data.cache", str(out.with_name("cache"))]
     command += flags or ["--expert-parallel", "2"]
-    with launched("tests.training.faulty_rank", 2, *command, FAULT=fault) as running:
-        alive = running[: 1 if fault in ("stop", "behind") else 2]
-        said = [process.communicate(timeout=PATIENCE)[1] for process in alive]
-        assert [process.returncode for process in alive] == [1] * len(said), said
-        assert fault != "stop" or running[1].poll() is None
+    with launched("tests.training.faulty_rank", world, *command, FAULT=fault) as running:
+        failing = [process for rank, process in enumerate(running) if rank != 1 or fault in ("nan", "full")]
+        said = [process.communicate(timeout=PATIENCE)[1] for process in failing]
+        assert [process.returncode for process in failing] == [1] * len(said), said
+        assert fault not in ("stop", "halt") or running[1].poll() is None
     return [" ".join(line for line in text.splitlines() if line.startswith("error: ")) for text in said]
 
 
@@ -128,23 +137,29 @@ def test_torchrun_restarts_after_kills_and_the_losses_are_those_of_one_process(c
 
 
 def test_nan_on_one_rank_is_named_on_every_rank(config: Path, tmp_path: Path) -> None:
-    zero, one = errors_of_two(config, tmp_path / "run", "nan")
+    zero, one = errors_of(config, tmp_path / "run", "nan")
     assert f"step {STEP}: gradient norm is nan, rank 1: every layer's output is finite" in zero
     assert f"step {STEP}: loss is nan, rank 1: every layer's output is finite" in one
     assert "the last good checkpoint is" in zero
 
 
-def test_a_rank_that_hangs_ends_the_run_on_the_others(config: Path, tmp_path: Path) -> None:
-    config.write_text(config.read_text().replace("timeout_s = 60.0", "timeout_s = 20.0"))
-    (zero,) = errors_of_two(config, tmp_path / "run", "stop")
-    assert "rank 0 stops: another of the 2 processes died, or was silent for 20 s; checkpoints in" in zero
+@pytest.mark.parametrize(("fault", "world", "kept"), [("stop", 4, "checkpoints in "), ("halt", 2, "no checkpoint")])
+def test_a_rank_that_hangs_ends_the_run_on_the_others(
+    config: Path, tmp_path: Path, fault: str, world: int, kept: str
+) -> None:
+    """In a step, among four of which two share out experts; and in the first checkpoint."""
+    config.write_text(config.read_text().replace("timeout_s = 60.0", "timeout_s = 15.0"))
+    found = errors_of(config, tmp_path / "run", fault, "--expert-parallel", "2", world=world)
+    assert len(found) == world - 1
+    for rank, text in zip((0, 2, 3), found, strict=False):
+        assert f"rank {rank} stops: another of the {world} processes died, or was silent for 15 s; {kept}" in text
 
 
 def test_a_full_disk_on_one_rank_is_one_error_on_both_and_the_older_checkpoint_is_whole(
     config: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    for text in errors_of_two(config, out, "full", "--tensor-parallel", "2"):
+    for text in errors_of(config, out, "full", "--tensor-parallel", "2"):
         assert text.count("error: ") == 1
         assert re.search(r"disk full \(\d+ MiB free\) while writing .*step-00000010; free some space; ", text), text
         assert f"{out / CHECKPOINTS / 'step-00000005'} is intact: resume from it" in text
@@ -156,7 +171,7 @@ def test_a_rank_killed_while_it_writes_behind_training_leaves_the_older_checkpoi
 ) -> None:
     out = tmp_path / "run"
     flags = "--shard", "fsdp", "--expert-parallel", "2", "--distributed.async-checkpoints"
-    (zero,) = errors_of_two(config, out, "behind", *flags)
+    (zero,) = errors_of(config, out, "behind", *flags)
     assert zero.count("error: ") == 1 and "rank 0 stops: another of the 2 processes died" in zero
     assert zero.endswith("are whole: start all 2 processes again with --resume")
     whole_at_step_5(out)
@@ -181,6 +196,7 @@ def test_what_does_not_fit_is_one_error_on_every_rank(config: Path, tmp_path: Pa
         (tmp_path / f"rank-{rank}" / "corpus" / "text.txt").write_text(text * 4)
         (tmp_path / f"rank-{rank}" / "corpus" / "held_out.txt").write_text(text)
     config.write_text(config.read_text().replace(str(tmp_path / "corpus"), "corpus"))
+    (tmp_path / "unread.toml").write_text('[model]\nnum_experts = "four"\n')
     with launched("tests.training.misfit_ranks", 2, str(tmp_path), str(config)) as running:
         ends = [(process.communicate(timeout=PATIENCE)[1], process.returncode) for process in running]
     assert [code for _, code in ends] == [0, 0], ends

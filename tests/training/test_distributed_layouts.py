@@ -12,7 +12,7 @@ import torch.distributed as dist
 from training.config import RunConfig, from_dict
 from training.distributed import Environment, joined, launcher, world
 from training.distributed.agreement import require_methods
-from training.distributed.faults import LostRankError, how_to_go_on
+from training.distributed.faults import LostRankError, how_to_go_on, in_words, together
 from training.distributed.fitting import check_model
 from training.distributed.world import check_grid
 from transformer import AttentionConfig, DenseConfig, LayerConfig, MoEConfig, Transformer, TransformerConfig
@@ -74,9 +74,10 @@ def test_ranks_that_split_heads_must_let_the_same_tokens_pass() -> None:
     "changes, message",
     [
         (
-            {"sparsify": {"method": "variational"}},
-            "sparsify.method must not be 'variational' with several processes",
+            {"sparsify": {"method": "variational"}, "distributed": {"tensor_parallel": 2}},
+            "distributed.tensor_parallel must be 1 with sparsify.method='variational', got 2: its noise is on outputs",
         ),
+        ({"sparsify": {"method": "variational"}, "distributed": {"shard": "fsdp", "expert_parallel": 2}}, ""),
         (
             {"sparsify": {"method": "robust_rewiring", "sparsity": 0.5}, "distributed": {"shard": "fsdp"}},
             "sparsify.attack must be 0 with distributed.shard='fsdp', got 0.05",
@@ -98,7 +99,24 @@ def test_ranks_that_split_heads_must_let_the_same_tokens_pass() -> None:
             },
             "",
         ),
-        ({"sparsify": {"fisher_penalty": 0.1}}, "sparsify.fisher_penalty must be 0.0 with several processes, got 0.1"),
+        ({"sparsify": {"fisher_penalty": 0.1, "curriculum": "low_fisher"}}, ""),
+        (
+            {"sparsify": {"fisher_penalty": 0.1}, "distributed": {"shard": "fsdp"}},
+            "distributed.shard must be 'none' with sparsify.fisher_penalty, got 'fsdp': it differentiates gradients",
+        ),
+        (
+            {"sparsify": {"fisher_penalty": 0.1}, "distributed": {"compression": "topk"}},
+            "distributed.compression must be 'none' with sparsify.fisher_penalty, got 'topk'",
+        ),
+        (
+            {"sparsify": {"fisher_penalty": 0.1, "method": "variational"}},
+            "sparsify.fisher_penalty must be 0 with sparsify.method='variational' and several processes, got 0.1",
+        ),
+        (
+            {"sparsify": {"curriculum": "low_fisher"}, "distributed": {"tensor_parallel": 2}},
+            "distributed.tensor_parallel must be 1 with sparsify.curriculum='low_fisher', got 2: the trace of a sample",
+        ),
+        ({"sparsify": {"curriculum": "random"}, "distributed": {"shard": "fsdp", "tensor_parallel": 2}}, ""),
         (
             {"distributed": {"shard": "fsdp", "compression": "topk"}},
             "distributed.compression must be 'none' with distributed.shard='fsdp', got 'topk'",
@@ -147,15 +165,34 @@ def test_a_rank_that_does_not_start_is_named_by_the_others(monkeypatch: pytest.M
         pass
 
 
-def test_the_commands_that_go_on() -> None:
+def test_the_commands_that_go_on(tmp_path: Path) -> None:
     assert launcher(None) == ["sparse-transformers"]
     two = Environment(0, 2, 0, restarts=0)
     assert " ".join(launcher(two, {})) == "torchrun --nproc-per-node 2 -m training"
     nodes = launcher(Environment(0, 8, 0, restarts=0), {"LOCAL_WORLD_SIZE": "4"})
     assert " ".join(nodes) == "torchrun --nnodes 2 --nproc-per-node 4 -m training"
-    kept = Path("run/checkpoints")
-    assert how_to_go_on(kept, ranks=2, variables={}).endswith("start all 2 processes again with --resume")
-    assert "torchrun --max-restarts N goes on" in how_to_go_on(kept, ranks=2, variables={"TORCHELASTIC_RUN_ID": "x"})
+    assert how_to_go_on(tmp_path, ranks=2) == "no checkpoint was written yet: start all 2 processes again"
+    (tmp_path / "step-00000005").mkdir()
+    assert how_to_go_on(tmp_path, ranks=2, variables={}).endswith("start all 2 processes again with --resume")
+    assert "torchrun --max-restarts N goes on" in how_to_go_on(
+        tmp_path, ranks=2, variables={"TORCHELASTIC_RUN_ID": "x"}
+    )
+
+
+def test_an_error_of_one_rank_is_that_of_all() -> None:
+    def broken() -> int:
+        raise FileNotFoundError("no checkpoint at x")
+
+    assert together(lambda: 3, lambda text: [text, ""]) == 3
+    with pytest.raises(ValueError, match="^rank 1: disk gone$"):
+        together(lambda: 3, lambda text: [text, "disk gone"])
+    with pytest.raises(ValueError, match="^rank 0: no checkpoint at x$"):
+        together(broken, lambda text: [text, ""])
+    with pytest.raises(FileNotFoundError, match="^no checkpoint at x$"):
+        together(broken, lambda text: [text, text])
+    assert [in_words(error) for error in (ValueError("a\n b"), KeyError("oops"), MemoryError(), ValueError())] == [
+        "a b", "KeyError: 'oops'", "MemoryError", "ValueError",
+    ]  # fmt: skip
 
 
 def test_a_negative_warmup_is_refused() -> None:

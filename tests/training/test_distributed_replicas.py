@@ -61,12 +61,6 @@ def test_two_processes_are_as_one_and_one_goes_on_from_their_checkpoint(
     same(found(again), mine)
 
 
-def test_noise_of_single_activations_is_refused() -> None:
-    config = from_dict(RunConfig, {"sparsify": {"method": "variational"}}, where="")
-    with pytest.raises(ValueError, match="sparsify.method must not be 'variational' with several processes"):
-        require_methods(config)
-
-
 @pytest.mark.parametrize("method", ["rigl", "snfs", "nest"])
 def test_growth_by_gradients_that_are_held_back_is_refused(method: str) -> None:
     values = {"sparsify": {"method": method, "sparsity": 0.5}, "distributed": {"compression": "topk"}}

@@ -10,16 +10,18 @@ import torch
 from safetensors.torch import load_file
 
 from tests.tolerances import close
-from tests.training.distributed_cases import PRUNED, PRUNERS, SAVED_STEP, Layout, make_trainer
+from tests.training import fisher_cases
+from tests.training.distributed_cases import PRUNED, PRUNERS, SAVED_STEP, STEPS, Layout, keep_gradients, make_trainer
 from tests.training.spawning import spawn
 from training.distributed.checkpoint import shared_out
+from training.distributed.export import whole_weights
 from training.trainer import CHECKPOINTS
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    spawn("tests.training.distributed_ranks", 2, folder, "prunes", "compresses", "keeps_compact")
+    spawn("tests.training.distributed_ranks", 2, folder, "prunes", "compresses", "keeps_compact", "controls")
     return folder
 
 
@@ -75,6 +77,38 @@ def test_moments_of_the_weights_that_are_there_are_those_of_one_process(two: Pat
     assert held == 12 * active + 8 * dense
     again.run()
     close(losses(tmp_path / "again"), losses(two / "compact")[SAVED_STEP:])
+
+
+@pytest.mark.parametrize("name", fisher_cases.CASES)
+def test_a_fisher_penalty_and_curriculum_of_two_ranks_are_those_of_one_process_in_micro_batches(
+    two: Path, tmp_path: Path, name: str
+) -> None:
+    case, out = fisher_cases.CASES[name], two / f"fisher-{name}"
+    alone = fisher_cases.trainer_of(case, tmp_path / "alone")
+    rows, gradients = fisher_cases.keep_rows(alone), keep_gradients(alone)
+    alone.run()
+    found = load_file(out / "last.safetensors")
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(
+            found[f"gradient of {key}"], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()), msg=key
+        )
+    taken = [load_file(out / f"rows-{rank}.safetensors")["rows"] for rank in range(fisher_cases.RANKS)]
+    theirs = torch.cat([part.reshape(STEPS, -1, 16) for part in taken], dim=1)
+    assert theirs.equal(torch.stack(rows).reshape(STEPS, -1, 16)), "the rows of every step"
+    close(losses(out), losses(alone.out))
+    for key, weight in whole_weights(alone.model).items():
+        close(found[key], weight)
+    again = fisher_cases.trainer_of(case, tmp_path / "again")
+    again.resume(out / CHECKPOINTS / f"step-{SAVED_STEP:08d}")
+    again.run()
+    close(losses(again.out), losses(out)[SAVED_STEP:])
+
+
+def test_the_fisher_penalty_is_a_part_of_those_gradients(tmp_path: Path) -> None:
+    case = fisher_cases.CASES["dense"]
+    without = case._replace(words={word: value for word, value in case.words.items() if "penalty" not in word})
+    with_it, plain = (fisher_cases.trainer_of(one, tmp_path / str(len(one.words))) for one in (case, without))
+    assert with_it.train_step()["grad_norm"] > 1.05 * plain.train_step()["grad_norm"]
 
 
 def test_what_was_not_sent_is_kept_in_sum_by_another_number_of_ranks() -> None:

@@ -16,7 +16,7 @@ from pruning.prescribed import Prescribed
 from pruning.retraining.phases import Phases
 from tests.training.models import small_batch, small_data, small_trainer
 from training.moments import evaluating, observe_all, parametrised
-from training.sparsify_config import FINDING, SparsifyConfig, SparsifyMethod, check_sparsify
+from training.sparsify_config import FINDING, SparsifyConfig, SparsifyMethod, check_sparsify, unread
 from training.sparsity import FROM_THE_START, make_sparsifiers
 from training.trainer import Trainer
 from transformer import AttentionConfig, LayerConfig, MoEConfig, ProductKeyConfig, Transformer, TransformerConfig
@@ -55,7 +55,8 @@ def trainer(out: Path, method: str) -> Trainer:
     if method == "mask":
         scores = {name: magnitude(weight) for name, weight in prunable_weights(made).items()}
         words["mask"] = select_masks(scores, sparsity=0.5, allocation=uniform).save(out / "masks.safetensors")
-    config = SparsifyConfig(method=method, end={"magnitude": 3, "early_bird": 6}.get(method, 0), **words)
+    words["end"] = {"magnitude": 3, "early_bird": 6}.get(method, 0)
+    config = SparsifyConfig(method=method, **{name: word for name, word in words.items() if name not in unread(method)})
     check_sparsify(config, steps=STEPS)
     methods = make_sparsifiers(config, made, steps=STEPS, calibration=lambda: [small_batch(batch=2).inputs])
     settings = {"steps": STEPS, "accumulation": 2, "checkpointing": True, "dtype": "bfloat16", "batch": 2}

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from tests.training.models import small_corpus
 from training.config import RunConfig, from_dict
 from training.data import Batches
 from training.finite import NonFiniteError
-from training.fisher_control import PENALTY_SEED, POOL_SEED, Admitted, Penalised, in_order, make_penalties
+from training.fisher_control import PENALTY_SEED, POOL_SEED, Admitted, Penalised
 from training.run import make_trainer
 from training.trainer import Trainer
 
@@ -212,12 +211,5 @@ def test_what_does_not_go_together(tmp_path, text):
         config(tmp_path, text, fisher_penalty=0.1, train={"compile": True})
     with pytest.raises(ValueError, match=r"curriculum_pool must be at most \d+, the sequences .* got 100000"):
         make_trainer(config(tmp_path, text, curriculum="random", curriculum_pool=100000))
-    both = config(tmp_path, text, curriculum="random", curriculum_pool=4, fisher_penalty=0.1)
-    trainer = make_trainer(both)
-    with pytest.raises(ValueError, match="sparsify.fisher_penalty must be 0 with several processes, got 0.1"):
-        make_penalties(both, trainer.model, trainer.data, ranks=2)
-    trainer.parallel = SimpleNamespace(ranks=2)
-    with pytest.raises(ValueError, match="sparsify.curriculum must be 'none' with several processes, got 'random'"):
-        in_order(both, trainer)
     made = from_dict(RunConfig, {"sparsify": {"fisher_penalty": 0.01, "curriculum": "low_fisher"}}, where="test")
     assert json.loads(json.dumps(made.sparsify.fisher_penalty)) == 0.01

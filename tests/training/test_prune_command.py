@@ -257,6 +257,18 @@ def test_ctrl_c_says_how_to_go_on_and_errors_leave_nothing(
     assert prune(folders, "dense", tmp_path / "out", "--sparsity", "0.5", "--resume") == 0
 
 
+def test_refit_and_order_are_the_library_s(folders: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, options in {"plain": (), "refit": ("--refit",), "wanda": ("--method", "wanda"),
+                          "diag": ("--method", "sparsegpt", "--order", "diag"),
+                          "sparsegpt": ("--method", "sparsegpt")}.items():  # fmt: skip
+        assert prune(folders, "dense", tmp_path / name, "--sparsity", "0.5", *options) == 0
+        record = json.loads((tmp_path / name / "prune.json").read_text())
+        found[name] = record["weights"]["matrices"], record["after"]["loss"]
+    assert [name for name, (matrices, _) in found.items() if not matrices] == ["plain"]
+    assert len({loss for _, loss in found.values()}) == len(found)
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
@@ -268,6 +280,11 @@ def test_ctrl_c_says_how_to_go_on_and_errors_leave_nothing(
         ("dense", ["--sparsity", "0.5", "--allocation", "globl"], "got 'globl'; did you mean 'global'?"),
         ("dense", ["--sparsity", "0.5", "--allocation", "erk", "--scope", "global"], "--scope is an older name"),
         ("dense", ["--heads", "0.5", "--method", "wanda"], "choose weights: give --sparsity"),
+        ("dense", ["--heads", "0.5", "--refit"], "--refit and --order choose weights: give --sparsity"),
+        ("dense", ["--sparsity", "0.5", "--method", "snip", "--refit"], "--refit goes with --method magnitude, admm"),
+        ("dense", ["--sparsity", "0.5", "--method", "wanda", "--order", "diag"], "--order diag goes with --method sp"),
+        ("dense", ["--structure", "2:4", "--method", "sparsegpt", "--order", "diag"], "and --structure 2:4"),
+        ("dense", ["--expert-neurons", "0.5"], "--expert-neurons needs a model that has them"),
         ("dense", ["--sparsity", "0.6", "--structure", "2:4"], "means sparsity=0.5, got 0.6"),
         ("dense", ["--sparsity", "0.6", "--structure", "pairs"], "structure must be None, 'n:m'"),
         ("dense", ["--structure", "1:3", "--method", "sparsegpt"], "m a divisor of 128, got '1:3'"),

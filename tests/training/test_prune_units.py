@@ -140,6 +140,7 @@ def test_the_least_by_importance_go(folders: Path, tmp_path: Path, model: str, o
         ("llama", ["--budget", "params=0.8", "--budget-units", "layers,heads", "--importance", "random"],
          {"layer", "head"}),
         ("moe", ["--budget", "params=0.7"], {"expert", "head"}),
+        ("moe", ["--budget", "params=.85", "--budget-units", "expert-neurons"], {"expert_neuron"}),
         ("minilm", ["--budget", "params=0.8"], {"head", "neuron"}),
     ],
 )  # fmt: skip

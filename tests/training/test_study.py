@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from training.study import load_study, page_text, run_study, write_page
+from training.study import load_study, page_text, pool, run_study, write_page
 from training.study import runner as runner_module
 from training.study import speed as speed_module
 from training.study.cell import STOPPED, run_cell, write_job
@@ -157,6 +157,26 @@ def _wait_for(path, seconds=PATIENCE):
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.01)
+
+
+def test_a_cell_killed_between_its_record_and_the_studys_line_is_not_trained_again(toy, tmp_path, monkeypatch):
+    study, records = toy(one=True), tmp_path / "records.jsonl"
+    for arm in study.arm:
+        cell = Cell(arm, 1e-3, 0)
+        key = cell_key(study, cell)
+        config = run_config(study, cell, out=tmp_path / "out" / "cells" / f"{arm.name}-0.001-0-{key}", threads=1)
+        facts = {"kind": "cell", "key": key, "arm": arm.name, "lr": 1e-3, "seed": 0, "status": "done"}
+        config.out.mkdir(parents=True)
+        (config.out / "record.json").write_text(json.dumps(facts | {"bits_per_byte": 3.0, "wall_seconds": 1.0}))
+
+    def start(jobs, *, threads):
+        raise AssertionError(f"{[str(job) for job in jobs]} have their records already")
+
+    monkeypatch.setattr(pool, "_start", start)
+    monkeypatch.setattr(runner_module, "_speeds", lambda *given, **options: None)
+    lines = run_study(study, out=tmp_path / "out", records=records)
+    assert [(line["arm"], line["bits_per_byte"]) for line in lines] == [("dense", 3.0), ("moe", 3.0)]
+    assert open_records(records) == lines
 
 
 @pytest.mark.timeout(PATIENCE)

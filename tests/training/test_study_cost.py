@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pruning import prunable_weights
+from pruning import prunable_weights, uniform
 from pruning.diagnostics import recorded_run
-from pruning.dynamic import NeST
+from pruning.dynamic import Attack, NeST, RobustRewiring
 from pruning.retraining import GeneralizationDriven
 from tests.training.models import small_model, small_trainer
 from training.config import RunConfig, from_dict
@@ -108,3 +108,18 @@ def test_a_method_that_never_ran_is_as_it_began():
     found = run_densities(config, outcome)
     assert found.forward(0) == found.gradient(99) == 1.0
     assert torch.tensor(found.moments(0)) == 1
+
+
+def test_the_attacks_of_robust_rewiring_are_passes_forward_and_back_to_the_inputs(tmp_path):
+    """Each of the attack's three is one pass forward and one back to the inputs, before the step's own three."""
+    costs = {}
+    for name, attack in (("plain", None), ("attacked", Attack(0.05, steps=3))):
+        model = small_model(experts=0)
+        method = RobustRewiring(model, sparsity=0.5, attack=attack, allocation=uniform)
+        values = {"sparsify": {"method": "robust_rewiring", "sparsity": 0.5}, "train": {"steps": STEPS, "batch": 4},
+                  "data": {"length": 16}}  # fmt: skip
+        config = from_dict(RunConfig, values, where="test")
+        outcome, facts = Outcome(STEPS, 0, 0.0, 0.0, None, tmp_path, None, (method,)), facts_of(model)
+        once = 0.5 * facts["prunable_flops"] + facts["flops_per_token"] - facts["prunable_flops"]
+        costs[name] = sparse_cost(config, outcome, facts)["cost"]["training_flops"] / (STEPS * 64 * once)
+    assert costs == {"plain": pytest.approx(3), "attacked": pytest.approx(3 + 2 * 3)}

@@ -10,6 +10,7 @@ import torch
 
 from pruning import prunable_weights
 from tests.training.models import small_data, small_model
+from tests.training.toy_study import DENSE_BASE
 from training.config import RunConfig, from_dict
 from training.sparsity import make_sparsifiers
 from training.study import load_study, page_text, run_study, write_page
@@ -30,7 +31,8 @@ from training.trainer import Outcome
 from transformer.accounting import used_shares
 
 STEPS = 8
-TOML = """
+TOML = (
+    """
 name = "toy"
 question = "Does it run?"
 reference = "dense"
@@ -42,26 +44,9 @@ sections = ["cost", "measured", "retraining"]
 measures = ["gap", "less_data", "random_labels", "transfer", "robustness"]
 grid = {{ "sparsify.sparsity" = [0.5, 0.75] }}
 {top}
-[base.data]
-corpus = "{corpus}"
-tokenizer = "bytes"
-length = 16
-held_out = 0.2
-cache = "{corpus}/../cache"
-[base.model]
-dim = 16
-layers = 1
-heads = 2
-hidden = 16
-feedforward = "dense"
-[base.train]
-steps = 8
-batch = 2
-dtype = "float32"
-device = "cpu"
-eval_every = 1000
-save_every = 40
-[[arm]]
+"""
+    + DENSE_BASE
+    + """[[arm]]
 name = "dense"
 label = "Dense"
 measures = ["retraining"]
@@ -82,6 +67,7 @@ label = "gap"
 metric = "measures.gap.gap"
 {extra}
 """
+)
 
 
 @pytest.fixture
@@ -163,7 +149,7 @@ def outcome(*sparsifiers):
         ({"method": "top_kast", "every": 1}, {0: 0.2}, {0: 0.4, 99: 0.4}),
         ({"method": "magnitude", "begin": 30, "end": 30}, {29: 1.0, 30: 0.2}, {29: 1.0, 30: 0.2}),
         ({"method": "lottery", "begin": 10, "rounds": 2}, {39: 1.0, 40: 0.2**0.5, 70: 0.2}, {39: 1.0, 99: 0.2}),
-        ({"method": "early_bird", "every": 1, "end": 9}, {5: 1.0, 6: 0.2}, {5: 1.0, 6: 0.2}),
+        ({"method": "early_bird", "every": 1, "end": 9, "distance": "relative"}, {5: 1.0, 6: 0.2}, {5: 1.0, 6: 0.2}),
         ({"method": "dnw"}, {0: 0.2, 99: 0.2}, {0: 1.0, 99: 1.0}),
         ({"method": "feedback", "begin": 10, "end": 10}, {9: 1.0, 10: 0.2}, {9: 1.0, 10: 1.0}),
         ({"method": "dsd", "begin": 20, "end": 60}, {19: 1.0, 20: 0.2, 60: 1.0}, {19: 1.0, 59: 0.2, 60: 1.0}),

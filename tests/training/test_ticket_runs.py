@@ -15,7 +15,7 @@ from training.sparsity import make_pace, make_sparsifiers
 STEPS = 20
 CONFIGS = {
     "lottery": SparsifyConfig(sparsity=0.8, method="lottery", begin=4, rounds=3),
-    "early_bird": SparsifyConfig(sparsity=0.8, method="early_bird", every=2, end=15),
+    "early_bird": SparsifyConfig(sparsity=0.8, method="early_bird", every=2, end=15, distance="relative"),
 }
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from training.config import DistributedConfig, RunConfig
-from training.distributed.world import Tell, World
+from training.distributed.faults import Tell, require_sound
+from training.distributed.world import World
 from training.precision import choose_precision
 
 
@@ -36,13 +37,26 @@ def require_methods(config: RunConfig) -> None:
     """Raises: ValueError for a method of [sparsify] or compression that the layout of [distributed] does not allow."""
     wanted, method = config.distributed, config.sparsify.method
     sparse = config.sparsify.sparsity > 0 or method != "magnitude"
-    if method == "variational":
+    if method == "variational" and wanted.tensor_parallel > 1:
         raise ValueError(
-            "sparsify.method must not be 'variational' with several processes: each would draw its own noise"
+            "distributed.tensor_parallel must be 1 with sparsify.method='variational', got"
+            f" {wanted.tensor_parallel}: its noise is on outputs that each rank then has a part of"
         )
-    for name, without in (("fisher_penalty", 0.0), ("curriculum", "none")):
-        if (value := getattr(config.sparsify, name)) != without:
-            raise ValueError(f"sparsify.{name} must be {without!r} with several processes, got {value!r}")
+    if config.sparsify.fisher_penalty:
+        _require_whole(wanted, "sparsify.fisher_penalty", "it differentiates gradients of whole weights")
+        if wanted.compression != "none":
+            raise ValueError(
+                f"distributed.compression must be 'none' with sparsify.fisher_penalty, got {wanted.compression!r}: what"
+                " was sent is not clipped again, and the penalty's gradient comes after it"
+            )
+        if method == "variational":
+            raise ValueError(
+                "sparsify.fisher_penalty must be 0 with sparsify.method='variational' and several processes, got"
+                f" {config.sparsify.fisher_penalty}: its gradient would not reach the noise levels"
+            )
+    if config.sparsify.curriculum == "low_fisher":
+        why = "the trace of a sample is a sum over whole gradients"
+        _require_whole(wanted, "sparsify.curriculum='low_fisher'", why)
     if sparse and method == "robust_rewiring" and config.sparsify.attack and wanted.shard == "fsdp":
         raise ValueError(
             f"sparsify.attack must be 0 with distributed.shard='fsdp', got {config.sparsify.attack}: an attack runs"
@@ -84,14 +98,19 @@ def require_alike(what: str, mine: str, tell: Tell) -> None:
             raise ValueError(f"{what} must be the same on every rank: rank 0 has {told[0]}, rank {rank} has {other}")
 
 
-def require_same_config(fields: dict[str, Any], tell: Tell) -> None:
-    """fields: the config, flat. Raises: ValueError, on every rank, naming the first field in which ranks differ."""
-    told = [json.loads(text) for text in tell(json.dumps(fields))]
-    for rank, other in enumerate(told):
-        for name in {**told[0], **other}:
-            if other.get(name) != told[0].get(name):
+def require_same_config(fields: dict[str, Any], tell: Tell, *, problem: str = "") -> None:
+    """fields: the config, flat. problem: why this rank has none.
+
+    Raises: ValueError, on every rank, with the first problem, or naming the first field in which ranks differ.
+    """
+    told = [json.loads(text) for text in tell(json.dumps([problem, fields]))]
+    require_sound([theirs for theirs, _ in told])
+    first = told[0][1]
+    for rank, (_, other) in enumerate(told):
+        for name in {**first, **other}:
+            if other.get(name) != first.get(name):
                 raise ValueError(
-                    f"{name} must be the same on every rank: rank 0 has {told[0].get(name)!r},"
+                    f"{name} must be the same on every rank: rank 0 has {first.get(name)!r},"
                     f" rank {rank} has {other.get(name)!r}"
                 )
 

@@ -37,7 +37,9 @@ from training.checkpoint import (
     remove_unfinished,
     verify,
 )
+from training.distributed.faults import Tell
 from training.optim import Optimizers
+from training.same_model import check_same_model
 from training.state import join_tensors, random_state, split_tensors
 from training.tokenizer import Tokenizer
 from transformer import Transformer
@@ -45,8 +47,6 @@ from transformer import Transformer
 METADATA = ".metadata"
 MODEL, OPTIMIZER, SHARED, RANK = "model/", "optimizer/", "shared/", "rank/"
 OWN = ("random", "compressor")  # parts of the state that every rank has for itself
-# all ranks tell each other a text and hear all of them; one process hears itself
-Tell = Callable[[str], list[str]]
 
 
 def is_sharded(folder: Path) -> bool:
@@ -120,7 +120,7 @@ def write_sharded(
 
 
 def load_sharded(
-    folder: Path, *, model: nn.Module, optimizers: Optimizers, layouts: Mapping[str, Layout], rank: int, tell: Tell
+    folder: Path, *, model: Transformer, optimizers: Optimizers, layouts: Mapping[str, Layout], rank: int, tell: Tell
 ) -> dict[str, Any]:
     """Put this rank's part of the weights and optimiser state in place, and return the state. Every rank calls it.
 
@@ -139,6 +139,7 @@ def load_sharded(
     weights = laid_out({f"{MODEL}{key}": tensor for key, tensor in model.state_dict().items()}, layouts)
     models = {key: torch.empty(entry.size, device="meta") for key, entry in stored.items() if key.startswith(MODEL)}
     check_shapes(_under(models, MODEL), _under(weights, MODEL), folder)
+    check_same_model(folder, model)
     slots = _empty_slots(stored, model)
     held = laid_out({f"{OPTIMIZER}{key}": tensor for key, tensor in slots.items()}, layouts)
     writers = [rank] if state["ranks"] == ranks else list(range(state["ranks"]))
@@ -155,7 +156,7 @@ def load_sharded(
 
 
 def load_whole(
-    folder: Path, *, model: nn.Module, optimizers: Optimizers, layouts: Mapping[str, Layout], rank: int
+    folder: Path, *, model: Transformer, optimizers: Optimizers, layouts: Mapping[str, Layout], rank: int
 ) -> dict[str, Any]:
     """What one process wrote (:func:`training.checkpoint.save_checkpoint`), for each rank its part of it.
 
@@ -163,6 +164,7 @@ def load_whole(
     """
     weights, slots, state = read_checkpoint(folder)
     check_shapes(weights, laid_out(model.state_dict(), layouts), folder)
+    check_same_model(folder, model)
     parameters = dict(model.named_parameters())
     empty = {key: _empty_slot(slot.shape, slot.dtype, parameters[key.partition(":")[2]]) for key, slot in slots.items()}
     load_optimizers(optimizers, empty, model=model)
@@ -204,7 +206,7 @@ def shared_out(states: list[dict[str, Any]], ranks: int) -> dict[str, Any]:
 
     The sum over ranks of what was not sent stays what it was.
     """
-    found: dict[str, Any] = {"step": states[0]["step"]}
+    found: dict[str, Any] = {**states[0]}
     for kind in ("residuals", "velocities"):
         names = {name for state in states for name in state[kind]}
         found[kind] = {

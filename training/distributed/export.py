@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe import ShardedExperts
-from transformer import Transformer
+from transformer import Transformer, TransformerConfig
 
 
 @torch.no_grad()
@@ -25,14 +25,16 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def export(model: Transformer, folder: Path, *, write: bool) -> None:
     """Gather the model and leave config.json and model.safetensors in ``folder``, one whole model for
-    :meth:`Transformer.from_pretrained`. Every rank calls it; the one with ``write`` writes.
+    :meth:`Transformer.from_pretrained`. Every rank calls it; the one with ``write`` writes. A config.json that is there
+    stays as the manifest of its checkpoint says: a run that resumes may have other settings of training.
 
     Every rank holds the whole weights for a moment.
     """
     weights = whole_weights(model)
     if not write:
         return
+    written = folder / "config.json"
     with torch.device("meta"):
-        plain = Transformer(model.config)
+        plain = Transformer(TransformerConfig.load(written) if written.is_file() else model.config)
     plain.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()}, assign=True)
     plain.save_pretrained(folder)

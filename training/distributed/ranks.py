@@ -37,6 +37,7 @@ from training.finite import NonFiniteError
 from training.optim import Optimizers, local
 from training.step import SideLosses, StepOutput, forward
 from training.tokenizer import Tokenizer
+from training.unsent import return_unsent
 from transformer import Transformer
 
 MEANS = ("loss", "entropy", "dropped", "aux", "z", "side", "passed", "predicted")
@@ -82,7 +83,7 @@ class Ranks:
         self.experts: set[int] = set()
         self.layouts: dict[str, Layout] = {}
         # its own group: a checkpoint in the background talks while training does
-        self.writers = dist.new_group(backend="gloo")
+        self.writers = dist.new_group(backend="gloo", timeout=world.limit)
         self.background = ThreadPoolExecutor(1) if background else None
         self.writing: Future[None] | None = None
         self.compressor: GradientCompressor | None = None
@@ -170,11 +171,9 @@ class Ranks:
 
     @contextmanager
     def micro_batch(self, *, last: bool, diagnose: bool = False) -> Iterator[None]:
-        """Reduce gradients in the last micro-batch only. diagnose: leave replicated ones as each rank made them."""
-        if self.root is not None:
-            self.root.set_requires_gradient_sync(last)
-            yield
-        elif self.data_parallel is not None and (diagnose or not last):
+        """Reduce replicated gradients in the last micro-batch only; FSDP2's in each, or every rank would keep the whole
+        model's between them. diagnose: leave replicated ones as each rank made them."""
+        if self.data_parallel is not None and (diagnose or not last):
             with self.data_parallel.no_sync():
                 yield
         else:
@@ -272,7 +271,9 @@ class Ranks:
         if not is_sharded(folder):
             return load_whole(folder, model=model, **here)
         state = load_sharded(folder, model=model, tell=self._tell, **here)
-        if self.compressor is not None and "compressor" in state:
+        if self.compressor is None:
+            return_unsent(model, state.get("compressor"), ranks=self.ranks)
+        elif "compressor" in state:
             self.compressor.load_state_dict(state["compressor"])
         return state
 

@@ -1,22 +1,24 @@
 """The processes that torchrun started: who this one is, how they talk, and in what grid they stand."""
 
+import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
-from training.distributed.faults import LostRankError
+from training.distributed.faults import LostRankError, Tell, together
 
 REPLICATE, EXPERT, TENSOR, DATA, RANKS = "replicate", "expert", "tensor", "data", "ranks"
 SECONDS_TO_START = 300.0
-Tell = Callable[[str], list[str]]
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -37,7 +39,7 @@ class World:
     grid: the mesh (replicate, expert), or (replicate, expert, tensor), of sizes (the rest, expert_parallel,
     tensor_parallel); row-major, so that the ranks that split the heads follow each other. split: the same ranks as
     (data, tensor), None if no heads are split: the ranks of a row have the same rows of a batch. line: the same ranks
-    in one dimension.
+    in one dimension. limit: how long a rank waits for the others in one exchange of any group; None: torch's own.
     """
 
     rank: int
@@ -46,6 +48,7 @@ class World:
     grid: DeviceMesh
     line: DeviceMesh
     split: DeviceMesh | None = None
+    limit: timedelta | None = None
 
 
 def torchrun_environment(variables: Mapping[str, str] = os.environ) -> Environment | None:
@@ -91,19 +94,24 @@ def joined(
     Raises: ValueError if the numbers do not fit: the same on every rank, before there is a process group.
     """
     store = _all_started(environment, limit=timedelta(seconds=max(timeout_s, SECONDS_TO_START)))
+    tell = partial(_told, store, environment, itertools.count())
     if agree is not None:
-        agree(partial(_told, store, environment))
-    where = rank_device(device, local_rank=environment.local_rank)
-    check_grid(environment.ranks, expert_parallel, tensor_parallel)
-    if not timeout_s > 0:
-        raise ValueError(f"distributed.timeout_s must be positive, got {timeout_s}")
+        agree(tell)
+
+    def fitting() -> torch.device:
+        check_grid(environment.ranks, expert_parallel, tensor_parallel)
+        if not timeout_s > 0:
+            raise ValueError(f"distributed.timeout_s must be positive, got {timeout_s}")
+        return rank_device(device, local_rank=environment.local_rank)
+
+    where = together(fitting, tell)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout_s)
     dist.init_process_group(backend, store=store, rank=environment.rank, world_size=environment.ranks, timeout=limit)
     try:
-        yield make_world(where, expert_parallel=expert_parallel, tensor_parallel=tensor_parallel)
+        yield make_world(where, expert_parallel=expert_parallel, tensor_parallel=tensor_parallel, limit=limit)
     finally:
         dist.destroy_process_group()
 
@@ -129,22 +137,25 @@ def _all_started(environment: Environment, *, limit: timedelta) -> dist.Store:
     return store
 
 
-def _told(store: dist.Store, environment: Environment, text: str) -> list[str]:
-    """Every rank's text, by rank, through the store; once in a life."""
-    store.set(f"told-{environment.rank}", text)
+def _told(store: dist.Store, environment: Environment, turns: Iterator[int], text: str) -> list[str]:
+    """Every rank's text, by rank, through the store; the turns of a life are counted."""
+    turn = next(turns)
+    store.set(f"told-{turn}-{environment.rank}", text)
     if environment.rank == 0:
-        texts = [store.get(f"told-{rank}").decode() for rank in range(environment.ranks)]
-        store.set("told", json.dumps(texts))
+        texts = [store.get(f"told-{turn}-{rank}").decode() for rank in range(environment.ranks)]
+        store.set(f"told-{turn}", json.dumps(texts))
         # the store may end with this process: not before all have read
-        store.wait([f"heard-{rank}" for rank in range(1, environment.ranks)])
+        store.wait([f"heard-{turn}-{rank}" for rank in range(1, environment.ranks)])
         return texts
-    heard: list[str] = json.loads(store.get("told"))
-    store.set(f"heard-{environment.rank}", "")
+    heard: list[str] = json.loads(store.get(f"told-{turn}"))
+    store.set(f"heard-{turn}-{environment.rank}", "")
     return heard
 
 
-def make_world(device: torch.device, *, expert_parallel: int = 1, tensor_parallel: int = 1) -> World:
-    """The grid of the processes of the default group. Every rank calls it."""
+def make_world(
+    device: torch.device, *, expert_parallel: int = 1, tensor_parallel: int = 1, limit: timedelta | None = None
+) -> World:
+    """The grid of the processes of the default group, which has the time limit already. Every rank calls it."""
     ranks = dist.get_world_size()
     check_grid(ranks, expert_parallel, tensor_parallel)
     data = ranks // tensor_parallel
@@ -152,10 +163,34 @@ def make_world(device: torch.device, *, expert_parallel: int = 1, tensor_paralle
     split = None
     if tensor_parallel > 1:
         sizes[TENSOR] = tensor_parallel
-        split = init_device_mesh(device.type, (data, tensor_parallel), mesh_dim_names=(DATA, TENSOR))
-    grid = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    line = init_device_mesh(device.type, (ranks,), mesh_dim_names=(RANKS,))
-    return World(dist.get_rank(), ranks, device, grid, line, split)
+        split = make_mesh(device, {DATA: data, TENSOR: tensor_parallel}, limit=limit)
+    grid = make_mesh(device, sizes, limit=limit)
+    line = make_mesh(device, {RANKS: ranks}, limit=limit)
+    return World(dist.get_rank(), ranks, device, grid, line, split, limit)
+
+
+def make_mesh(device: torch.device, sizes: Mapping[str, int], *, limit: timedelta | None) -> DeviceMesh:
+    """All ranks, row-major, in dimensions of these names and sizes, every one of whose groups has the limit.
+
+    ``init_device_mesh`` gives its groups 30 minutes, whatever the default group has. Every rank calls it.
+    """
+    names = tuple(sizes)
+    places = torch.arange(math.prod(sizes.values())).reshape(*sizes.values())
+    groups = [
+        _group_of(places.movedim(axis, -1).reshape(-1, sizes[name]).tolist(), f"mesh_{name}", limit)
+        for axis, name in enumerate(names)
+    ]
+    if len(names) == 1:
+        return DeviceMesh.from_group(groups[0], device.type, mesh_dim_names=names)
+    return DeviceMesh.from_group(groups, device.type, places, mesh_dim_names=names)
+
+
+def _group_of(lines: list[list[int]], name: str, limit: timedelta | None) -> dist.ProcessGroup:
+    """The group of the line that this rank is in; every rank makes all of them."""
+    if len(lines) == 1:
+        return cast(dist.ProcessGroup, dist.group.WORLD)
+    made = [dist.new_group(line, timeout=limit, group_desc=name) for line in lines]
+    return next(group for line, group in zip(lines, made, strict=True) if dist.get_rank() in line)
 
 
 def check_grid(ranks: int, expert_parallel: int, tensor_parallel: int = 1) -> None:

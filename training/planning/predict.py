@@ -1,79 +1,40 @@
 """Memory, traffic and time of one step on a mesh: an analytic model whose every assumption is a named number.
 
-Weights, gradients and both moments of AdamW are float32, as the trainer keeps them: 16 bytes a weight. A replicated
-weight costs them on every rank, and 4 more in the buckets in which DistributedDataParallel reduces its gradient; under
-FSDP2 1/N of them, and besides the gathered weights of two blocks (one in use, one on its way) and the gradient of one,
-twice. Experts cost 16 bytes
-over the ranks of their group. The head makes at most 2²² logits at once, held twice in float32. Time of a step is
+Time of a step is
 
-    host + compute + all-to-all + max(0, gradients + weights − overlap · backward) + optimiser,
+    host + forward + backward + dispatch + combine + exposed + expert gradients + agreements + optimiser,
 
 host: what no number of tokens changes (Python, launches), 0 unless given, as accelerators hide it behind their kernels;
 compute = FLOPs / (peak · efficiency): forward 1, backward 2, recomputation 1 where blocks are checkpointed; the
-busiest rank of an expert group has ``imbalance`` times the mean load. All-to-all is taken as hidden behind nothing (a
-shared expert does run meanwhile). Collectives: ring all-reduce of n bytes sends 2 (R − 1)/R · n a rank, all-gather and
-reduce-scatter (R − 1)/R · n (Patarasuk & Yuan 2009); each of its steps has the cluster's latency, and so has every
-message of a mixture layer to each other rank: forward counts, places, rows, weights and results, backward the gradients
-of the last three; recomputation is a forward pass once more. FSDP2 has one gather of each block and pass, and of the
-rest, in every micro-batch, and one reduction of each in a step. gloo, which joins
-CPUs, reduces all where a part is asked for, so that its reduce-scatter sends as much as an all-reduce.
+experts' FLOPs of the busiest rank of an expert group are ``imbalance`` times the mean, attention and head are not.
+exposed: what is left of the exchanges that run beside a pass, when ``overlap`` of that pass has hidden them: replicated
+gradients are reduced during the backward pass of the last micro-batch alone; FSDP2 gathers during every pass and
+reduces during every backward pass. Dispatch and combine are taken as hidden behind nothing (a shared expert does run
+meanwhile), and gradients of spread experts are reduced when the backward pass is over. :mod:`training.planning.memory`
+and :mod:`training.planning.traffic` say the rest. gloo, which joins CPUs, reduces all where a part is asked for, so
+that its reduce-scatter sends as much as an all-reduce.
 """
 
 from dataclasses import dataclass
 
+from training.distributed.fitting import Shard
+from training.planning.assumptions import Assumptions, Mesh, Work
 from training.planning.counts import ModelCounts
 from training.planning.hardware import Cluster
+from training.planning.memory import owned, rank_memory
+from training.planning.traffic import exchange_seconds, gathers, sent_bytes
 
-WEIGHT_BYTES = 16
 # what the allocator, the context and the collectives' buffers keep, of a GPU's memory
 RESERVE = 0.08
-# the head is applied to so many logits at once (transformer.loss), which are held twice in float32
-LOGITS = 2**22
-# exchanges of a mixture layer (moe.expert_parallel): counts, notes, rows, weights, results; gradients of the last three
-FORWARD_EXCHANGES, BACKWARD_EXCHANGES = 5, 3
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """efficiency: share of the peak that matrix products reach; overlap: share of the backward pass that can hide the
-    reduction of gradients; read_efficiency: of the memory's rate in the optimiser; imbalance: load of the busiest rank
-    of experts against the mean; reduce_scatter: whether the backend has one, as NCCL does and gloo does not; host:
-    seconds of a step that no number of tokens changes."""
-
-    efficiency: float = 0.45
-    overlap: float = 0.8
-    read_efficiency: float = 0.8
-    imbalance: float = 1.1
-    reduce_scatter: bool = True
-    host: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("efficiency", "read_efficiency"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
-        if not 0 <= self.overlap <= 1:
-            raise ValueError(f"overlap must be in [0, 1], got {self.overlap}")
-        if self.imbalance < 1:
-            raise ValueError(f"imbalance must be at least 1, got {self.imbalance}")
-        if not self.host >= 0:
-            raise ValueError(f"host must be at least 0, got {self.host}")
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """``expert`` ranks share one copy of the experts; ``shard``: the rest is whole on each rank, or FSDP2-sharded."""
-
-    expert: int
-    shard: str
-
-    def __str__(self) -> str:
-        return f"expert_parallel={self.expert}, shard={self.shard}"
+# parts of a step that nothing hides
+BARE = ("forward", "backward", "dispatch", "combine", "exposed", "expert gradients", "agreements", "optimiser", "host")
 
 
 @dataclass(frozen=True)
 class Prediction:
     """One mesh. memory: bytes a rank by what holds them; sent: bytes a rank sends in a step by collective; seconds: of
-    a step by part, of which the exposed ones add up to ``step_seconds``."""
+    a step by part, of which all but ``gradients`` and ``weights``, whose visible rest is ``exposed``, add up to
+    ``step_seconds``; utilisation: FLOPs of the model, without recomputation, against the peak."""
 
     mesh: Mesh
     memory: dict[str, float]
@@ -91,11 +52,19 @@ class Prediction:
 
 
 def meshes(counts: ModelCounts, ranks: int) -> list[Mesh]:
-    """Every grid that the trainer takes: expert_parallel divides the ranks, and no rank is without experts."""
-    least = min((mixture.num_experts for mixture in counts.mixtures), default=1)
-    sizes = [size for size in range(1, ranks + 1) if ranks % size == 0 and size <= least]
-    shards = ("none", "fsdp") if ranks > 1 else ("none",)
-    return [Mesh(size, shard) for size in sizes for shard in shards]
+    """Every grid of data and expert parallel that the trainer takes: as many experts on every rank of a group, in each
+    mixture layer. Tensor parallel, which splits attention alone, is not among them.
+
+    Raises: ValueError for memories on several ranks, as the trainer does."""
+    if counts.tables and ranks > 1:
+        raise ValueError(f"gpus must be 1 for memories (product_key, peer), whose gradients are sparse, got {ranks}")
+    sizes = [
+        size
+        for size in range(1, ranks + 1)
+        if ranks % size == 0 and all(mixture.num_experts % size == 0 for mixture in counts.mixtures)
+    ]
+    shards: tuple[Shard, ...] = ("none", "fsdp") if ranks > 1 else ("none",)
+    return [Mesh(size, shard) for size in (sizes if counts.mixtures else [1]) for shard in shards]
 
 
 def predict(
@@ -114,21 +83,19 @@ def predict(
     Raises: ValueError if the mesh does not fit the ranks or the experts, or a count is below 1."""
     given = Assumptions() if assumptions is None else assumptions
     _check(counts, cluster, mesh, tokens, micro_batches)
-    size = 2 if half else 4
-    mine = tokens / cluster.gpus
-    sent = _sent(counts, cluster, mesh, mine, micro_batches, checkpointing, size, given)
-    seconds = _seconds(counts, cluster, mesh, mine, sent, micro_batches, checkpointing, half, given)
-    hidden = given.overlap * seconds["backward"]
-    reduction = seconds["gradients"] + seconds["weights"]
-    exposed = max(0.0, reduction - hidden)
-    step = given.host + exposed + sum(seconds[part] for part in ("forward", "backward", "all-to-all", "optimiser"))
-    memory = _memory(counts, cluster, mesh, mine / micro_batches, checkpointing, size)
+    work = Work(tokens / cluster.gpus, micro_batches, checkpointing, half)
+    sent = sent_bytes(counts, cluster, mesh, work, given)
+    seconds = _compute(counts, cluster, mesh, work, given)
+    seconds |= exchange_seconds(counts, cluster, mesh, work, given, sent)
+    seconds |= {"exposed": _exposed(counts, mesh, work, given, seconds), "host": given.host}
+    step = sum(seconds[part] for part in BARE)
+    memory = rank_memory(counts, cluster, mesh, work)
     peak = cluster.gpu.half if half else cluster.gpu.single
     return Prediction(
         mesh,
         memory,
         sent,
-        {"host": given.host} | seconds | {"exposed": exposed},
+        seconds,
         step,
         tokens / step,
         3 * counts.flops * tokens / (step * cluster.gpus * peak),
@@ -141,106 +108,35 @@ def _check(counts: ModelCounts, cluster: Cluster, mesh: Mesh, tokens: int, micro
         raise ValueError(f"expert_parallel must divide gpus={cluster.gpus}, got {mesh.expert}")
     if mesh.expert > 1 and not counts.mixtures:
         raise ValueError(f"expert_parallel must be 1 for a model without experts, got {mesh.expert}")
+    for mixture in counts.mixtures:
+        if mixture.num_experts % mesh.expert:
+            raise ValueError(f"expert_parallel must divide num_experts={mixture.num_experts}, got {mesh.expert}")
     for name, value in (("tokens", tokens), ("micro_batches", micro_batches)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def _owned(counts: ModelCounts, cluster: Cluster, mesh: Mesh) -> tuple[float, float]:
-    """Weights that a rank keeps with gradients and moments: outside experts, and of experts."""
-    outside, experts = float(counts.dense), float(counts.experts)
-    if mesh.expert == 1:  # experts are weights like all others
-        whole = outside + experts
-        return (whole / cluster.gpus if mesh.shard == "fsdp" else whole), 0.0
-    return (outside / cluster.gpus if mesh.shard == "fsdp" else outside), experts / mesh.expert
-
-
-def _memory(
-    counts: ModelCounts, cluster: Cluster, mesh: Mesh, tokens: float, checkpointing: bool, size: int
-) -> dict[str, float]:
-    outside, experts = _owned(counts, cluster, mesh)
-    memory = {"weights, gradients, moments": WEIGHT_BYTES * (outside + experts)}
-    if mesh.shard == "none" and cluster.gpus > 1:
-        memory["gradient buckets"] = 4.0 * outside
-    if mesh.shard == "fsdp":
-        inside = max((mixture.parameters for mixture in counts.mixtures), default=0) if mesh.expert == 1 else 0
-        memory["gathered weights"] = 2 * 4.0 * (counts.largest + inside)
-        # the whole gradient of a block, and the buffer into which it is copied to be reduced
-        memory["gathered gradients"] = 2 * 4.0 * (counts.largest + inside)
-    kept = counts.boundary if checkpointing else counts.activations
-    extra = counts.block if checkpointing else (0.0, 0.0)
-    memory["activations"] = tokens * (size * (kept[0] + extra[0]) + 4 * (kept[1] + extra[1]))
-    memory["logits"] = 2 * 4.0 * min(tokens * counts.vocabulary, LOGITS)
-    return memory
-
-
-def _sent(
-    counts: ModelCounts,
-    cluster: Cluster,
-    mesh: Mesh,
-    tokens: float,
-    micro_batches: int,
-    checkpointing: bool,
-    size: int,
-    given: Assumptions,
-) -> dict[str, float]:
-    ranks = cluster.gpus
-    outside = counts.dense + (counts.experts if mesh.expert == 1 else 0)
-    share = (ranks - 1) / ranks
-    passes = 1 if mesh.shard == "fsdp" and given.reduce_scatter else 2
-    sent = {"gradients": 4.0 * outside * share * passes, "weights": 0.0}
-    if mesh.shard == "fsdp":
-        # blocks are gathered for the forward and again for the backward pass of every micro-batch, the root once
-        sent["weights"] = micro_batches * 4.0 * (2 * outside - counts.root) * share
-    copies = ranks // mesh.expert
-    owned = counts.experts / mesh.expert if mesh.expert > 1 else 0.0
-    sent["expert gradients"] = 2 * (copies - 1) / copies * 4.0 * owned
-    rows = sum(mixture.other_ranks(mesh.expert) for mixture in counts.mixtures)
-    # a row goes and its result comes back, forward, backward, and in a forward pass that is computed again
-    sent["all-to-all"] = (6 if checkpointing else 4) * rows * tokens * counts.dim * size
-    return sent
-
-
-def _seconds(
-    counts: ModelCounts,
-    cluster: Cluster,
-    mesh: Mesh,
-    tokens: float,
-    sent: dict[str, float],
-    micro_batches: int,
-    checkpointing: bool,
-    half: bool,
-    given: Assumptions,
-) -> dict[str, float]:
-    rate = given.efficiency * (cluster.gpu.half if half else cluster.gpu.single)
-    busiest = given.imbalance if mesh.expert > 1 else 1.0
-    forward = busiest * tokens * counts.flops / rate
-    copies = cluster.gpus // mesh.expert
-    outside, experts = _owned(counts, cluster, mesh)
-    exchanges = FORWARD_EXCHANGES * (2 if checkpointing else 1) + BACKWARD_EXCHANGES
-    pairs = micro_batches * exchanges * len(counts.mixtures) * (mesh.expert - 1) * cluster.latency
-    reductions, gathers = _ring_steps(counts, cluster, mesh, micro_batches, given)
+def _compute(counts: ModelCounts, cluster: Cluster, mesh: Mesh, work: Work, given: Assumptions) -> dict[str, float]:
+    rate = given.efficiency * (cluster.gpu.half if work.half else cluster.gpu.single)
+    experts = sum(mixture.flops for mixture in counts.mixtures)
+    waiting = (given.imbalance - 1) * experts if mesh.expert > 1 else 0.0
+    forward = work.tokens * (counts.flops + waiting) / rate
+    # weights, gradients and two moments are read, all but the gradients written
+    moved = 7 * 4.0 * sum(owned(counts, cluster.gpus, mesh))
     return {
         "forward": forward,
-        "backward": forward * (3 if checkpointing else 2),
-        "all-to-all": sent["all-to-all"] / cluster.pairwise(mesh.expert) + pairs,
-        "gradients": sent["gradients"] / cluster.ring(cluster.gpus)
-        + sent["expert gradients"] / cluster.ring(copies, apart=mesh.expert)
-        + reductions * cluster.latency,
-        "weights": sent["weights"] / cluster.ring(cluster.gpus) + gathers * cluster.latency,
-        # weights, gradients and two moments are read, all but the gradients written
-        "optimiser": 7 * 4.0 * (outside + experts) / (given.read_efficiency * cluster.gpu.read),
+        "backward": forward * (1 + work.forwards),
+        "optimiser": moved / (given.read_efficiency * cluster.gpu.read),
     }
 
 
-def _ring_steps(
-    counts: ModelCounts, cluster: Cluster, mesh: Mesh, micro_batches: int, given: Assumptions
-) -> tuple[int, int]:
-    """Steps of rings in a training step, one after another: of reductions of gradients, and of gathers of weights."""
-    others = cluster.gpus - 1
+def _exposed(counts: ModelCounts, mesh: Mesh, work: Work, given: Assumptions, seconds: dict[str, float]) -> float:
+    """What the passes beside which gradients are reduced and weights are gathered do not hide."""
+    ahead, back = (given.overlap * seconds[part] / work.micro_batches for part in ("forward", "backward"))
     if mesh.shard == "none":
-        return 2 * others, 0
-    return (
-        (counts.layers + 1) * (1 if given.reduce_scatter else 2) * others,
-        micro_batches * (2 * counts.layers + 1) * others,
-    )
+        return max(0.0, seconds["gradients"] - back)
+    forwards, backwards = gathers(counts, mesh, work)
+    gather = seconds["weights"] / (forwards + backwards)
+    before, after = (gather * times / work.micro_batches for times in (forwards, backwards))
+    reduced = seconds["gradients"] / work.micro_batches
+    return work.micro_batches * (max(0.0, before - ahead) + max(0.0, after + reduced - back))

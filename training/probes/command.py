@@ -29,7 +29,8 @@ def probe_command(arguments: StudyArguments, console: Console) -> Path:
     """Run what the arguments ask for; returns the page's path. Stopped, the same command goes on cell by cell.
 
     As many cells at once as --jobs, else one for each core over the probe's own threads. Raises: ValueError for a
-    wrong probe, for --speed-only, which a probe has not, for more jobs than cores, and when the budget is spent.
+    wrong probe, for --speed-only, which a probe has not, for more jobs than cores, and when the budget is spent;
+    KeyboardInterrupt on Ctrl-C, which says what is kept.
     """
     probe = load_probe(find_study(arguments.study))
     if arguments.speed_only:

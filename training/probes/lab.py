@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pruning import Masks
 from training.config import RunConfig
 from training.data import Batches, Data
+from training.durable import replace_durably
 from training.moments import Sparsifier
 from training.records import Line
 from training.run import make_model, seed_everything
@@ -116,9 +117,9 @@ def put(model: Transformer, state: Mapping[str, Tensor]) -> None:
 
 
 def save_state(folder: Path, key: str, state: State) -> None:
-    """Keep the parameters of a finished cell."""
+    """Keep the parameters of a finished cell, whole or not at all: others may be writing the same ones."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / f"{key}.safetensors")
+    replace_durably(folder / f"{key}.safetensors", save(state))
 
 
 def load_state(folder: Path, key: str) -> State | None:

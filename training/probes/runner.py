@@ -1,10 +1,9 @@
 """Runs a probe cell by cell, several at once in processes of their own; what has a record is not run again."""
 
 import json
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ from training.finite import NonFiniteError
 from training.folders import only_user
 from training.probes.lab import State, load_state, save_state
 from training.probes.spec import Cell, Probe, Task, cell_key, run_config
+from training.probes.workers import without_ctrl_c, workers
 from training.records import Line
 from training.run import load_data
 from training.study.records import DIVERGED, DONE, append_record, open_records
@@ -116,25 +116,40 @@ def run_probe(
 
     out: folder of the trained models. budget: processor minutes of all records together, the probe's own if left out.
     jobs: cells of a stage that train at once, each in a process with as many threads as the probe's ``train.threads``.
-    Raises: ValueError if the budget is spent before all is done: the records stay, a larger budget goes on.
+    Raises: ValueError if the budget is spent before all is done: the records stay, a larger budget goes on;
+    KeyboardInterrupt on Ctrl-C, with words on what is kept. No process of it lives on then, nor if this one is killed.
     """
     console = console or Console(quiet=True)
     with only_user(out):
         lab = _make_lab(probe, experiment, out=out, records=records)
-        made = lab.experiment
-        assert made is not None
-        limit = probe.budget_minutes if budget is None else budget
-        for stage in made.stages():
-            _do(lab, experiment, sweep_cells(probe, stage), jobs, limit, console)
-            _do(lab, experiment, seed_cells(lab, stage), jobs, limit, console)
-        for key, measure in made.extras():
-            if key not in lab.known():
-                _require_budget(lab, limit)
-                started = time.process_time()
-                line = {"kind": "extra", "key": key} | measure() | _conditions(lab)
-                lab.add(line | {"processor_seconds": time.process_time() - started})
-                console.print(f"{line['name']}, seed {line['seed']}", highlight=False)
+        try:
+            _run_all(lab, experiment, jobs, probe.budget_minutes if budget is None else budget, console)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(interrupted(lab)) from None
         return lab.lines
+
+
+def interrupted(lab: Lab) -> str:
+    """What a probe that was stopped has, and how it goes on."""
+    return (
+        f"interrupted: {len(lab.lines)} records are in {lab.records}, cells that were training are lost, as they have "
+        "no checkpoints; the same command goes on with what has no record"
+    )
+
+
+def _run_all(lab: Lab, experiment: Callable[[Lab], Experiment], jobs: int, limit: float, console: Console) -> None:
+    made = lab.experiment
+    assert made is not None
+    for stage in made.stages():
+        _do(lab, experiment, sweep_cells(lab.probe, stage), jobs, limit, console)
+        _do(lab, experiment, seed_cells(lab, stage), jobs, limit, console)
+    for key, measure in made.extras():
+        if key not in lab.known():
+            _require_budget(lab, limit)
+            started = time.process_time()
+            line = {"kind": "extra", "key": key} | measure() | _conditions(lab)
+            lab.add(line | {"processor_seconds": time.process_time() - started})
+            console.print(f"{line['name']}, seed {line['seed']}", highlight=False)
 
 
 def sweep_cells(probe: Probe, stage: tuple[Task, ...]) -> list[Cell]:
@@ -167,16 +182,13 @@ def _do(
             _keep(lab, _trained(lab, cell), limit, console)
         return
     _require_budget(lab, limit)
-    # spawn: a forked torch that has used its threads hangs
-    with ProcessPoolExecutor(min(jobs, len(left)), mp_context=multiprocessing.get_context("spawn")) as pool:
-        places = {"out": lab.out, "records": lab.records}
-        running = [pool.submit(_train_apart, lab.probe, experiment, cell, **places) for cell in left]
-        try:
-            for done in as_completed(running):
-                _keep(lab, done.result(), limit, console)
-                _require_budget(lab, limit)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    places = {"out": lab.out, "records": lab.records}
+    with workers(min(jobs, len(left))) as pool:
+        with without_ctrl_c():
+            running = [pool.submit(_train_apart, lab.probe, experiment, cell, **places) for cell in left]
+        for done in as_completed(running):
+            _keep(lab, done.result(), limit, console)
+            _require_budget(lab, limit)
 
 
 def _train_apart(

@@ -1,6 +1,7 @@
 """One cell: its job, the training run, and the record that it leaves."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from training.run import remove_checkpoints, train
 from training.study.cost import sparse_cost
 from training.study.measures import take_measures
 from training.study.records import DIVERGED, DONE
+from training.study.regimes import REGIMES
 from training.trainer import CHECKPOINTS, Outcome, choose_device
 
 JOB, RECORD = "job.json", "record.json"
@@ -40,20 +42,39 @@ def run_cell(job: Path) -> int:
     record = json.loads(job.read_text(encoding="utf-8"))
     config: RunConfig = from_dict(RunConfig, record["config"], where=str(job))
     started = time.perf_counter()
+    if record["facts"]["kind"] == "regime":
+        result = in_regime(config, record["facts"]["regime"])
+        _leave(config, record["facts"] | result, started)
+        return 0
     try:
         outcome = train(config, resume=latest_checkpoint(config.out / CHECKPOINTS) is not None)
     except NonFiniteError as error:
-        result: Line = {"status": DIVERGED, "error": str(error), "bits_per_byte": None, "loss": None}
+        result = {"status": DIVERGED, "error": str(error), "bits_per_byte": None, "loss": None}
     else:
         if outcome.stopped is not None:
             return STOPPED
         result = _result(config, outcome, record["facts"])
         if record["measures"]:
             result["measures"] = take_measures(record["measures"], config, outcome.checkpoint)
-    line = record["facts"] | result | _conditions(config) | {"wall_seconds": time.perf_counter() - started}
-    replace_durably(config.out / RECORD, json.dumps(line).encode())
+    _leave(config, record["facts"] | result, started)
     remove_checkpoints(config.out / CHECKPOINTS)
     return 0
+
+
+def in_regime(config: RunConfig, name: str) -> Line:
+    """The run's ``values`` in this regime, and of them the ``score`` that chooses the rate; both None, status
+    "diverged", where it is not finite."""
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    values, score = REGIMES[name].take(config), REGIMES[name].score
+    if not math.isfinite(values[score]):
+        return {"status": DIVERGED, "score": None, "values": None}
+    return {"status": DONE, "score": values[score], "values": values}
+
+
+def _leave(config: RunConfig, line: Line, started: float) -> None:
+    timed = line | _conditions(config) | {"wall_seconds": time.perf_counter() - started}
+    replace_durably(config.out / RECORD, json.dumps(timed).encode())
 
 
 def _result(config: RunConfig, outcome: Outcome, facts: Line) -> Line:

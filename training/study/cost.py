@@ -1,6 +1,7 @@
 """What a cell's training and its model cost, were zeros free: :func:`pruning.diagnostics.run_cost`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from pruning.diagnostics import (
     Densities,
@@ -22,9 +23,11 @@ from pruning.retraining import EarlyBirdPruning, GeneralizationDriven, Rewinding
 from pruning.retraining.phases import Phases
 from pruning.schedules import one_shot
 from training.config import RunConfig
-from training.moments import Masked
+from training.fisher_control import Penalised
+from training.moments import Masked, Sparsifier
 from training.records import Line
 from training.sparsity import last_update, pruning_schedule
+from training.study.search_cost import NOT_INCLUDED, fisher_passes, found_at_start, found_elsewhere
 from training.trainer import Outcome
 
 STATIC = ("static", "set", "dsr", "deep_r", "preferential", "robust_rewiring")
@@ -35,14 +38,16 @@ def sparse_cost(config: RunConfig, outcome: Outcome, facts: Line) -> Line:
     token of the model that it ends with, its sparsity, and the step at which an early bird pruned and whether
     the deadline made it.
 
-    The dense passes that find a mask are counted, and those that look for an attack. A weight of an expert counts for
+    The passes that find a mask are counted (``search_flops``, where that is before the first step), those of Fisher
+    traces, and those that look for an attack. A mask that another run gave costs what that run's record says; where
+    there is none ``search_flops`` is None and ``search`` says that it is not included. A weight of an expert counts for
     the tokens that use it. What a method that settles its masks at the end trains is counted as dense. NeST, and what
     follows the held-out loss, are counted by their own records of when they grew and pruned.
     """
     densities = run_densities(config, outcome)
     if densities is None:
         return {}
-    method = next(iter(outcome.sparsifiers), None)
+    method = _method(outcome)
     masks = method.masks() if isinstance(method, Masked) else None
     zeros = 0.0 if masks is None else sum(
         2 * int((~kept).sum()) * facts["shares"].get(name, 1.0) for name, kept in masks.kept.items()
@@ -59,18 +64,37 @@ def sparse_cost(config: RunConfig, outcome: Outcome, facts: Line) -> Line:
         other_weights=facts["parameters"] - prunable,
         attack_steps=method.attack.steps if isinstance(method, RobustRewiring) and method.attack is not None else 0,
         extra_flops=bridging(method) if isinstance(method, NeST) else lambda step: 0.0,
+        passes=fisher_passes(config),
     )
+    search = _search(config, facts, weight)
     found = {"found": method.found, "forced": method.forced} if isinstance(method, EarlyBirdPruning) else {}
     return {
         "cost": {
-            "training_flops": cost.flops,
+            "training_flops": cost.flops + (search.get("search_flops") or 0.0),
             "dense_flops": cost.dense_flops,
-            "energy": cost.energy,
+            "energy": cost.energy + search.pop("energy", 0.0),
             "inference_flops": facts["flops_per_token"] - zeros,
             "sparsity": sparsity,
             **found,
+            **search,
         }
     }
+
+
+def _method(outcome: Outcome) -> Sparsifier | None:
+    """The method that prunes: a Fisher penalty beside it, or alone, is none."""
+    return next((method for method in outcome.sparsifiers if not isinstance(method, Penalised)), None)
+
+
+def _search(config: RunConfig, facts: Line, weight: float) -> Line:
+    """``search_flops`` and their ``energy``; {} where no mask was there before the first step."""
+    if config.sparsify.mask is not None:
+        cost = found_elsewhere(config.sparsify.mask)
+        if cost is None:
+            return {"search_flops": None, "search": NOT_INCLUDED}
+        return {"search_flops": cost["training_flops"], "energy": cost["energy"]}
+    found = found_at_start(config, facts, weight=weight)
+    return {} if found is None else {"search_flops": found.flops, "energy": found.energy}
 
 
 def bridging(method: NeST) -> Callable[[int], float]:
@@ -91,9 +115,16 @@ def in_flops(densities: Densities, weight: float) -> Densities:
 
 
 def run_densities(config: RunConfig, outcome: Outcome) -> Densities | None:
-    """Step → density of a run that has ended, by the rule of its method; None where none is known."""
+    """Step → density of a run that has ended, by the rule of its method; None where none is known.
+
+    Under optim.sparse_state moments are of the weights that are there (their places, 4 bytes each, are not counted)."""
+    found = _by_method(config, outcome)
+    return replace(found, moments=found.forward) if found is not None and config.optim.sparse_state else found
+
+
+def _by_method(config: RunConfig, outcome: Outcome) -> Densities | None:
     sparsify, steps = config.sparsify, config.train.steps
-    density, method = 1 - sparsify.sparsity, next(iter(outcome.sparsifiers), None)
+    density, method = 1 - sparsify.sparsity, _method(outcome)
     if method is None:
         return dense_run()
     if sparsify.method in STATIC:

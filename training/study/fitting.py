@@ -1,6 +1,6 @@
 """A short training run on given batches, as the diagnostics ask for one: a cell's own rates, optimiser and method."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -45,11 +45,20 @@ class Fit:
     """train(model, batches): ``steps`` steps on the batches in turn, by the cell's optimiser and schedule.
 
     The method of the cell's [sparsify] section takes part, or, with hold, the zeros that the model has already.
-    lr: another peak rate than the cell's.
+    lr: another peak rate than the cell's. watch(step, model): called after each step, counted from 1; the model trains
+    on as it was before, whatever mode it is left in.
     """
 
-    def __init__(self, config: RunConfig, *, steps: int, hold: bool = False, lr: float | None = None) -> None:
-        self.config, self.steps, self.hold = config, steps, hold
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        steps: int,
+        hold: bool = False,
+        lr: float | None = None,
+        watch: Callable[[int, nn.Module], None] | None = None,
+    ) -> None:
+        self.config, self.steps, self.hold, self.watch = config, steps, hold, watch
         self.lr = config.optim.lr if lr is None else lr
 
     def __call__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
@@ -75,6 +84,9 @@ class Fit:
             optimizers.zero_grad()
             for method in methods:
                 method.after_step(optimizers.main)
+            if self.watch is not None:
+                self.watch(step + 1, model)
+                model.train()
         finish_all(methods)
 
     def _methods(self, model: nn.Module) -> list[Sparsifier]:

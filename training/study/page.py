@@ -8,7 +8,7 @@ from training.study.answers import answers
 from training.study.figure import study_svg
 from training.study.sections import sections
 from training.study.spec import Study
-from training.study.summary import ArmResult, Comparison, Outcome, compare, missing, results
+from training.study.summary import ArmResult, Comparison, Outcome, compare, missing, missing_in_regimes, results
 
 RULE = (
     "*Better* or *worse* means: the means differ by more than the seeds' spread, √(s² + s²) of the two sample standard "
@@ -41,6 +41,7 @@ def page_text(study: Study, lines: list[Line]) -> str:
         *_incomplete(study, lines),
         "## Verdict\n\n" + "\n".join(f"- {line}" for line in verdict(found, reference)) + f"\n\n{RULE}",
         *(["## Answers", *answers(study, found)] if study.ask else []),
+        *(["## Where the expectations do not hold, and why", *study.why] if study.why else []),
         *(section.text for section in sections(study, found) if section.text),
         f"![Held-out bits per byte by arm, and the learning-rate sweeps]({study.name}.svg)",
         "## Numbers\n\n" + _table(study, found, reference),
@@ -155,24 +156,26 @@ def _notes(study: Study, found: Sequence[ArmResult]) -> list[str]:
 
 
 def _incomplete(study: Study, lines: list[Line]) -> list[str]:
-    left = len(missing(study, lines))
+    left = len(missing(study, lines)) + len(missing_in_regimes(study, lines))
     return [f"**Unfinished: {left} cells have no record yet.**"] if left else []
 
 
 def _conditions(study: Study, lines: list[Line]) -> list[str]:
     cells = [line for line in lines if line["kind"] == "cell"]
     speeds = [line for line in lines if line["kind"] == "speed"]
+    regimes = [line for line in lines if line["kind"] == "regime"]
     rates = ", ".join(f"{lr:g}" for lr in study.lrs)
     swept = "" if study.sweep_steps is None else f" for {study.sweep_steps} steps"
     said = [
         f"Command: `sparse-transformers study {study.name}`; records: {len(cells)} cells"
-        f"{f', {len(speeds)} speeds' if speeds else ''}.",
+        f"{f', {len(regimes)} runs in other regimes' if regimes else ''}{f', {len(speeds)} speeds' if speeds else ''}.",
         f"Every arm tried the learning rates {rates} with seed {study.seeds[0]}{swept}; its best, by held-out bits per "
         f"byte, was run with the seeds {', '.join(map(str, study.seeds))}. The rate is chosen on the text that the "
         f"table reports: equally for all arms.{_taken(study)}",
         f"Cells: {_values(cells, 'steps')} steps, {_values(cells, 'tokens')} tokens; {_values(cells, 'dtype')}, "
         f"{_values(cells, 'threads')} threads, {_values(cells, 'device')}, torch {_values(cells, 'torch')}, "
-        f"commit {_values(cells, 'commit')}; {sum(line.get('wall_seconds', 0) for line in cells) / 60:.0f} minutes of "
+        f"commit {_values(cells + regimes, 'commit')}; "
+        f"{sum(line.get('wall_seconds', 0) for line in cells + regimes) / 60:.0f} minutes of "
         f"processes, declared budget {study.budget_minutes:g} minutes.",
         *([] if "cost" in study.sections else [
             f"Active FLOPs a token are counted for the forward pass; arms that must match the reference do so within "

@@ -33,6 +33,10 @@ class Progress:
 
         Raises: ValueError if it is the first of this session and says that the budget is too small.
         """
+        if line["kind"] == "regime":
+            said = f"{line['arm']}, {line['regime']}, rate {line['lr']:g}, seed {line['seed']}: {line['score']}"
+            self.console.print(said, highlight=False, soft_wrap=True)
+            return
         self.lines.append(line)
         self.new += 1
         left = seconds_left(self.study, self.lines) / self.jobs / 60

@@ -36,6 +36,11 @@ def cells_by_key(lines: list[Line]) -> dict[str, Line]:
     return {line["key"]: line for line in lines if line["kind"] == "cell"}
 
 
+def regimes_by_key(lines: list[Line]) -> dict[str, Line]:
+    """The newest record of each run in a regime, by the hash of its settings."""
+    return {line["key"]: line for line in lines if line["kind"] == "regime"}
+
+
 def speeds_by_key(lines: list[Line]) -> dict[str, Line]:
     """The newest speed of each arm, by the hash of its settings."""
     return {line["key"]: line for line in lines if line["kind"] == "speed"}

@@ -17,7 +17,8 @@ from training.study.cell import RECORD, write_job
 from training.study.page import write_page
 from training.study.pool import completed, cores
 from training.study.progress import Progress
-from training.study.records import FOLDER, append_record, cells_by_key, open_records, speeds_by_key
+from training.study.records import FOLDER, append_record, cells_by_key, open_records, regimes_by_key, speeds_by_key
+from training.study.regimes import check_regimes
 from training.study.spec import (
     Cell,
     Study,
@@ -25,12 +26,14 @@ from training.study.spec import (
     find_study,
     load_study,
     measures_of,
+    regime_seeds,
+    regime_sweep,
     run_config,
     seed_cells,
     sweep_cells,
 )
 from training.study.speed import measure_speeds, speed_key
-from training.study.summary import best_rates
+from training.study.summary import best_rates, regime_rates
 from training.trainer import choose_device
 from transformer.accounting import used_shares
 
@@ -94,6 +97,7 @@ def run_study(
     console = console or Console(quiet=True)
     if jobs is not None and not 1 <= jobs <= cores():
         raise ValueError(f"jobs must be in [1, cores={cores()}], got {jobs}")
+    check_regimes(study.regimes)
     with only_user(out):
         facts = check_arms(study, out=out)
         jobs = jobs or (cores() if choose_device(_device(study)).type == "cpu" else 1)
@@ -104,6 +108,7 @@ def run_study(
                 _run(study, sweep_cells(study), facts, out, records, jobs=jobs, progress=progress)
                 rates = best_rates(study, open_records(records))
                 _run(study, seed_cells(study, rates), facts, out, records, jobs=jobs, progress=progress)
+                _regimes(study, facts, out, records, jobs=jobs, progress=progress)
         if study.speeds or speed_only:
             _speeds(study, facts, records, again=speed_only, console=console)
         return open_records(records)
@@ -148,10 +153,19 @@ def require_equal_flops(study: Study, flops: dict[str, float]) -> None:
         )
 
 
+def _regimes(study: Study, facts: Facts, out: Path, records: Path, *, jobs: int, progress: Progress) -> None:
+    sweep = [cell for regime in study.regimes for cell in regime_sweep(study, regime)]
+    _run(study, sweep, facts, out, records, jobs=jobs, progress=progress)
+    best = {regime: regime_rates(study, regime, open_records(records)) for regime in study.regimes}
+    seeds = [cell for regime, rates in best.items() for cell in regime_seeds(study, regime, rates)]
+    _run(study, seeds, facts, out, records, jobs=jobs, progress=progress)
+
+
 def _run(
     study: Study, cells: Sequence[Cell], facts: Facts, out: Path, records: Path, *, jobs: int, progress: Progress
 ) -> None:
-    known = cells_by_key(open_records(records))
+    lines = open_records(records)
+    known = cells_by_key(lines) | regimes_by_key(lines)
     waiting = {cell_key(study, cell): cell for cell in cells}  # once, where a sweep and a seed are the same run
     threads = max(1, cores() // jobs)
     paths = [_job(study, cell, key, facts, out, threads=threads) for key, cell in waiting.items() if key not in known]
@@ -166,6 +180,8 @@ def _job(study: Study, cell: Cell, key: str, facts: Facts, out: Path, *, threads
     config = run_config(study, cell, out=out / "cells" / f"{_slug(cell.arm.name)}-{cell.lr:g}-{cell.seed}-{key}",
                         threads=threads)  # fmt: skip
     given = {"kind": "cell", "key": key, "arm": cell.arm.name, "lr": cell.lr, "seed": cell.seed}
+    if cell.regime is not None:
+        given |= {"kind": "regime", "regime": cell.regime}
     facts_of_cell = given | {"steps": config.train.steps} | facts[cell.arm.name]
     return write_job(config, facts_of_cell, measures=measures_of(study, cell))
 

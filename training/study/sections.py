@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from training.records import Line
 from training.study.answers import family, mean_and_spread, values_of
 from training.study.panels import Panel, Point, panels_svg
+from training.study.regimes import REGIMES
 from training.study.retraining import retraining_part
 from training.study.spec import Study
 from training.study.summary import ArmResult
@@ -116,10 +117,47 @@ def retrained(study: Study, found: Sequence[ArmResult]) -> Section:
     return Section("")
 
 
+def regimes(study: Study, found: Sequence[ArmResult]) -> Section:
+    """What the runs in other regimes gave, each at its own best rate, with chance beside it."""
+    parts = []
+    for name in study.regimes:
+        runs = [result for result in found if any(name in line.get("regimes", {}) for line in result.runs.values())]
+        if runs:
+            parts.append(_regime(study, name, runs))
+    return Section("\n\n".join(["## Other regimes, each with its own sweep", *parts]) if parts else "")
+
+
+def _regime(study: Study, name: str, runs: Sequence[ArmResult]) -> str:
+    first = next(line["regimes"][name] for line in runs[0].runs.values() if name in line.get("regimes", {}))
+    columns = [column for column in first if column not in ("chance", "lr")]
+    rates = study.regime_lrs or study.lrs
+    head = (
+        f"`{name}`: {REGIMES[name].said}. Rates {', '.join(f'{lr:g}' for lr in rates)} with seed {study.seeds[0]}. "
+        f"Losses in nats a token; a uniform guess has {first['chance']:.4f}."
+    )
+    rows = [f"| Arm | Rate | {' | '.join(column.replace('_', ' ') for column in columns)} |",
+            f"|---|---|{'---|' * len(columns)}"]  # fmt: skip
+    edges = []
+    for result in runs:
+        lr = next(iter(values_of(result, f"regimes.{name}.lr").values()))
+        values = (_number(values_of(result, f"regimes.{name}.{column}"), column) for column in columns)
+        rows.append(f"| {result.arm.label} | {lr:g} | {' | '.join(values)} |")
+        if lr in (min(rates), max(rates)):
+            edges.append(f"{result.arm.label} ({'lowest' if lr == min(rates) else 'highest'})")
+    told = f"\n\nAt an edge of the sweep, a better rate may lie beyond: {', '.join(edges)}." if edges else ""
+    return f"{head}\n\n" + "\n".join(rows) + told
+
+
+def _number(values: dict[int, float], column: str) -> str:
+    """Mean and spread; of steps, which are whole, each seed's."""
+    return ", ".join(f"{value:.0f}" for value in values.values()) if column == "best_step" else mean_and_spread(values)
+
+
 SECTIONS: dict[str, Callable[[Study, Sequence[ArmResult]], Section]] = {
     "cost": cost,
     "measured": measured,
     "retraining": retrained,
+    "regimes": regimes,
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from training.config import RunConfig, from_dict
 from training.run import flat
+from training.sparsify_config import READS, SparsifyConfig, unread
 from training.study.question import Question
 
 FOLDER = Path("examples/studies")
@@ -50,9 +51,12 @@ class Study:
     relative tolerance of equal active FLOPs. grid: dotted key → values; an arm other than the reference becomes one arm
     for each combination; with sweep_at, dotted key → value, only those of these values have a sweep, and the others of
     the same arm take its best rate. expected: what was expected beforehand. measures: taken of the model at the end of
-    each cell of full length (:mod:`training.study.measures`). ask: questions that the page answers besides the
-    comparison with the reference. sections: more parts of the page (:mod:`training.study.page`). speeds: whether step
-    times are taken.
+    each cell of full length (:mod:`training.study.measures`). regimes: further trainings of every arm, each with a
+    sweep of its own over ``regime_lrs`` (``lrs`` if left out) with the first seed, then all seeds at the best rate
+    (:mod:`training.study.regimes`); ``regime_changes``: regime → dotted keys over the base there. ask: questions that
+    the page answers besides the comparison with the reference. sections: more parts of the page
+    (:mod:`training.study.page`). speeds: whether step times are taken. why: paragraphs below the answers, in the
+    study's words: what its arms say of where the expectations do not hold.
     """
 
     name: str
@@ -70,8 +74,12 @@ class Study:
     sweep_at: dict = field(default_factory=dict)
     expected: str | None = None
     measures: tuple[str, ...] = ()
+    regimes: tuple[str, ...] = ()
+    regime_lrs: tuple[float, ...] = ()
+    regime_changes: dict = field(default_factory=dict)
     ask: tuple[Question, ...] = ()
     sections: tuple[str, ...] = ()
+    why: tuple[str, ...] = ()
     speeds: bool = True
 
     def __post_init__(self) -> None:
@@ -95,12 +103,13 @@ class Study:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run of a study. steps None: the arm's own."""
+    """One training run of a study. steps None: the arm's own. regime: None, or which of the study's."""
 
     arm: Arm
     lr: float
     seed: int
     steps: int | None = None
+    regime: str | None = None
 
 
 def find_study(name: str) -> Path:
@@ -141,14 +150,28 @@ def seed_cells(study: Study, best: dict[str, float]) -> list[Cell]:
     return [Cell(arm, best[arm.name], seed) for seed in study.seeds for arm in study.arm if arm.name in best]
 
 
+def regime_sweep(study: Study, regime: str) -> list[Cell]:
+    """Every arm in the regime at every rate of ``regime_lrs`` with the first seed."""
+    rates = study.regime_lrs or study.lrs
+    return [Cell(arm, lr, study.seeds[0], regime=regime) for lr in rates for arm in study.arm]
+
+
+def regime_seeds(study: Study, regime: str, best: dict[str, float]) -> list[Cell]:
+    """Every arm of ``best`` (arm's name → learning rate) in the regime with every seed."""
+    return [replace(cell, regime=regime) for cell in seed_cells(study, best)]
+
+
 def measures_of(study: Study, cell: Cell) -> tuple[str, ...]:
-    """What is measured when the cell ends; nothing after a short run of a sweep."""
+    """What is measured when the cell ends; nothing after a short run of a sweep, or in a regime."""
+    if cell.regime is not None:
+        return ()
     return (*study.measures, *cell.arm.measures) if cell.steps in (None, study.steps) else ()
 
 
 def declared(study: Study, cell: Cell) -> dict[str, Any]:
-    """The settings that a cell states, flat: the base, the arm's changes over it, rate, seed and steps."""
-    values = flat(study.base) | flat(cell.arm.changes) | {"optim.lr": cell.lr, "seed": cell.seed}
+    """The settings that a cell states, flat: the base, its regime's changes, the arm's, rate, seed and steps."""
+    base = flat(study.base) | flat(study.regime_changes.get(cell.regime or "", {}))
+    values = base | flat(cell.arm.changes) | {"optim.lr": cell.lr, "seed": cell.seed}
     if study.memory_lr:
         values["optim.memory_lr"] = cell.lr
     return values if cell.steps is None else values | {"train.steps": cell.steps}
@@ -159,12 +182,20 @@ def cell_key(study: Study, cell: Cell) -> str:
     values = {name: value for name, value in declared(study, cell).items() if name not in NOT_IN_KEY}
     if measures := measures_of(study, cell):
         values["measures"] = measures
+    if cell.regime is not None:
+        values["regime"] = cell.regime
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def run_config(study: Study, cell: Cell, *, out: Path, threads: int) -> RunConfig:
-    """The cell as a training run. Raises: ValueError naming the arm where its settings are wrong."""
-    values = declared(study, cell) | {"out": str(out), "train.threads": threads}
+    """The cell as a training run: of the base's [sparsify] what the arm's method reads, of its own changes all.
+
+    Raises: ValueError naming the arm where its settings are wrong."""
+    stated, own = declared(study, cell), flat(cell.arm.changes)
+    method = stated.get("sparsify.method", SparsifyConfig.method)
+    others = {f"sparsify.{word}" for word in unread(method)} - own.keys() if method in READS else set()
+    values = {name: value for name, value in stated.items() if name not in others}
+    values |= {"out": str(out), "train.threads": threads}
     config: RunConfig = from_dict(RunConfig, _nested(values), where=f"arm {cell.arm.name!r} of study {study.name!r}")
     return config
 
@@ -213,8 +244,9 @@ def _check(study: Study) -> None:
     for name, several in {"lrs": study.lrs, "seeds": study.seeds}.items():
         if not several or len(set(several)) != len(several):
             raise ValueError(f"{name} must be at least one value, each once, got {list(several)}")
-    if not all(lr > 0 for lr in study.lrs):
-        raise ValueError(f"lrs must be positive, got {list(study.lrs)}")
+    for name, rates in {"lrs": study.lrs, "regime_lrs": study.regime_lrs}.items():
+        if not all(lr > 0 for lr in rates) or len(set(rates)) != len(rates):
+            raise ValueError(f"{name} must be positive, each once, got {list(rates)}")
     if not 0 < study.budget_minutes < math.inf:
         raise ValueError(f"budget_minutes must be positive, got {study.budget_minutes}")
     if not study.match_flops >= 0:
@@ -224,7 +256,11 @@ def _check(study: Study) -> None:
         raise ValueError("base must state train.steps, and train.dtype other than 'auto', which a busy machine changes")
     if study.sweep_steps is not None and not 0 < study.sweep_steps <= base["train.steps"]:
         raise ValueError(f"sweep_steps must be in [1, train.steps={base['train.steps']}], got {study.sweep_steps}")
-    for place, values in [("base", base), *((f"arm {arm.name!r}", flat(arm.changes)) for arm in study.arm)]:
+    for place, values in [
+        ("base", base),
+        *((name, flat(changes)) for name, changes in study.regime_changes.items()),
+        *((f"arm {arm.name!r}", flat(arm.changes)) for arm in study.arm),
+    ]:
         taken = [name for name in SET_BY_STUDY if name in values]
         if taken:
             raise ValueError(f"{place} must not set {', '.join(taken)}: the study does")

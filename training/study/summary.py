@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from training.records import Line
-from training.study.records import DONE, cells_by_key, speeds_by_key
-from training.study.spec import Arm, Cell, Study, cell_key, seed_cells, sweep_cells
+from training.study.records import DONE, cells_by_key, regimes_by_key, speeds_by_key
+from training.study.spec import Arm, Cell, Study, cell_key, regime_seeds, regime_sweep, seed_cells, sweep_cells
 from training.study.speed import speed_key
 
 Outcome = Literal["better", "worse", "undecided"]
@@ -19,7 +19,8 @@ class ArmResult:
 
     lr: the best of ``sweep`` (rate → held-out bits a byte, None where the loss was not finite), None if none worked.
     bits: seed → held-out bits a byte at that rate. diverged: seeds whose loss was not finite. facts: one of its cells'
-    records, speed: its speed's. runs: seed → the record of the cell that ended with a finite loss.
+    records, speed: its speed's. runs: seed → the record of the cell that ended with a finite loss, with what it gave in
+    each regime at that regime's best rate under ``regimes → name`` (its values, and ``lr``).
     """
 
     arm: Arm
@@ -78,6 +79,18 @@ def best_rates(study: Study, lines: list[Line]) -> dict[str, float]:
     return rates | taken
 
 
+def regime_rates(study: Study, regime: str, lines: list[Line]) -> dict[str, float]:
+    """Arm's name → the rate of the regime's sweep with the lowest score; arms with no finite one are left out."""
+    known = regimes_by_key(lines)
+    found: dict[str, tuple[float, float]] = {}
+    for cell in regime_sweep(study, regime):
+        line = known.get(cell_key(study, cell))
+        if line is not None and line["status"] == DONE:
+            name, candidate = cell.arm.name, (line["score"], cell.lr)
+            found[name] = min(found.get(name, candidate), candidate)
+    return {name: lr for name, (_, lr) in found.items()}
+
+
 def results(study: Study, lines: list[Line]) -> list[ArmResult]:
     """One result an arm, in the study's order."""
     rates = best_rates(study, lines)
@@ -110,6 +123,17 @@ def missing(study: Study, lines: list[Line]) -> list[Cell]:
     return [cell for cell in wanted if cell_key(study, cell) not in cells]
 
 
+def missing_in_regimes(study: Study, lines: list[Line]) -> list[Cell]:
+    """Runs in regimes that have no record, those of the seeds at the best rates so far among them."""
+    known = regimes_by_key(lines)
+    wanted = [
+        cell
+        for regime in study.regimes
+        for cell in regime_sweep(study, regime) + regime_seeds(study, regime, regime_rates(study, regime, lines))
+    ]
+    return [cell for cell in wanted if cell_key(study, cell) not in known]
+
+
 def _result(study: Study, arm: Arm, lr: float | None, lines: list[Line]) -> ArmResult:
     cells = cells_by_key(lines)
     sweep = {
@@ -131,5 +155,18 @@ def _result(study: Study, arm: Arm, lr: float | None, lines: list[Line]) -> ArmR
         diverged=tuple(seed for seed, line in ended.items() if line["status"] != DONE),
         facts=next(iter(ended.values()), None),
         speed=speeds_by_key(lines).get(speed_key(study, arm)),
-        runs={seed: line for seed, line in ended.items() if line["status"] == DONE},
+        runs={
+            seed: line | _in_regimes(study, arm, seed, lines) for seed, line in ended.items() if line["status"] == DONE
+        },
     )
+
+
+def _in_regimes(study: Study, arm: Arm, seed: int, lines: list[Line]) -> Line:
+    known, found = regimes_by_key(lines), dict[str, Line]()
+    for regime in study.regimes:
+        rates = {name: lr for name, lr in regime_rates(study, regime, lines).items() if name == arm.name}
+        for cell in regime_seeds(study, regime, rates):
+            line = known.get(cell_key(study, cell))
+            if cell.seed == seed and line is not None and line["status"] == DONE:
+                found[regime] = line["values"] | {"lr": cell.lr}
+    return {"regimes": found} if found else {}

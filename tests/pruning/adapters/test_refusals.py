@@ -159,5 +159,6 @@ def test_what_has_no_gate_cannot_be_masked(kind):
 @pytest.mark.parametrize("name", KNOWN)
 def test_what_can_be_removed_is_what_the_readme_says(name):
     kinds = {axis.kind for axis in prunable_axes(peer(name))}
-    mixtures = {"Mixtral": {"head", "expert", "layer", "width"}, "Olmoe": {"expert", "layer", "width"}}
+    inside = {"expert", "expert_neuron", "layer", "width"}
+    mixtures = {"Mixtral": {"head", *inside}, "Olmoe": inside}
     assert kinds == mixtures.get(name, {"head", "neuron", "layer", "width"})

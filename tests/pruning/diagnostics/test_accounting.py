@@ -6,12 +6,14 @@ import torch
 from pruning import cubic
 from pruning.diagnostics import (
     Densities,
+    Passes,
     dense_run,
     feedback_run,
     gradual_run,
     momentum_run,
     rigl_run,
     run_cost,
+    search_cost,
     static_run,
     top_kast_run,
 )
@@ -85,6 +87,25 @@ def test_the_search_for_a_mask_counts():
     assert total.flops == pytest.approx(search.flops + final.flops) and len(total.forward) == 40
     assert total.ratio == pytest.approx((search.flops + final.flops) / (3 * 7 * 130 * 40))
     assert total.bytes == pytest.approx(search.bytes + final.bytes)
+
+
+def test_passes_beside_the_steps_by_hand():
+    sizes = {name: value for name, value in SIZES.items() if name != "tokens"}
+    found = search_cost([(0.2, Passes(1, 2, 7)), (1.0, Passes(3, 0, 5))], **sizes, weight_bytes=2)
+    assert found.forward.tolist() == [pytest.approx(7 * (20 + 30)), pytest.approx(3 * 5 * 130)]
+    assert found.backward.tolist() == [pytest.approx(2 * 7 * (20 + 30)), 0]
+    assert found.moved.tolist() == [pytest.approx(2 * 3 * (10 + 15)), pytest.approx(2 * 3 * 65)]
+    assert found.dense_flops == found.dense_moved == 0 and search_cost([], **sizes).flops == 0
+    rule = static_run(0.2)
+    plain = run_cost(rule, steps=3, **SIZES)
+    besides = run_cost(rule, steps=3, **SIZES, passes=lambda step: [Passes(2, 8, 4)] * (step != 1))
+    assert besides.flops - plain.flops == pytest.approx(2 * 10 * 4 * (20 + 30))
+    assert besides.bytes - plain.bytes == pytest.approx(2 * 10 * 4 * (10 + 15))
+    assert (found + plain).ratio == pytest.approx((found.flops + plain.flops) / plain.dense_flops)
+    with pytest.raises(ValueError, match=r"density of search must be in \[0, 1\], got 1.5"):
+        search_cost([(1.5, Passes(1, 2, 7))], **sizes)
+    with pytest.raises(ValueError, match="weight_bytes must be >= 1, got 0"):
+        search_cost([], **sizes, weight_bytes=0)
 
 
 def test_compact_moments_move_fewer_bytes():

@@ -77,6 +77,38 @@ def test_pruning_moves_the_kernel_of_a_transformer(kind):
     assert 0 < other.distance(dense) < 1 and other.parameters < dense.parameters
 
 
+def test_kernels_of_other_samples_outputs_or_weights_have_no_distance():
+    model, x = net(), torch.randn(3, 3, generator=torch.Generator().manual_seed(1)).double()
+
+    def kernel(x, count=2, **options):
+        return tangent_kernel(model, x, outputs=lambda m, b: m(b)[:, :count], **options)
+
+    one = kernel(x)
+    masks = Masks({"0.weight": torch.rand(4, 3, generator=torch.Generator().manual_seed(2)) < 0.5})
+    assert 0 < kernel(x.clone(), masks=masks).distance(one) < 1, "of fewer weights that are there, of as many in all"
+    for other, message in (
+        (kernel(x + 1), r"of the same samples: other must have [0-9a-f]+, got"),
+        (kernel(x.flip(0)), "of the same samples"),
+        (kernel(x, 1), "of the same outputs: other must have 2, got 1"),
+        (kernel(x, weights=["0.weight"]), "of the same weights, masks aside: other must have 24, got 12"),
+    ):
+        for compare in (one.distance, one.relative_change):
+            with pytest.raises(ValueError, match=message):
+                compare(other)
+
+
+def test_samples_are_the_same_wherever_they_lie():
+    ids_ = ids(batch=2, length=4)
+    model = build("dense")
+
+    def samples(batch):
+        return tangent_kernel(
+            model, batch, outputs=lambda m, b: last_logits(m, b)[:, :1], weights=["norm.weight"]
+        ).samples
+
+    assert samples(ids_) == samples({"input_ids": ids_.T.contiguous().T}) != samples(ids_.flip(1))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruning.diagnostics import kendall_tau, layer_kind, magnitudes, ranking_stability, spearman_rho
+from pruning.diagnostics import RankingStability, kendall_tau, layer_kind, magnitudes, ranking_stability, spearman_rho
 from tests.pruning.test_transformer import build
 
 ROWS = st.integers(2, 12).flatmap(
@@ -73,3 +73,9 @@ def test_bad_input():
         ranking_stability({0: {"b": torch.ones(3)}, 1: one})
     with pytest.raises(ValueError, match="samples must be >= 2, got 1"):
         ranking_stability({0: one, 1: one}, samples=1)
+
+
+def test_a_ranking_is_stable_from_where_it_stays_not_from_where_it_first_agrees():
+    found = RankingStability((0, 10, 20, 30, 40), {"dense": (0.2, 0.95, 0.6, 0.91, 1.0), "expert": (0.9,) * 5}, {})
+    assert found.stable_from("dense") == 30 and found.stable_from("expert") == 0
+    assert found.stable_from("dense", threshold=0.5) == 10 and found.stable_from("dense", threshold=0.92) == 40

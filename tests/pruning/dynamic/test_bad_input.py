@@ -140,7 +140,7 @@ def test_a_training_that_is_shorter_than_the_interval():
     with pytest.raises(ValueError, match=message):
         check_sparsify(config, steps=60)
     check_sparsify(config, steps=68)
-    check_sparsify(SparsifyConfig(sparsity=0.5, method="deep_r", every=50), steps=60)
+    check_sparsify(SparsifyConfig(sparsity=0.5, method="deep_r", end=50), steps=60)
     with pytest.raises(ValueError, match="sparsify.every must be < 40"):
         check_sparsify(SparsifyConfig(sparsity=0.5, method="set", every=50, end=40), steps=600)
 

@@ -79,23 +79,24 @@ WORKED = {
         masks=(".##. #.## .#.. ##..", "###. ..#. .##. ##.."),
         weights=((0, 37, -28, 0), (0, 0, 23, 0), (0, -46, 0, 0), (-37, -6, 0, 0)),
     ),
-    # 1: momentum G1/2. −6 −10 12 go, and −2 −3 −7 of the companion. Mean momentum of what stays: (16 + 3 + 19 + 1 +
-    #    24)/5/2 = 6.3 and (24 + 1 + 20 + 23 + 3)/5/4 = 3.55: of six places 3.84 and 2.16, so 4 and 2, where the
-    #    momentum is largest: 23 21 20 18, which brings −10 and −6 back with their values. After −G1: 37 −28 12 |
-    #    11 23 20 | −46 | −37 −6.
-    # 2: momentum G1/4 + G2/2. −6 11 12 of nine go, and −2.5 −3 of the companion's seven. Means: (16 + 6.75 + 2.75 + 9 +
-    #    3.25 + 7.25)/6 = 7.5 and (7.25 + 3.25 + 2.75 + 3.75 + 6.75)/5/2 = 2.375: of five 3.8 and 1.2, so 4 and 1:
-    #    momenta −12 −8 9 12.5, of which −8 is that of 12; 16/2 in the companion.
+    # 1: momentum ¾ G1, whose mean over the eight that are there before the drop is ¾ (16 + 3 + 18 + 21 + 14 + 19 +
+    #    1 + 24)/8 = 10.875, and ¾ (8 + 24 + 1 + 13 + 20 + 23 + 18 + 3)/8/2 = 5.16 in the companion. −6 −10 12 go, and
+    #    −2 −3 −7: of six places 4.07 and 1.93, so 4 and 2, where the momentum is largest: 23 21 20 18, which brings
+    #    −10 and −6 back with their values. After −G1: 37 −28 12 | 11 23 20 | −46 | −37 −6.
+    # 2: momentum 3/16 (G1 + 4 G2). Means: (112 + 51 + 46 + 51 + 45 + 52 + 45 + 59 + 68)/9 = 58.8 and (68 + 59 + 45 +
+    #    52 + 45 + 51 + 51)/7/2 = 26.5. −6 11 12 of nine go, and −2.5 −3 of the companion's seven: of five 3.45 and
+    #    1.55, so 3 and 2: momenta −92 90 74, and −112 −92 in the companion. (Over what stays the means would be (112 +
+    #    51 + 45 + 52 + 45 + 59)/6 = 60.7 and (59 + 45 + 45 + 51 + 51)/5/2 = 25.1, of five 3.54 and 1.46: 4 and 1.)
     "SNFS": Worked(
         lambda: follow(
-            lambda m: SNFS(m, sparsity=0.5, allocation=uniform, every=1, fraction=3 / 8, momentum=0.5),
+            lambda m: SNFS(m, sparsity=0.5, allocation=uniform, every=1, fraction=3 / 8, momentum=0.25),
             STEPS,
             model=pair,
         ),
-        masks=(".### #.## .#.. ##..", "#### .### .##. #..."),
-        weights=((22, 61, -16, 19), (0, -19, 6, 28), (0, -30, -20, 0), (-52, 0, 0, 0)),
-        companion=("..## ..#. ##.# .#..", "...# ..#. .#.# .##."),
-        companion_weights=((0, 0, 0, -26), (0, 0, -1.5, 0), (0, 17.5, 0, 1.5), (0, -8, 12, 0)),
+        masks=(".### #.## .#.. ##..", "###. .### .##. #..."),
+        weights=((22, 61, -16, 0), (0, -19, 6, 28), (0, -30, -20, 0), (-52, 0, 0, 0)),
+        companion=("..## ..#. ##.# .#..", "...# ..#. .#.# .###"),
+        companion_weights=((0, 0, 0, -26), (0, 0, -1.5, 0), (0, 17.5, 0, 1.5), (0, -8, 12, 11)),
     ),
     # 1: below 11 are −6 −10, and −7 −2 −3 of the companion: 5 places in proportion to the 6 and 5 that stay, 2.73 and
     #    2.27, so 3 and 2, at the highest draws .93 .87 .81 and .87 .81. 5 > 1.1 · .2 · 16: the threshold halves. After

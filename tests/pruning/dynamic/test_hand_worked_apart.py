@@ -9,10 +9,17 @@ from tests.pruning.dynamic import (
     test_hand_worked,
     test_hand_worked_learned,
     test_hand_worked_schedules,
+    test_hand_worked_shrinkage,
     test_hand_worked_walks,
 )
 
-MODULES = (test_hand_worked, test_hand_worked_walks, test_hand_worked_schedules, test_hand_worked_learned)
+MODULES = (
+    test_hand_worked,
+    test_hand_worked_walks,
+    test_hand_worked_schedules,
+    test_hand_worked_learned,
+    test_hand_worked_shrinkage,
+)
 WORKED = {name: worked for module in MODULES for name, worked in module.WORKED.items()}
 
 
@@ -27,7 +34,7 @@ def test_no_two_methods_end_with_the_same_mask(traces):
 
     Dense training followed by a choice of the largest is one mask whoever chooses: feedback is still on its way to its
     sparsity, wirings rank the companion too, tickets go back to their start and early birds choose alone."""
-    assert len(WORKED) == sum(len(module.WORKED) for module in MODULES) == 28
+    assert len(WORKED) == sum(len(module.WORKED) for module in MODULES) == 35
     for one, two in combinations(traces, 2):
         assert traces[one].masks[-1] != traces[two].masks[-1], (one, two)
 
@@ -38,4 +45,5 @@ def test_every_method_is_worked_out(traces):
     offered = [getattr(package, name) for package in (dynamic, retraining) for name in package.__all__]
     methods = {made for made in offered if hasattr(made, "after_step")} - {dynamic.DynamicSparsity}
     assert len(methods) > 15
-    assert methods | {Sparsifier, learned.Movement, learned.SoftMovement, learned.STR} <= worked
+    names = ("Movement", "SoftMovement", "STR", "L0", "VariationalDropout", "Proximal", "Regularized")
+    assert methods | {getattr(learned, name) for name in names} | {Sparsifier} <= worked

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from pruning import Masks, cubic, global_ranking, one_shot, prunable_axes, uniform
 from pruning.learned import (
@@ -143,7 +145,7 @@ def test_the_state_of_another_method_or_model_is_refused():
         L0(model).load_state_dict(state | {"gates": {}})
 
 
-# the activations of variational dropout draw noise for every call
+# the activations of variational dropout draw noise for every call: see test_rules
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"variational"}))
 def test_micro_batches_add_up(name):
     gradients = []
@@ -284,16 +286,19 @@ def test_units_are_counted_named_and_gone():
             gate.add_(torch.randn(gate.shape, generator=torch.Generator().manual_seed(index)))
     kept = method.kept()
     assert {len(units) for key, units in kept.items() if "heads" in key} <= set(range(5))
-    assert sum(len(units) for units in kept.values()) == 2 * 4 + 2 * 3 * 6 - 11
-    assert {key for key in kept if "experts" in key} == {
-        f"layers.{i}.feedforward.experts.down[{e}]" for i in range(2) for e in range(3)
-    }
+    opened = {name: method.gate(name, training=False) != 0 for name in method.groups}
+    assert sum(int(gate.sum()) for gate in opened.values()) == 2 * 4 + 2 * 3 * 6 - 11
+    assert {key for key in kept if "experts" in key} == {f"layers.{i}.feedforward.experts.neurons" for i in range(2)}
     method.finish()
     assert method.kept() == kept
     for i in range(2):
+        gate = opened[f"layers.{i}.feedforward.experts.down"]
+        found = kept[f"layers.{i}.feedforward.experts.neurons"]
+        # open ones stay, and closed ones with them where another expert has more that are open
+        assert {6 * e + u for e in range(3) for u in range(6) if gate[e, u]} <= set(found)
+        assert [sum(unit // 6 == e for unit in found) for e in range(3)] == [int(gate.sum(1).max())] * 3
         for e in range(3):
-            closed = set(range(6)) - set(kept[f"layers.{i}.feedforward.experts.down[{e}]"])
-            assert not model.layers[i].feedforward.experts.down[e][:, sorted(closed)].any()
+            assert not model.layers[i].feedforward.experts.down[e][:, ~gate[e]].any()
 
 
 def test_closed_units_can_be_cut_out():
@@ -322,15 +327,19 @@ def test_bf16_weights_train():
     assert all(torch.isfinite(gate.grad).all() and gate.grad.any() for gate in method.named_gates().values())
 
 
-def test_what_several_processes_cannot_train_is_refused(tmp_path, monkeypatch):
+def test_noise_on_outputs_that_ranks_have_in_part_is_refused(tmp_path):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-        with pytest.raises(ValueError, match="variational dropout must train in one process, got 2"):
-            VariationalDropout(net())
+        model = parallelize_module(net(), init_device_mesh("cpu", (1,)), {"first": ColwiseParallel()})
+        method = VariationalDropout(model)
+        with pytest.raises(ValueError, match="first.weight must be whole in the forward pass .*, got .*Shard"):
+            with method.parametrise():
+                model(torch.randn(3, 12))
+        model.eval()
+        with method.parametrise():
+            model(torch.randn(3, 12))
     finally:
-        monkeypatch.undo()
         torch.distributed.destroy_process_group()
 
 

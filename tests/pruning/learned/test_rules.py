@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from moe import Noise
 from pruning import cubic, one_shot
 from pruning.learned import L0, STR, L0Units, Movement, Proximal, Regularized, SoftMovement, UnitGates, VariationalUnits
 from pruning.learned.hard_concrete import expected_gate, hard_concrete, open_probability
@@ -146,6 +147,37 @@ def test_variational_dropout_draws_activations_of_the_right_mean_and_variance():
     with method.parametrise():
         alpha = -3.0 - np.log(task.start**2)
         same(model(x), task.x @ (task.start * (alpha <= 3)).T)
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (1, 4), (5,)], ids=str)
+def test_variational_dropout_draws_the_same_for_a_sequence_whatever_the_micro_batch(sizes):
+    """Outputs by loops; gradients of θ and σ² summed over micro-batches equal the whole batch's, by autograd."""
+    task = Regression()
+    x = torch.from_numpy(task.x)[:5]
+    noise = Noise("step 0", 5)
+    model = task.model()
+    method = VariationalDropout(model, start=-3.0)
+    outputs, start = [], 0
+    with method.parametrise():
+        for size in sizes:
+            method.draw_from(noise.rows(start, start + size))
+            outputs.append(model(x[start : start + size]))
+            (outputs[-1].square() * (1 + torch.arange(start, start + size)[:, None])).sum().backward()
+            start += size
+    draws = torch.stack([
+        noise.rows(n, n + 1).draw("noise of weight", x.new_empty(1, OUT), lambda part, g: part.normal_(generator=g))[0]
+        for n in range(5)
+    ])  # fmt: skip
+    theta = torch.from_numpy(task.start).requires_grad_()
+    level = torch.full_like(theta, -3.0).requires_grad_()
+    alpha = (level - (theta**2 + 1e-16).log()).clamp(-8, 8).exp()
+    wanted = x @ theta.T + ((x**2) @ (alpha * theta**2).T + 1e-8).sqrt() * draws
+    (wanted.square() * torch.arange(1, 6)[:, None]).sum().backward()
+    same(torch.cat(outputs), wanted.detach().numpy())
+    same(model.weight.grad, theta.grad.numpy())
+    same(method.named_gates()["weight"].grad, level.grad.numpy())
+    with method.parametrise():  # the sequences of one step are not those of the next
+        assert not model(x).equal(torch.cat(outputs))
 
 
 def test_the_noise_level_is_clipped_on_both_sides():
