@@ -6,9 +6,9 @@ activates again, and takes the gradient of the weight from d_weight_n = ⟨dH_n,
 (SonicMoE, arXiv:2512.14080), which needs no O.
 
 Kept for the backward pass, weights left out: D + K·(G·F + 1) floating-point elements a token (SwiGLU: D + K·(2F + 1)),
-three integers an assignment and four a block. Half-precision rows on CPU are filled to whole tile steps, which adds to
-the G·F part fewer than HALF_ROWS rows an expert, or an eighth of the rows of experts that share a product. The buffers
-of a pass hold CHUNK_ROWS rows of each expert that is worked on, however many tokens meet in one.
+three integers an assignment and four a block. On a CPU with AMX half-precision rows are filled to whole tile steps,
+which adds to the G·F part fewer than TILE_ROWS rows an expert, or an eighth of the rows of experts that share a product.
+The buffers of a pass hold CHUNK_ROWS rows of each expert that is worked on, however many tokens meet in one.
 
 Both passes walk over blocks of experts with buffers that stay in cache, one product for each block, empty experts
 skipped. They are custom operators: torch.compile keeps the graph whole around them. They read the group sizes on the
@@ -16,6 +16,7 @@ host, which on CUDA waits for the device once in each pass.
 """
 
 from dataclasses import astuple
+from functools import cache
 from typing import cast
 
 import torch
@@ -31,7 +32,8 @@ from moe.nonlinearity import Activation, activate_into, differentiate_into
 # rows of one expert that are worked on at once: bounds the buffers when all tokens meet in one expert
 CHUNK_ROWS = 1024
 # rows of one AMX tile step: products over half-precision rows are a fifth slower at other row counts
-HALF_ROWS = 32
+TILE_ROWS = 32
+HALVES = (torch.bfloat16, torch.float16)
 # up to so many tokens without a graph, sorting and gathering cost more than they save
 FEW_TOKENS = 16
 
@@ -134,13 +136,13 @@ def mixture_backward(
 def _lay_out(token: Tensor, expert: Tensor, num_experts: int, like: Tensor) -> tuple[list[Block], Tensor, Tensor]:
     """The blocks, the token of each row, and the row of each assignment.
 
-    On CPU oneDNN runs most half-precision products of an expert's size on one thread: there the experts share a
+    With AMX oneDNN runs most half-precision products of an expert's size on one thread: there the experts share a
     batched product, one for each thread.
     """
     groups = group_by_expert(token, expert, num_experts)
     sizes = groups.counts.tolist()
-    shared = like.device.type == "cpu" and like.dtype in (torch.bfloat16, torch.float16)
-    width, multiple = (torch.get_num_threads(), HALF_ROWS) if shared else (1, 1)
+    shared = like.device.type == "cpu" and like.dtype in HALVES and has_tiles()
+    width, multiple = (torch.get_num_threads(), TILE_ROWS) if shared else (1, 1)
     blocks = plan_blocks(sizes, width=width, multiple=multiple, chunk=CHUNK_ROWS)
     starts = _expert_starts(blocks, num_experts)
     shift = torch.tensor(starts, device=token.device) - (groups.counts.cumsum(0) - groups.counts)
@@ -151,6 +153,12 @@ def _lay_out(token: Tensor, expert: Tensor, num_experts: int, like: Tensor) -> t
     source = token[:1].repeat(sum(block.experts * block.rows for block in blocks))
     source[place] = token
     return blocks, source, place
+
+
+@cache
+def has_tiles() -> bool:
+    """Whether the CPU multiplies half-precision matrices by AMX tiles."""
+    return torch.cpu._is_amx_tile_supported()
 
 
 def _expert_starts(blocks: list[Block], num_experts: int) -> list[int]:
@@ -185,7 +193,7 @@ def _outer(a: Tensor, b: Tensor, block: Block, *, out: Tensor, first: bool, turn
     """out ← aᵀ · b for each expert of the block, added unless ``first``; a wider out (autocast) gets it converted."""
     shape = (block.experts, block.rows, -1)
     left, right = a.view(shape).mT, b.view(shape)
-    if turn and a.dtype in (torch.bfloat16, torch.float16):
+    if turn and a.dtype in HALVES and block.experts > 1:
         left = left.contiguous()
     out = out[block.first : block.first + block.experts]
     if out.dtype != a.dtype:

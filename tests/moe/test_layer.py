@@ -55,16 +55,19 @@ def test_all_tokens_on_one_expert_and_the_others_empty(dtype):
     assert routing.loads().tolist() == [11, 0, 0, 0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_an_expert_with_more_rows_than_a_chunk(dtype, monkeypatch):
+@pytest.mark.parametrize(("dtype", "tiles"), [(torch.float64, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+def test_an_expert_with_more_rows_than_a_chunk(dtype, tiles, monkeypatch):
+    monkeypatch.setattr("moe.grouped.has_tiles", lambda: tiles)
     monkeypatch.setattr("moe.grouped.CHUNK_ROWS", 4)
     layer = top_k_layer(experts=3, k=2, dtype=dtype)
     compare(layer, torch.randn(31, 8, dtype=dtype), torch.randn(31, 8, dtype=dtype))
 
 
+@pytest.mark.parametrize("tiles", [True, False])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_experts_that_share_a_batched_product(threads, monkeypatch):
+def test_half_precision_with_tiles_and_without(threads, tiles, monkeypatch):
     monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    monkeypatch.setattr("moe.grouped.has_tiles", lambda: tiles)
     layer = top_k_layer(experts=7, k=2, dtype=torch.bfloat16)
     x = torch.randn(400, 8, dtype=torch.bfloat16)
     compare(layer, x, torch.randn(400, 8, dtype=torch.bfloat16))
@@ -89,8 +92,10 @@ def test_padding_gets_zeros_and_trains_nothing():
     assert not y[[1, 4, 5]].any()
 
 
+@pytest.mark.parametrize("tiles", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_padding_that_holds_nan_reaches_no_gradient(dtype):
+def test_padding_that_holds_nan_reaches_no_gradient(dtype, tiles, monkeypatch):
+    monkeypatch.setattr("moe.grouped.has_tiles", lambda: tiles)
     layer = top_k_layer(dtype=dtype)
     x = torch.randn(11, 8, dtype=dtype)
     x[0] = torch.nan

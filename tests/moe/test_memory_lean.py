@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe import MoE, Routing, TopKRouter
-from moe.grouped import CHUNK_ROWS, HALF_ROWS, mixture_backward, mixture_forward
+from moe.grouped import CHUNK_ROWS, TILE_ROWS, mixture_backward, mixture_forward
 from tests.moe.cases import top_k_layer
 
 
@@ -61,11 +61,11 @@ def test_kept_for_backward_is_x_the_pre_activation_and_the_routing(tokens, dim, 
     real, whole = saved_elements(layer, x, routing)
     filling = 1.0 if dtype == torch.float32 else 1.1
     rows = tokens * k
-    if dtype == torch.float32 or rows >= 10 * HALF_ROWS * experts:
+    if dtype == torch.float32 or rows >= 10 * TILE_ROWS * experts:
         assert real <= filling * (tokens * dim + rows * 2 * hidden) + rows
         assert whole <= (2 + filling) * rows + 4 * 2 * experts
     else:
-        assert real <= tokens * dim + (rows + HALF_ROWS * experts) * 2 * hidden + rows
+        assert real <= tokens * dim + (rows + TILE_ROWS * experts) * 2 * hidden + rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
