@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from benchmarks.activation_figure import Panel, figure
-from benchmarks.readme_tables import RECORDS, ROOT, Line, read, table
+from benchmarks.readme_tables import RECORDS, ROOT, Line, machine, read, table
 
 PAGE = ROOT / "docs" / "guides" / "activation-sparsity.md"
 FIGURE = PAGE.with_suffix(".svg")
@@ -168,7 +168,7 @@ def commits(lines: Iterable[Line]) -> str:
 
 def place(lines: list[Line]) -> str:
     """Where timed rows were made."""
-    made = dict.fromkeys(f"{line['device']} with {line['threads']} threads, torch {line['torch']}" for line in lines)
+    made = dict.fromkeys(f"{machine(line)} with {line['threads']} threads, torch {line['torch']}" for line in lines)
     return f"Measured on {'; '.join(made)}; commit {commits(lines)}."
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.attention_pictures import pattern_picture, recall_picture
-from benchmarks.readme_tables import RECORDS, ROOT, Line, read, table
+from benchmarks.readme_tables import RECORDS, ROOT, Line, machine, read, table
 from sparse_attn import causal, parse_pattern
 from transformer.layer_config import AttentionConfig
 from transformer.selection_config import (
@@ -148,7 +148,7 @@ def long_documents(lines: list[Line]) -> str:
     return (
         table(["", "peak memory", "tokens/s", "a step", "TFLOPs of a step"], rows)
         + f"\n\n{one['conditions']['length']:,} tokens, batch 1, {one['conditions']['layers']} layers of width "
-        + f"{one['conditions']['dim']}; the sparse pattern is `{_cell(one['pattern'])}`. {one['device']} with "
+        + f"{one['conditions']['dim']}; the sparse pattern is `{_cell(one['pattern'])}`. {machine(one)} with "
         + f"{one['threads']} threads, torch {one['torch']}, commit {one['commit']}, each contender in a process of its "
         + f"own: {', '.join(sorted({'`python ' + line['command'] + '`' for line in found}))}."
     )
@@ -211,7 +211,7 @@ def _made(line: Line, *, length: bool = True) -> str:
     sizes = line["conditions"]
     positions = f"{sizes['L']:,} positions, " if length else ""
     return (
-        f"{positions}{sizes['H']} heads of {sizes['d']}, {sizes['dtype']}. {line['device']} with {line['threads']} "
+        f"{positions}{sizes['H']} heads of {sizes['d']}, {sizes['dtype']}. {machine(line)} with {line['threads']} "
         f"threads, torch {line['torch']}, commit {line['commit']}: `python {line['command']}`."
     )
 

@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from training.conditions import processor
+
 
 def require_parity(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, tolerance: float) -> float:
     """Worst relative error max_name ‖actual − expected‖ / ‖expected‖ over the named tensors, in float64.
@@ -120,6 +122,7 @@ def row(
         "min_ratios": {other: min(seconds) / min(times) for other, times in versus.items()},
         "parity": parity,
         "device": device,
+        "processor": processor(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],

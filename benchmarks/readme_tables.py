@@ -98,8 +98,13 @@ def speed(lines: list[Line]) -> str:
     return table(head, rows) + f"\n\nMade by {', '.join(commands)} on {'; '.join(places)}."
 
 
+def machine(line: Line) -> str:
+    """The processor, where the record names it."""
+    return line.get("processor", line["device"]) if line["device"] == "cpu" else line["device"]
+
+
 def _place(line: Line) -> str:
-    return f"{line['device']} with {line['threads']} threads, torch {line['torch']}, commit {line['commit']}"
+    return f"{machine(line)} with {line['threads']} threads, torch {line['torch']}, commit {line['commit']}"
 
 
 TABLES: dict[str, tuple[str, Callable[[list[Line]], str]]] = {

@@ -6,9 +6,9 @@ activates again, and takes the gradient of the weight from d_weight_n = ⟨dH_n,
 (SonicMoE, arXiv:2512.14080), which needs no O.
 
 Kept for the backward pass, weights left out: D + K·(G·F + 1) floating-point elements a token (SwiGLU: D + K·(2F + 1)),
-three integers an assignment and four a block. On a CPU with AMX half-precision rows are filled to whole tile steps,
-which adds to the G·F part fewer than TILE_ROWS rows an expert, or an eighth of the rows of experts that share a product.
-The buffers of a pass hold CHUNK_ROWS rows of each expert that is worked on, however many tokens meet in one.
+three integers an assignment and four a block. On a CPU with AMX half-precision rows are filled to whole tile
+steps, which adds to the G·F part fewer than TILE_ROWS rows an expert, or an eighth of the rows of experts that share a
+product. The buffers of a pass hold CHUNK_ROWS rows of each expert that is worked on, however many tokens meet in one.
 
 Both passes walk over blocks of experts with buffers that stay in cache, one product for each block, empty experts
 skipped. They are custom operators: torch.compile keeps the graph whole around them. They read the group sizes on the
