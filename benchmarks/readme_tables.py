@@ -100,7 +100,7 @@ def speed(lines: list[Line]) -> str:
 
 def machine(line: Line) -> str:
     """The processor, where the record names it."""
-    return line.get("processor", line["device"]) if line["device"] == "cpu" else line["device"]
+    return str(line.get("processor", "cpu") if line["device"] == "cpu" else line["device"])
 
 
 def _place(line: Line) -> str:
