@@ -45,11 +45,15 @@ SIZES = Sizes()
 
 @dataclass(frozen=True)
 class Contender:
-    """A layer, what it returns for x, and the weights whose gradients the gate compares (none: another function)."""
+    """A layer, what it returns for x, and the weights whose gradients the gate compares (none: another function).
+
+    turned: the up weights lie as [E, 2F, D] instead of [E, D, 2F].
+    """
 
     module: nn.Module
     run: Callable[[Tensor], Tensor]
     weights: Mapping[str, Tensor]
+    turned: bool = False
 
 
 class Dense(nn.Module):
@@ -92,7 +96,7 @@ def mixtral(layer: MoE, dtype: torch.dtype, implementation: str, sizes: Sizes = 
         weights["router"].copy_(layer.get_parameter("router.weight"))
         weights["up"].copy_(layer.experts.up.mT)
         weights["down"].copy_(layer.experts.down)
-    return Contender(block, lambda x: block(x[None])[0], weights)
+    return Contender(block, lambda x: block(x[None])[0], weights, turned=True)
 
 
 def fairscale(sizes: Sizes) -> Contender:
@@ -153,7 +157,7 @@ def answers(contender: Contender, x: Tensor, d_y: Tensor) -> dict[str, Tensor]:
     y = contender.run(x)
     gradients = torch.autograd.grad(y, [x, *contender.weights.values()], d_y)
     found = {"y": y.detach()} | dict(zip(["x", *contender.weights], gradients, strict=True))
-    if "up" in found and found["up"].shape[1] != x.shape[1]:
+    if contender.turned:
         found["up"] = found["up"].mT
     return found
 

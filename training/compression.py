@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -12,10 +11,12 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from training.remembered import Remembered
-from training.sparse_exchange import Sent, Traffic, begin_sparse_all_reduce, mark_of
+from training.sharded_compression import ShardedGradients, sharded_parameters
+from training.sparse_exchange import Bucket, Sent, Traffic, begin_sparse_all_reduce, mark_of
 from training.unsent import check_unsent
 
 Method = Literal["topk", "randomk", "threshold", "dropping", "adacomp", "dgc"]
@@ -27,18 +28,8 @@ DGC_WARMUP = (0.25, 0.0625, 0.015625, 0.004)
 Reduced = torch.futures.Future[Tensor]
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """Gradients that are reduced together: ``parts`` are the flat ones of the parameters ``names``, in order, and share
-    the memory of ``buffer``."""
-
-    names: tuple[str, ...]
-    parts: tuple[Tensor, ...]
-    buffer: Tensor
-
-
 def compress_gradients(
-    model: DistributedDataParallel,
+    model: DistributedDataParallel | FSDPModule,
     method: Method = "topk",
     *,
     density: float = 0.01,
@@ -50,7 +41,8 @@ def compress_gradients(
     error_feedback: bool = True,
     seed: int = 0,
 ) -> "GradientCompressor":
-    """Register a communication hook on ``model`` that averages sparse gradients; returns its state, to checkpoint.
+    """Have ``model`` average sparse gradients, by a communication hook of DDP or in place of FSDP2's reduce-scatter;
+    returns what it remembers, to checkpoint.
 
     Each rank adds its gradient g (divided by the number of ranks) to what it has not sent so far, r; a = r + g.
 
@@ -73,27 +65,40 @@ def compress_gradients(
     is reduced instead. "threshold" and "adacomp" first agree on the length. Parameters that DDP ignores (sharded
     experts) stay local.
 
+    Under FSDP2 a bucket is what one ``fully_shard`` holds. Each rank remembers for whole parameters, a whole gradient
+    more; once the backward pass has ended, an entry goes to the rank whose shard it lies in, that rank's whole shard
+    where this is shorter, all in one exchange after one of the numbers. Hooks that read a gradient while the pass goes
+    on see 0. Micro-batches: ``compressor.shards.hold()``, as DDP's ``no_sync()``. A parameter that a step leaves out
+    needs a ``fully_shard`` without those that it does not.
+
     A gradient that is not finite on one rank makes the reduced one NaN on every rank, and no rank's r, u and v change
     in that step: leave it out and go on, or stop. Nor do those of a parameter that no rank used in the step, to which
     DDP gives no gradient (``find_unused_parameters``). So what is sent and what is remembered make up the sum. A step
     that comes to nothing needs both the old and the new r, u and v: each is kept twice.
-    Raises: ValueError for another method or numbers out of range; TypeError unless ``model`` is DDP.
+    Raises: ValueError for another method or numbers out of range, and for FSDP2 on one rank, on a mesh of several
+    dimensions or not by rows; TypeError for another model.
 
     >>> compressor = compress_gradients(DistributedDataParallel(model), "topk", density=0.01)
     """
-    if not isinstance(model, DistributedDataParallel):
-        raise TypeError(f"model must be a DistributedDataParallel, got {type(model).__name__}")
+    if not isinstance(model, DistributedDataParallel | FSDPModule):
+        raise TypeError(f"model must be a DistributedDataParallel or of fully_shard, got {type(model).__name__}")
     _check(method, density, threshold, bin_size, momentum, clip, warmup)
+    create = partial(
+        GradientCompressor, method=method, density=density, threshold=threshold, bin_size=bin_size, momentum=momentum,
+        clip=clip, warmup=warmup, error_feedback=error_feedback, seed=seed,
+    )  # fmt: skip
+    if isinstance(model, FSDPModule):
+        sharded, group = sharded_parameters(model)
+        compressor = create(sharded, group=group)
+        compressor.shards = ShardedGradients(model, compressor)
+        return compressor
     parameters = {
         name: parameter
         for name, parameter in model.module.named_parameters()
         if parameter.requires_grad and name not in model.parameters_to_ignore
     }
-    compressor = GradientCompressor(
-        parameters, method, density=density, threshold=threshold, bin_size=bin_size, momentum=momentum, clip=clip,
-        warmup=warmup, error_feedback=error_feedback, seed=seed, group=model.process_group,
-        used=partial(_used, model, list(parameters)) if model.find_unused_parameters else None,
-    )  # fmt: skip
+    used = partial(_used, model, list(parameters)) if model.find_unused_parameters else None
+    compressor = create(parameters, group=model.process_group, used=used)
     model.register_comm_hook(compressor, _hook)
     # before the next backward pass: inside it DDP does not tell which parameters were used
     model.register_forward_pre_hook(lambda *_: compressor.settle())
@@ -104,8 +109,10 @@ class GradientCompressor:
     """What a rank remembers between steps: unsent gradients by parameter name, and the traffic so far.
 
     parameters: those that are reduced, by name. used: the names of those to which the last step gave a gradient; None:
-    all. The other arguments are those of :func:`compress_gradients`.
+    all. The other arguments are those of :func:`compress_gradients`. shards: of FSDP2, whose gradients it gets.
     """
+
+    shards: ShardedGradients | None = None
 
     def __init__(
         self,
@@ -240,17 +247,25 @@ class GradientCompressor:
             self._residuals.settle(got)
             self._velocities.settle(got)
 
-    def _begin(self, bucket: Bucket, mark: Float[Tensor, ""] | None) -> Any:
+    def select(self, bucket: Bucket, mark: Float[Tensor, ""] | None) -> Sent:
+        """What to send of a bucket; the rest is written down as the next to remember. mark: of clip_locally."""
         if self.method == "dropping":
-            sent = self._drop(bucket)
-        else:
-            pairs = zip(bucket.names, bucket.parts, strict=True)
-            sent = _joined([self.compress(name, part) for name, part in pairs])
+            return self._drop(bucket)
+        sent = _joined([self.compress(name, part) for name, part in zip(bucket.names, bucket.parts, strict=True)])
         if self.method == "randomk":  # what is not finite need not be among the places drawn
             mark = mark_of(bucket.buffer) if mark is None else mark
             sent = Sent(sent.index, sent.values + mark, sent.size)
+        return sent
+
+    def end_step(self, names: Iterable[str], mark: Float[Tensor, ""]) -> None:
+        """A step of these parameters was reduced elsewhere. mark: 0 on every rank, or NaN on every rank."""
+        self._begun, self._marks = [tuple(names)], [mark]
+        self.step += 1
+        self.traffic.steps += 1
+
+    def _begin(self, bucket: Bucket, mark: Float[Tensor, ""] | None) -> Any:
         return begin_sparse_all_reduce(
-            sent, bucket.buffer, counted=self.method in COUNTED,
+            self.select(bucket, mark), bucket.buffer, counted=self.method in COUNTED,
             same_index=self.method == "randomk", group=self.group, traffic=self.traffic, marks=self._marks,
         )  # fmt: skip
 

@@ -76,8 +76,7 @@ class OptimConfig:
     clip: float = 1.0
     """Largest L2 norm of the whole gradient; where it is compressed, each rank clips what it adds to it instead."""
     sparse_state: bool = False
-    """Keep moments only of weights that are there, under a [sparsify] method that is sparse from the first step; every
-    rank must hold all weights."""
+    """Keep moments only of weights that are there, under a [sparsify] method that is sparse from the first step."""
 
 
 @dataclass(frozen=True)

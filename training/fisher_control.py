@@ -13,8 +13,10 @@ from pruning import Masks, prunable_weights
 from pruning.agreement import averaged, follow_first
 from pruning.diagnostics import FisherCurriculum, fisher_penalty, low_fisher_first
 from pruning.saliency.products import twice_differentiable
+from pruning.sharding import as_parts_of, as_wholes, own_part, sharded_as, spread_layouts
 from training.config import RunConfig
 from training.data import Batch, Batches, Data, Stream
+from training.distributed.export import in_parts, whole_copy
 from training.finite import NonFiniteError
 from training.moments import evaluating, parametrised
 from training.parallel import Alone, Parallel
@@ -32,8 +34,9 @@ class Admitted:
     The pool is ranked once, with the model as it is at step ``begin``; the lowest share ``start`` of it is open then,
     and more each step, all of it just before ``end``. lowest=False opens it in a random order: the control, with as
     few samples and as many repetitions. weights, masks: of which the trace is; masks None: those that are not 0.
-    within: a context for the ranking (:func:`training.moments.parametrised`). Replicas have the same order, by rank 0's
-    traces, and draw the same batches, of which each then takes its rows.
+    within: a context for the ranking (:func:`training.moments.parametrised`). Ranks have the same order, by rank 0's
+    traces, and draw the same batches, of which each then takes its rows. Where they hold a part of the weights, each
+    gathers all for the ranking.
     Raises: ValueError unless 0 ≤ begin < end; as :meth:`FisherCurriculum.admitted`."""
 
     def __init__(
@@ -97,8 +100,9 @@ class Admitted:
             return FisherCurriculum(torch.randperm(count, generator=self._draw), torch.zeros(count, dtype=torch.double))
         pool = self.pool[:, : self.model.config.max_length].to(next(self.model.parameters()).device)
         with self.within():
-            masks = present(self.model, self.weights) if self.masks is None else self.masks
-            found = low_fisher_first(self.model, [pool], weights=self.weights, masks=masks, generator=self._draw)
+            model = _whole(self.model)
+            masks = present(model, self.weights) if self.masks is None else self.masks
+            found = low_fisher_first(model, [pool], weights=self.weights, masks=masks, generator=self._draw)
         # what ranks compute alike may differ in the last digits, and so may an order
         follow_first([found.traces])
         return FisherCurriculum(found.traces.argsort(stable=True), found.traces)
@@ -109,8 +113,10 @@ class Penalised:
 
     Of the weights that the masks keep, None: that are not 0. The passes are those of evaluation: no dropout, nothing
     that routers count. A :class:`training.moments.Contributor`.
-    parallel: replicas of the model, each of which penalises its own rows of the batch, with labels of its own draw: the
-    mean over R of them is added. They estimate the same trace as one process on the whole batch, in R parts.
+    parallel: ranks that each penalise their own rows of the batch, with labels of their own draw: the mean over R of
+    them is added. They estimate the same trace as one process on the whole batch, in R parts. FSDP2's gradients cannot
+    be differentiated again, as no graph joins a shard with the weight that it gathers: where ranks hold a part of the
+    weights, each gathers all of them for these passes, and has a whole gradient.
     Raises: ValueError unless strength > 0 and every ≥ 1."""
 
     def __init__(
@@ -136,18 +142,19 @@ class Penalised:
         self._step = 0
 
     def contribute(self) -> None:
-        """Add the penalty's gradient, if it is time. Replicas call it together, their batch's gradients reduced.
+        """Add the penalty's gradient, if it is time. Ranks call it together, their batch's gradients reduced.
 
         Raises: NonFiniteError, on all of them, where it is not finite on one; ValueError for a model that is
         differentiable once, and for a batch that they do not divide."""
         if self._step % self.every:
             return
         ids = self.parallel.rows(self.batches.next()).inputs.to(next(self.model.parameters()).device)
-        masks = present(self.model, self.weights) if self.masks is None else self.masks
-        with evaluating(self.model), twice_differentiable(self.model):
-            value = fisher_penalty(self.model, ids, weights=self.weights, masks=masks, generator=self._generator())
+        model = _whole(self.model)
+        masks = present(model, self.weights) if self.masks is None else self.masks
+        with evaluating(model), twice_differentiable(model):
+            value = fisher_penalty(model, ids, weights=self.weights, masks=masks, generator=self._generator())
             self._require_finite(value.detach())
-            self._add_gradients(self.strength * value)
+            self._add_gradients(self.strength * value, model)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """True: every step is taken."""
@@ -168,11 +175,12 @@ class Penalised:
         self._draw.set_state(state["draw"].cpu())
 
     def _generator(self) -> torch.Generator:
-        """Of this process's labels: the run's own, or one of as many as there are replicas, which it seeds."""
+        """Of the labels of this process's rows: the run's own, or one of as many as there are parts, which it seeds."""
         if self.parallel.ranks == 1:
             return self._draw
-        seeds = torch.randint(2**62, (self.parallel.ranks,), generator=self._draw)
-        return torch.Generator().manual_seed(int(seeds[self.parallel.rank]))
+        parts = self.parallel.parts
+        seeds = torch.randint(2**62, (parts,), generator=self._draw)
+        return torch.Generator().manual_seed(int(seeds[self.parallel.rank * parts // self.parallel.ranks]))
 
     def _require_finite(self, value: Float[Tensor, ""]) -> None:
         ranks = self.parallel.ranks
@@ -188,23 +196,32 @@ class Penalised:
                     " lower sparsify.fisher_penalty or optim.lr"
                 )
 
-    def _add_gradients(self, value: Float[Tensor, ""]) -> None:
+    def _add_gradients(self, value: Float[Tensor, ""], model: Transformer) -> None:
+        """To the parameters of this process, of which ``model`` has the whole ones."""
         if self.parallel.ranks == 1:
             value.backward()
             return
         own = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        wholes = [model.get_parameter(name) for name in own]
         # accumulates nothing, so that no hook of DistributedDataParallel runs
-        found = torch.autograd.grad(value, list(own.values()), allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(value, wholes, allow_unused=True, materialize_grads=True)
+        layouts = spread_layouts(self.model)
         for name, gradient in averaged(dict(zip(own, found, strict=True))).items():
             before = own[name].grad
-            own[name].grad = gradient if before is None else before + gradient
+            part = own_part(sharded_as(gradient, as_wholes({name: own[name].detach()}, layouts)[name]))
+            part = as_parts_of({name: part}, {name: own[name]})[name]
+            own[name].grad = part if before is None else before + part
+
+
+def _whole(model: Transformer) -> Transformer:
+    return whole_copy(model) if in_parts(model) else model
 
 
 def make_penalties(
     config: RunConfig, model: Transformer, data: Data, *, parallel: Parallel | None = None
 ) -> list[Penalised]:
     """The Fisher penalty of a run's [sparsify] section, none if it asks for none; estimated on a micro-batch, that of
-    all replicas together."""
+    all ranks together."""
     sparsify, train = config.sparsify, config.train
     if not sparsify.fisher_penalty:
         return []

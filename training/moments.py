@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe import Noise, SigmoidRouter
 from pruning import Masks
@@ -117,6 +117,15 @@ class Drawer(Protocol):
         ...
 
 
+@runtime_checkable
+class Attacker(Protocol):
+    """A sparsifier that trains on the worst change of its inputs, which it looks for before a pass (robust rewiring)."""
+
+    def attack_rows(self, ids: Tensor | None) -> None:
+        """The next passes are of these token ids [B, L]; None: of others."""
+        ...
+
+
 def add_gates(sparsifiers: Sequence[Sparsifier], optimizer: torch.optim.Optimizer) -> None:
     """Give the optimiser the sparsifiers' own parameters, as groups of their own."""
     for sparsifier in sparsifiers:
@@ -205,7 +214,7 @@ def parametrised(sparsifiers: Sequence[Sparsifier]) -> Iterator[None]:
 def passes(sparsifiers: Sequence[Sparsifier]) -> Iterator[Callable[[Pass], Pass]]:
     """Around the passes of a training step: :func:`parametrised`, and at its end those that contribute do.
 
-    Gives what makes a forward pass one that first tells those that draw for its rows whose these are."""
+    Gives what makes a forward pass one that first tells those that draw for its rows, or attack them, which they are."""
     with parametrised(sparsifiers):
         yield lambda run: partial(_telling, sparsifiers, run)
         _tell(sparsifiers, None)  # other passes are of other rows
@@ -215,14 +224,16 @@ def passes(sparsifiers: Sequence[Sparsifier]) -> Iterator[Callable[[Pass], Pass]
 
 
 def _telling(sparsifiers: Sequence[Sparsifier], run: Pass, batch: Batch) -> StepOutput:
-    _tell(sparsifiers, batch.noise)
+    _tell(sparsifiers, batch)
     return run(batch)
 
 
-def _tell(sparsifiers: Sequence[Sparsifier], noise: Noise | None) -> None:
+def _tell(sparsifiers: Sequence[Sparsifier], batch: Batch | None) -> None:
     for sparsifier in sparsifiers:
         if isinstance(sparsifier, Drawer):
-            sparsifier.draw_from(noise)
+            sparsifier.draw_from(None if batch is None else batch.noise)
+        if isinstance(sparsifier, Attacker):
+            sparsifier.attack_rows(None if batch is None else batch.inputs)
 
 
 def balance_routers(model: nn.Module) -> None:

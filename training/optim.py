@@ -72,7 +72,7 @@ def make_optimizers(
     Across processes: DistributedDataParallel takes sparse gradients of nn.Embedding alone. Leave the tables out of it
     and gather their rows, or keep sparse=False and :func:`adamw`.
     sparse_state: :class:`pruning.dynamic.SparseAdamW` instead, with moments of the weights that are there alone.
-    Raises: ValueError for tables that are neither float32 nor float64, and for sharded parameters with sparse_state.
+    Raises: ValueError for tables that are neither float32 nor float64.
     """
     for module in model.modules():
         if isinstance(module, MemoryValues):
@@ -81,8 +81,6 @@ def make_optimizers(
     main: torch.optim.Optimizer
     if sparse_state:
         groups = parameter_groups(model, weight_decay=weight_decay, router_lr=router_lr)
-        if any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"]):
-            raise ValueError("sparse_state needs whole parameters, got sharded ones: leave it out, or shard nothing")
         main = SparseAdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     else:
         main = adamw(model, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, router_lr=router_lr)

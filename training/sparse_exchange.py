@@ -19,9 +19,19 @@ class Sent:
     size: int
 
 
+@dataclass(frozen=True)
+class Bucket:
+    """Gradients that are reduced together: ``parts`` are the flat ones of the parameters ``names``, in order, and share
+    the memory of ``buffer``."""
+
+    names: tuple[str, ...]
+    parts: tuple[Tensor, ...]
+    buffer: Tensor
+
+
 @dataclass
 class Traffic:
-    """What this rank has put on the wire since the start: bytes sent, and what dense all-reduce would have taken."""
+    """What this rank has put on the wire since the start: bytes sent, and what the dense exchange would have taken."""
 
     sent: int = 0
     dense: int = 0

@@ -1,6 +1,6 @@
 """The worst small change of the input embeddings, by projected gradient ascent, and the loss there."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -41,23 +41,48 @@ class Attack:
 
         shared: the rows are this process's share of a batch of which each process has as many: ε is that of all
         together, one exchange of a number, and each row's δ the one that a process with all rows would find.
-        Raises: ValueError if the model shows no input embedding or the loss is not one finite number."""
-        ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
+        Raises: ValueError if the model shows no input embedding, the loss reads none or is not one finite number."""
+        ascent = _Ascent(self, generator=generator, shared=shared)
         with evaluating(model), torch.enable_grad():
-            x = input_embedding(model)(ids).detach()
-            square = x.double().square().mean() if x.numel() else torch.zeros((), dtype=torch.float64, device=x.device)
-            limit = self.radius * float((averaged({"": square})[""] if shared else square).sqrt())
-            step = limit if self.steps == 1 else 2.5 * limit / self.steps
-            delta = torch.zeros_like(x)
-            if self.random_start:
-                delta += (torch.rand(x.shape, generator=generator).to(x) * 2 - 1) * limit
             for _ in range(self.steps):
-                delta.requires_grad_()
-                with perturbed(model, delta):
+                with _embedded(model, ascent.added):
                     value = scalar_loss(model, batch, self.loss)
-                (slope,) = torch.autograd.grad(value, delta)
-                delta = (delta.detach() + step * slope.sign()).clamp(-limit, limit)
-        return delta.detach()
+                ascent.climb(value)
+        return ascent.found().detach()
+
+
+class _Ascent:
+    """δ and its cube. The first pass shows the embeddings x: under FSDP2 their table is whole inside a pass alone."""
+
+    def __init__(self, attack: Attack, *, generator: torch.Generator | None, shared: bool) -> None:
+        self.attack, self.generator, self.shared = attack, generator, shared
+        self.limit = 0.0
+        self.delta: Tensor | None = None
+
+    def added(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        """x + δ."""
+        if self.delta is None:
+            self.delta = self._begun(x.detach()).requires_grad_()
+        return x + self.delta
+
+    def climb(self, value: Float[Tensor, ""]) -> None:
+        """A step of δ up the loss, back into the cube."""
+        step, delta = self.limit if self.attack.steps == 1 else 2.5 * self.limit / self.attack.steps, self.found()
+        (slope,) = torch.autograd.grad(value, delta)
+        self.delta = (delta.detach() + step * slope.sign()).clamp(-self.limit, self.limit).requires_grad_()
+
+    def found(self) -> Float[Tensor, "B L D"]:
+        """δ. Raises: ValueError if no pass has shown the embeddings."""
+        if self.delta is None:
+            raise ValueError("loss must pass the batch through the model's input embedding, got one that does not")
+        return self.delta
+
+    def _begun(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        square = x.double().square().mean() if x.numel() else torch.zeros((), dtype=torch.float64, device=x.device)
+        self.limit = self.attack.radius * float((averaged({"": square})[""] if self.shared else square).sqrt())
+        if not self.attack.random_start:
+            return torch.zeros_like(x)
+        return (torch.rand(x.shape, generator=self.generator).to(x) * 2 - 1) * self.limit
 
 
 def adversarial_loss(attack: Attack, *, generator: torch.Generator | None = None) -> Loss:
@@ -75,7 +100,13 @@ def adversarial_loss(attack: Attack, *, generator: torch.Generator | None = None
 @contextmanager
 def perturbed(model: nn.Module, delta: Float[Tensor, "B L D"]) -> Iterator[None]:
     """Inside, the model's input embeddings are x + delta."""
-    handle = input_embedding(model).register_forward_hook(lambda module, arguments, output: output + delta)
+    with _embedded(model, lambda x: x + delta):
+        yield
+
+
+@contextmanager
+def _embedded(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    handle = input_embedding(model).register_forward_hook(lambda module, arguments, output: change(output))
     try:
         yield
     finally:

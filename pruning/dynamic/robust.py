@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, final
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -29,8 +29,9 @@ class RobustRewiring(DynamicSparsity):
 
     The objective is the loss at the worst perturbation of the input embeddings. Forward and backward run inside
     ``parametrise()``, where each training pass is attacked by ``attack`` on the pass's own tokens. Each process attacks
-    its own rows, as many as every other, inside a cube of one size; not under FSDP2, whose forward pass takes no passes
-    of the model inside it. A loop of your own may call :func:`adversarial_loss` instead, with attack=None here.
+    its own rows, as many as every other, inside a cube of one size. The passes of the ascent run inside the training
+    pass, or before it where :meth:`attack_rows` is told its rows: under FSDP2, whose forward pass takes no other inside
+    it, that is needed. A loop of your own may call :func:`adversarial_loss` instead, with attack=None here.
 
     >>> method = RobustRewiring(model, sparsity=0.9, attack=Attack(radius=0.1))
     >>> with method.parametrise():
@@ -57,7 +58,8 @@ class RobustRewiring(DynamicSparsity):
         )
         if not noise >= 0:
             raise ValueError(f"noise must be >= 0, got {noise}")
-        self.noise, self.attack, self._attacking = noise, attack, False
+        self.noise, self.attack = noise, attack
+        self._worst: Tensor | None = None
         views = self.wholes({name: weight.data for name, weight in self._weights.items()})
         masks = gathered(self.masks().kept)
         signs = {name: self._drawn_sign(masks[name], weight) for name, weight in gathered(views).items()}
@@ -84,6 +86,12 @@ class RobustRewiring(DynamicSparsity):
             yield
         finally:
             handle.remove()
+
+    def attack_rows(self, ids: Int[Tensor, "B L"] | None) -> None:
+        """Attack these rows now, for the training passes to come, until the next call; None: in each pass its own."""
+        self._worst = None
+        if self.attack is not None and ids is not None:
+            self._worst = self.attack.perturbation(self.model, ids, shared=True)
 
     def settle(self, optimizer: Optimizer) -> None:
         """Walk, put to sleep what changed its sign, wake up as many anywhere."""
@@ -146,10 +154,8 @@ class RobustRewiring(DynamicSparsity):
         return torch.where(mask, torch.where(weight < 0, -1, 1), coin).to(torch.int8)
 
     def _perturb(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if self.attack is None or self._attacking or not (self.model.training and torch.is_grad_enabled()):
+        # the passes of the ascent are in evaluation mode
+        if self.attack is None or not (self.model.training and torch.is_grad_enabled()):
             return None
-        self._attacking = True
-        try:
-            return output + self.attack.perturbation(self.model, arguments[0], shared=True)
-        finally:
-            self._attacking = False
+        worst = self.attack.perturbation(self.model, arguments[0], shared=True) if self._worst is None else self._worst
+        return output + worst

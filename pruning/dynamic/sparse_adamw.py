@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, final
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from pruning.sharding import own_part
 
 Slots = dict[str, Tensor]
 
@@ -23,7 +25,8 @@ class SparseAdamW(torch.optim.Optimizer):
 
     on active weights alone; absent ones are neither decayed nor moved. t counts the parameter's steps, not a weight's,
     as for a masked AdamW; the moments of a regrown weight start at 0. Every :class:`DynamicSparsity` tells this
-    optimiser its masks by itself, in ``before_step``.
+    optimiser its masks by itself, in ``before_step``. Of a parameter that ranks hold in part (a DTensor, a run of spread
+    experts) each has the moments of its own part, with places in that: nothing is exchanged.
 
     Raises: ValueError for lr, eps or weight_decay below 0 and betas outside [0, 1).
     """
@@ -48,29 +51,28 @@ class SparseAdamW(torch.optim.Optimizer):
     def activate(self, parameter: nn.Parameter, mask: Bool[Tensor, "..."]) -> None:
         """From now on only the weights under ``mask`` have moments: those that had keep theirs, new ones start at 0.
 
-        Raises: ValueError if the mask has another shape."""
-        if mask.shape != parameter.shape:
-            raise ValueError(f"mask must have the parameter's shape {list(parameter.shape)}, got {list(mask.shape)}")
+        mask: of what this process holds. Raises: ValueError if it has another shape."""
+        own, mask = own_part(parameter), own_part(mask)
+        if mask.shape != own.shape:
+            raise ValueError(f"mask must have the parameter's shape {list(own.shape)}, got {list(mask.shape)}")
         index = mask.reshape(-1).nonzero().squeeze(1).to(torch.int32)
         slots: Slots = self.state[parameter]
         if not slots:
-            slots.update(_fresh(parameter, len(index)), index=index)
+            slots.update(_fresh(own, len(index)), index=index)
         if "index" in slots and torch.equal(index, slots["index"]):
             return
         for name in ("mean", "square"):
             # one moment at a time is spread out over the whole parameter: that memory is given back at once
-            wide = torch.zeros(parameter.numel(), dtype=slots[name].dtype, device=parameter.device)
-            wide[slots["index"].long() if "index" in slots else slice(None)] = slots[name]
-            slots[name] = wide[index.long()]
+            slots[name] = spread_out(slots[name], slots.get("index"), own.numel())[index.long()]
         slots["index"] = index
 
     @torch.no_grad()
     def forget(self, parameter: nn.Parameter, where: Bool[Tensor, "..."]) -> None:
-        """Set the moments of these weights to 0, as far as they are active."""
+        """Set the moments of these weights to 0, as far as they are active. where: of what this process holds."""
         slots: Slots = self.state[parameter]
         if not slots:
             return
-        chosen = where.reshape(-1).to(parameter.device)
+        chosen = own_part(where).reshape(-1).to(parameter.device)
         chosen = chosen[slots["index"].long()] if "index" in slots else chosen
         for name in ("mean", "square"):
             slots[name].masked_fill_(chosen, 0)
@@ -85,7 +87,7 @@ class SparseAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    self._update(parameter, parameter.grad, group)
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -102,23 +104,31 @@ class SparseAdamW(torch.optim.Optimizer):
         slots = [value for state in self.state.values() for name, value in state.items() if name != "step"]
         return sum(value.numel() * value.element_size() for value in slots)
 
-    def _update(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> None:
+    def _update(self, parameter: nn.Parameter, slopes: Tensor, group: Mapping[str, Any]) -> None:
         slots: Slots = self.state[parameter]
         (beta1, beta2), lr = group["betas"], group["lr"]
+        own = own_part(parameter)
         if not slots:
-            slots.update(_fresh(parameter, parameter.numel()))
+            slots.update(_fresh(own, own.numel()))
         slots["step"] += 1
         t, mean, square = float(slots["step"]), slots["mean"], slots["square"]
-        place = slots["index"].long() if "index" in slots else torch.arange(parameter.numel(), device=parameter.device)
-        gradient, weight = parameter.grad.take(place), parameter.take(place)
+        place = slots["index"].long() if "index" in slots else torch.arange(own.numel(), device=own.device)
+        gradient, weight = own_part(slopes).take(place), own.take(place)
         weight.mul_(1 - lr * group["weight_decay"])
         mean.lerp_(gradient, 1 - beta1)
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         root = (square.sqrt() / (1 - beta2**t) ** 0.5).add_(group["eps"])
         weight.addcdiv_(mean, root, value=-lr / (1 - beta1**t))
-        parameter.put_(place, weight)
+        own.put_(place, weight)
 
 
-def _fresh(parameter: nn.Parameter, count: int) -> Slots:
-    zeros = {name: torch.zeros(count, dtype=parameter.dtype, device=parameter.device) for name in ("mean", "square")}
+def spread_out(moment: Float[Tensor, "n"], index: Int[Tensor, "n"] | None, size: int) -> Float[Tensor, "size"]:
+    """A moment of the active weights at their places among ``size``, 0 elsewhere; index None: of all of them."""
+    wide = torch.zeros(size, dtype=moment.dtype, device=moment.device)
+    wide[slice(None) if index is None else index.long()] = moment
+    return wide
+
+
+def _fresh(own: Tensor, count: int) -> Slots:
+    zeros = {name: torch.zeros(count, dtype=own.dtype, device=own.device) for name in ("mean", "square")}
     return {"step": torch.zeros(()), **zeros}

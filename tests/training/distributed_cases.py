@@ -250,6 +250,15 @@ PRUNED = [
     ("top_kast", Layout("heads", heads=2)),
 ]
 
+# RigL with moments of the weights that are there: where two ranks train it, and where it goes on besides
+COMPACT = {
+    Layout("moe"): Layout("moe", 2, "fsdp"),
+    Layout("moe", shard="fsdp"): Layout("moe"),
+    Layout("moe", 2, "fsdp"): Layout("moe", 2),
+    Layout("heads", shard="fsdp", heads=2): Layout("heads", shard="fsdp"),
+}
+COMPACT_OPTIONS: dict[str, Any] = {"sparsifiers": PRUNERS["rigl"], "optim": {"sparse_state": True}}
+
 
 def without_clock(line: dict[str, Any]) -> dict[str, Any]:
     """A line of metrics less what the clock says."""

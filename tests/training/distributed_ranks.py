@@ -19,6 +19,8 @@ from pruning.sharding import gathered
 from tests.tolerances import close
 from tests.training import fisher_cases
 from tests.training.distributed_cases import (
+    COMPACT,
+    COMPACT_OPTIONS,
     LAYOUTS,
     PRUNED,
     PRUNERS,
@@ -183,15 +185,27 @@ def save_unsent(ranks: Ranks, file: Path) -> None:
 
 
 def keeps_compact(rank: int, world: int, folder: Path) -> None:
-    """RigL with moments of the weights that are there alone: saved, in the background too, resumed, run through."""
-    options = {"sparsifiers": PRUNERS["rigl"], "optim": {"sparse_state": True}}
-    plain = Layout("moe")
-    parallel = placed(plain, background=True)
-    make_trainer("moe", folder / "compact", parallel=parallel, save_every=SAVED_STEP, **options).run()
-    parallel.close()
-    again = make_trainer("moe", folder / "compact-again", parallel=placed(plain), **options)
-    again.resume(folder / "compact" / CHECKPOINTS / f"step-{SAVED_STEP:08d}")
-    again.run()
+    """RigL with moments of the weights that are there alone: saved, in the background too, resumed, run through; from
+    the checkpoint of one process as well."""
+
+    def goes_on(layout: Layout, saved: Path, out: str) -> None:
+        trainer = make_trainer(layout.run, folder / out, parallel=placed(layout), **COMPACT_OPTIONS)
+        trainer.resume(saved / CHECKPOINTS / f"step-{SAVED_STEP:08d}")
+        trainer.run()
+
+    for layout, other in COMPACT.items():
+        out = folder / f"compact-{layout}"
+        parallel = placed(layout, background=True)
+        trainer = make_trainer(layout.run, out, parallel=parallel, save_every=SAVED_STEP, **COMPACT_OPTIONS)
+        trainer.run()
+        parallel.close()
+        held = torch.tensor(trainer.optimizers.main.moment_bytes())  # type: ignore[attr-defined]
+        dist.all_reduce(held)
+        if rank == 0:
+            (out / "held.json").write_text(json.dumps(int(held)))
+        goes_on(layout, out, f"{out.name}-again")
+        goes_on(other, out, f"{out.name}-moved")
+        goes_on(layout, folder / f"alone-{layout.run}", f"{out.name}-from-one")
 
 
 def controls(rank: int, world: int, folder: Path) -> None:

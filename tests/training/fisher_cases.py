@@ -20,25 +20,29 @@ from training.sparsity import make_sparsifiers
 from training.trainer import Trainer
 from transformer import Transformer
 
-BATCH, STRENGTH, EVERY, RANKS = 24, 0.05, 2, 2
+BATCH, STRENGTH, EVERY = 24, 0.05, 2
 LOW = {"method": "static", "sparsity": 0.5, "curriculum": "low_fisher", "curriculum_pool": 12, "curriculum_begin": 1,
        "curriculum_end": 4, "curriculum_start": 0.25}  # fmt: skip
 PENALISED = {**LOW, "fisher_penalty": STRENGTH, "fisher_every": EVERY}
 
 
 class Case(NamedTuple):
-    """micro: micro-batches of each rank; alone: of the one process."""
+    """micro: micro-batches of each rank; alone: of the one process; parts: runs of rows that ranks take."""
 
     layout: Layout
     words: dict[str, Any]
     micro: int = 1
     alone: int = 1
+    parts: int = 2
 
 
 CASES = {
     # one process takes micro-batches of the rows that a rank does
     "dense": Case(Layout("dense"), PENALISED, micro=2, alone=4),
     "experts": Case(Layout("moe"), PENALISED),
+    "shards": Case(Layout("dense", shard="fsdp"), PENALISED, micro=2, alone=4),
+    "experts in shards": Case(Layout("moe", 2, "fsdp"), PENALISED),
+    "heads": Case(Layout("heads", shard="fsdp", heads=2), PENALISED, parts=1),
     # an order that looks at nothing, where ranks hold a part of the weights
     "random": Case(Layout("moe", 2, "fsdp"), {**LOW, "curriculum": "random"}),
 }
@@ -47,8 +51,8 @@ CASES = {
 class InParts:
     """What the penalties of all ranks add, one after the other: a loop over their rows of the penalty's batch."""
 
-    def __init__(self, model: Transformer, *, rows: int) -> None:
-        self.model, self.step, self.draw = model, 0, torch.Generator().manual_seed(0)
+    def __init__(self, model: Transformer, *, rows: int, parts: int) -> None:
+        self.model, self.parts, self.step, self.draw = model, parts, 0, torch.Generator().manual_seed(0)
         self.batches = Batches(small_data().train, batch=rows, length=16, seed=PENALTY_SEED)
 
     def contribute(self) -> None:
@@ -56,13 +60,13 @@ class InParts:
             return
         names = list(prunable_weights(self.model))
         masks = Masks({name: self.model.get_parameter(name).detach() != 0 for name in names})
-        seeds = torch.randint(2**62, (RANKS,), generator=self.draw).tolist()
+        seeds = torch.randint(2**62, (self.parts,), generator=self.draw).tolist()
         self.model.eval()
         with twice_differentiable(self.model):
-            for seed, rows in zip(seeds, self.batches.next().inputs.chunk(RANKS), strict=True):
+            for seed, rows in zip(seeds, self.batches.next().inputs.chunk(self.parts), strict=True):
                 draw = torch.Generator().manual_seed(seed)
                 value = fisher_penalty(self.model, rows, weights=names, masks=masks, generator=draw)
-                (STRENGTH / RANKS * value).backward()
+                (STRENGTH / self.parts * value).backward()
         self.model.train()
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -89,7 +93,8 @@ def trainer_of(case: Case, out: Path, *, parallel: Parallel | None = None, **set
     def sparsifiers(model: Transformer) -> list[Any]:
         held = make_sparsifiers(config.sparsify, model, steps=STEPS)
         if parallel is None:
-            return [*held, *[InParts(model, rows=BATCH // case.micro)] * ("fisher_penalty" in case.words)]
+            parts = InParts(model, rows=BATCH // case.micro, parts=case.parts)
+            return [*held, *[parts] * ("fisher_penalty" in case.words)]
         return [*held, *make_penalties(config, model, small_data(), parallel=parallel)]
 
     trainer = make_trainer(case.layout.run, out, parallel=parallel, sparsifiers=sparsifiers, accumulation=micro,

@@ -73,7 +73,7 @@ WHERE: dict[str, tuple[Layout, ...]] = {
     "proximal": (SHARDS,),
     "group_proximal": (BOTH,),
     "synflow": (BOTH,),
-    "robust_rewiring": (SPREAD, REPLICAS),
+    "robust_rewiring": (SPREAD, REPLICAS, SHARDS, BOTH),
 }
 CASES = [(method, layout) for method, layouts in WHERE.items() for layout in layouts]
 # from shards and spread experts to whole weights: gates of weights, of matrices, of units; values to go back to; sums

@@ -11,7 +11,17 @@ from safetensors.torch import load_file
 
 from tests.tolerances import close
 from tests.training import fisher_cases
-from tests.training.distributed_cases import PRUNED, PRUNERS, SAVED_STEP, STEPS, Layout, keep_gradients, make_trainer
+from tests.training.distributed_cases import (
+    COMPACT,
+    COMPACT_OPTIONS,
+    PRUNED,
+    PRUNERS,
+    SAVED_STEP,
+    STEPS,
+    Layout,
+    keep_gradients,
+    make_trainer,
+)
 from tests.training.spawning import spawn
 from training.distributed.checkpoint import shared_out
 from training.distributed.export import whole_weights
@@ -21,6 +31,8 @@ from training.trainer import CHECKPOINTS
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
+    for run in {layout.run for layout in COMPACT}:
+        make_trainer(run, folder / f"alone-{run}", save_every=SAVED_STEP, **COMPACT_OPTIONS).run()
     spawn("tests.training.distributed_ranks", 2, folder, "prunes", "compresses", "keeps_compact", "controls")
     return folder
 
@@ -62,21 +74,28 @@ def test_top_k_of_everything_is_plain_data_parallel_and_a_tenth_resumes(two: Pat
         assert not tenth.equal(losses(tmp_path / name))
 
 
-def test_moments_of_the_weights_that_are_there_are_those_of_one_process(two: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"sparsifiers": PRUNERS["rigl"], "optim": {"sparse_state": True}}
-    alone = make_trainer("moe", tmp_path / "alone", save_every=SAVED_STEP, **options)
-    alone.run()
-    close(losses(two / "compact"), losses(tmp_path / "alone"))
-    assert losses(two / "compact-again").equal(losses(two / "compact")[SAVED_STEP:])
-    again = make_trainer("moe", tmp_path / "again", **options)
-    again.resume(two / "compact" / CHECKPOINTS / f"step-{SAVED_STEP:08d}")
+@pytest.mark.parametrize("layout", COMPACT, ids=str)
+def test_moments_of_the_weights_that_are_there_are_those_of_one_process(
+    two: Path, tmp_path: Path, layout: Layout
+) -> None:
+    """Losses equal; resumed in the same layout to the bit, in another, by one process, and from one process's."""
+    out, alone = two / f"compact-{layout}", losses(two / f"alone-{layout.run}")
+    close(losses(out), alone)
+    assert losses(two / f"{out.name}-again").equal(losses(out)[SAVED_STEP:])
+    close(losses(two / f"{out.name}-moved"), losses(out)[SAVED_STEP:])
+    close(losses(two / f"{out.name}-from-one"), alone[SAVED_STEP:])
+    again = make_trainer(layout.run, tmp_path / "again", **COMPACT_OPTIONS)
+    again.resume(out / CHECKPOINTS / f"step-{SAVED_STEP:08d}")
     held = again.optimizers.main.moment_bytes()  # type: ignore[attr-defined]
     kept = again.sparsifiers[0].masks().kept  # type: ignore[attr-defined]
     active = sum(int(mask.sum()) for mask in kept.values())
     dense = sum(p.numel() for name, p in again.model.named_parameters() if name not in kept)
     assert held == 12 * active + 8 * dense
+    ranks_hold = json.loads((out / "held.json").read_text())
+    if layout.heads == 1:  # no weight lies on two ranks, or all on both
+        assert ranks_hold == held * (2 if layout == Layout("moe") else 1)
     again.run()
-    close(losses(tmp_path / "again"), losses(two / "compact")[SAVED_STEP:])
+    close(losses(tmp_path / "again"), losses(out)[SAVED_STEP:])
 
 
 @pytest.mark.parametrize("name", fisher_cases.CASES)
@@ -92,7 +111,7 @@ def test_a_fisher_penalty_and_curriculum_of_two_ranks_are_those_of_one_process_i
         torch.testing.assert_close(
             found[f"gradient of {key}"], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()), msg=key
         )
-    taken = [load_file(out / f"rows-{rank}.safetensors")["rows"] for rank in range(fisher_cases.RANKS)]
+    taken = [load_file(out / f"rows-{rank}.safetensors")["rows"] for rank in range(case.parts)]
     theirs = torch.cat([part.reshape(STEPS, -1, 16) for part in taken], dim=1)
     assert theirs.equal(torch.stack(rows).reshape(STEPS, -1, 16)), "the rows of every step"
     close(losses(out), losses(alone.out))

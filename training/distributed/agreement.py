@@ -11,6 +11,8 @@ from training.distributed.faults import Tell, require_sound
 from training.distributed.world import World
 from training.precision import choose_precision
 
+NOISE_OF_PARTS = "its noise is on the layers of the model in parts, the passes of the Fisher trace are of a whole one"
+
 
 def require_alone(wanted: DistributedConfig) -> None:
     """Raises: ValueError for what takes several processes."""
@@ -43,7 +45,6 @@ def require_methods(config: RunConfig) -> None:
             f" {wanted.tensor_parallel}: its noise is on outputs that each rank then has a part of"
         )
     if config.sparsify.fisher_penalty:
-        _require_whole(wanted, "sparsify.fisher_penalty", "it differentiates gradients of whole weights")
         if wanted.compression != "none":
             raise ValueError(
                 f"distributed.compression must be 'none' with sparsify.fisher_penalty, got {wanted.compression!r}: what"
@@ -54,17 +55,8 @@ def require_methods(config: RunConfig) -> None:
                 "sparsify.fisher_penalty must be 0 with sparsify.method='variational' and several processes, got"
                 f" {config.sparsify.fisher_penalty}: its gradient would not reach the noise levels"
             )
-    if config.sparsify.curriculum == "low_fisher":
-        why = "the trace of a sample is a sum over whole gradients"
-        _require_whole(wanted, "sparsify.curriculum='low_fisher'", why)
-    if sparse and method == "robust_rewiring" and config.sparsify.attack and wanted.shard == "fsdp":
-        raise ValueError(
-            f"sparsify.attack must be 0 with distributed.shard='fsdp', got {config.sparsify.attack}: an attack runs"
-            " passes of the model inside its forward pass, where FSDP2 has laid its weights out for one"
-        )
-    if config.optim.sparse_state:
-        why = "the moments of the weights that are there lie in a row, which is not split as the weights are"
-        _require_whole(wanted, "optim.sparse_state", why)
+    if config.sparsify.curriculum == "low_fisher" and method == "variational":
+        _require_whole(wanted, "sparsify.curriculum='low_fisher' and sparsify.method='variational'", NOISE_OF_PARTS)
     if config.train.compile and wanted.tensor_parallel > 1:
         raise ValueError(f"train.compile must be false with distributed.tensor_parallel={wanted.tensor_parallel}")
     if wanted.compression != "none" and wanted.shard == "fsdp":

@@ -37,6 +37,7 @@ from training.checkpoint import (
     remove_unfinished,
     verify,
 )
+from training.distributed.active_moments import in_rows, in_shape
 from training.distributed.faults import Tell
 from training.optim import Optimizers
 from training.same_model import check_same_model
@@ -67,10 +68,11 @@ def gathered_tensors(
 
     copy: the tensors shall not change when training goes on.
     """
-    found = {f"{MODEL}{key}": tensor for key, tensor in model.state_dict().items()}
-    found |= {f"{OPTIMIZER}{key}": tensor for key, tensor in optimizer_tensors(optimizers, model=model).items()}
+    weights, slots = model.state_dict(), optimizer_tensors(optimizers, model=model)
     if copy:
-        found = {key: tensor.detach().clone() for key, tensor in found.items()}
+        weights, slots = ({key: tensor.detach().clone() for key, tensor in part.items()} for part in (weights, slots))
+    found = {f"{MODEL}{key}": tensor for key, tensor in weights.items()}
+    found |= {f"{OPTIMIZER}{key}": tensor for key, tensor in in_shape(slots, model, layouts).items()}
     found = laid_out(found, layouts)
     shared, tensors = split_tensors({key: value for key, value in state.items() if key not in OWN})
     own, own_tensors = split_tensors({key: value for key, value in state.items() if key in OWN})
@@ -80,11 +82,12 @@ def gathered_tensors(
 
 
 def laid_out(tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> dict[str, Tensor]:
-    """The tensors with those of spread experts, and of their optimiser slots, as DTensors that share their memory."""
+    """The tensors with those of spread experts, and of their optimiser slots, as DTensors that share their memory;
+    numbers, and the rows of a whole stack's moments, as they are."""
     found = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(MODEL).removeprefix(OPTIMIZER).rpartition(":")[2]
-        found[key] = layouts[name](tensor) if name in layouts and tensor.ndim else tensor
+        found[key] = layouts[name](tensor) if name in layouts and tensor.ndim > 1 else tensor
     return found
 
 
@@ -150,7 +153,7 @@ def load_sharded(
         if key.startswith(wanted)
     }
     dcp.load({**weights, **held, **rest}, storage_reader=reader, no_dist=not dist.is_initialized())
-    load_optimizers(optimizers, slots, model=model)
+    load_optimizers(optimizers, in_rows(slots, model, layouts), model=model)
     shared: dict[str, Any] = join_tensors(state, _under(rest, SHARED))
     return shared | _own_state(folder, rest, writers, step=state["step"], rank=rank, ranks=ranks)
 
@@ -167,10 +170,11 @@ def load_whole(
     check_same_model(folder, model)
     parameters = dict(model.named_parameters())
     empty = {key: _empty_slot(slot.shape, slot.dtype, parameters[key.partition(":")[2]]) for key, slot in slots.items()}
-    load_optimizers(optimizers, empty, model=model)
-    for target, source in ((model.state_dict(), weights), (empty, slots)):
-        for key, part in laid_out(target, layouts).items():
-            fill(part, source[key])
+    for key, part in laid_out(empty, layouts).items():
+        fill(part, slots[key])
+    load_optimizers(optimizers, in_rows(empty, model, layouts), model=model)
+    for key, part in laid_out(model.state_dict(), layouts).items():
+        fill(part, weights[key])
     return {**state, "random": reseeded(state["step"], rank)}
 
 
@@ -286,12 +290,12 @@ def _empty_slots(stored: Mapping[str, TensorStorageMetadata], model: nn.Module) 
 
 
 def _empty_slot(size: torch.Size, dtype: torch.dtype, parameter: nn.Parameter) -> Tensor:
-    """Zeros, laid out as the parameter; but a number as it is, and the compact moments and places of SparseAdamW."""
+    """Zeros, laid out as the parameter; but a number as it is, and the rows of SparseAdamW."""
     if len(size) == 0:
         return torch.zeros(())
     if len(size) != parameter.ndim:
         return torch.zeros(size, dtype=dtype, device=parameter.device)
-    return torch.zeros_like(parameter, requires_grad=False)
+    return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

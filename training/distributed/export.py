@@ -23,6 +23,24 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def in_parts(model: nn.Module) -> bool:
+    """Whether this process holds a part of some weights alone: shards, split heads, spread experts."""
+    split = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return split or any(isinstance(module, ShardedExperts) for module in model.modules())
+
+
+def whole_copy(model: Transformer) -> Transformer:
+    """The model as one process would hold it, on every rank, for passes that no layout takes; every rank calls it.
+
+    In evaluation mode; its weights share memory with those that the rank holds whole, and train as the model's do."""
+    with torch.device("meta"):
+        plain = Transformer(model.config)
+    plain.load_state_dict(whole_weights(model), assign=True)
+    for name, parameter in model.named_parameters():
+        plain.get_parameter(name).requires_grad_(parameter.requires_grad)
+    return plain.eval()
+
+
 def export(model: Transformer, folder: Path, *, write: bool) -> None:
     """Gather the model and leave config.json and model.safetensors in ``folder``, one whole model for
     :meth:`Transformer.from_pretrained`. Every rank calls it; the one with ``write`` writes. A config.json that is there

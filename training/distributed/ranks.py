@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,19 +128,23 @@ class Ranks:
             self._keep(model, partial_sums, self.world.line.get_group(), self.parts)
         if self.shard == "fsdp":
             self.root = _shard(model, self.world, set(self.own.values()))
+            self._compress(self.root)
             return
         step = _Step(model)
         # buffers are counts that the layers reduce themselves; what a skipped layer holds gets no gradient
         ignored = [f"model.{name}" for name in (*self.own, *(name for name, _ in model.named_buffers()))]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, ignored)
         self.data_parallel = DistributedDataParallel(step, find_unused_parameters=self.skips)
-        if self.compression is not None:
-            # a sum over parts ≤ ranks: those that split heads add the same gradient
-            clip = None if self.limit is None else self.limit * math.sqrt(self.parts / self.ranks)
-            self.compressor = compress_gradients(
-                self.data_parallel, self.compression, density=self.density, clip=clip, warmup=self.warmup,
-                seed=self.seed,
-            )  # fmt: skip
+        self._compress(self.data_parallel)
+
+    def _compress(self, model: DistributedDataParallel | FSDPModule) -> None:
+        if self.compression is None:
+            return
+        # a sum over parts ≤ ranks: those that split heads add the same gradient
+        clip = None if self.limit is None else self.limit * math.sqrt(self.parts / self.ranks)
+        self.compressor = compress_gradients(
+            model, self.compression, density=self.density, clip=clip, warmup=self.warmup, seed=self.seed
+        )
 
     def _keep(self, model: Transformer, names: list[str], group: dist.ProcessGroup, parts: int) -> None:
         """The gradients of these parameters are summed over ``group`` and divided by ``parts``, here alone."""
@@ -171,17 +175,23 @@ class Ranks:
 
     @contextmanager
     def micro_batch(self, *, last: bool, diagnose: bool = False) -> Iterator[None]:
-        """Reduce replicated gradients in the last micro-batch only; FSDP2's in each, or every rank would keep the whole
-        model's between them. diagnose: leave replicated ones as each rank made them."""
-        if self.data_parallel is not None and (diagnose or not last):
-            with self.data_parallel.no_sync():
-                yield
-        else:
+        """Reduce replicated and compressed gradients in the last micro-batch only; FSDP2's in each, or every rank would
+        keep the whole model's between them, as compression does anyway. diagnose: leave replicated ones as each rank
+        made them, and what compression remembers as it is."""
+        with self._around(last=last, diagnose=diagnose):
             yield
         if last and not diagnose:
             for parameters, group, parts in self.sums:
                 if group.size() > 1:
                     _average(parameters, group, parts)
+
+    def _around(self, *, last: bool, diagnose: bool) -> AbstractContextManager[None]:
+        shards = None if self.compressor is None else self.compressor.shards
+        if shards is not None and (diagnose or not last):
+            return shards.plain() if diagnose else shards.hold()
+        if self.data_parallel is not None and (diagnose or not last):
+            return self.data_parallel.no_sync()
+        return nullcontext()
 
     def gradient_norm(self, parameters: Iterable[Tensor]) -> Tensor:
         """√ Σ over ranks and parameters of ‖g‖² / (ranks that hold the same g): one exchange of one number."""
