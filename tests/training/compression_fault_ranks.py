@@ -215,9 +215,37 @@ def saved_and_resumed(rank, world, folder):
             found.append({name: p.grad.clone() for name, p in alone.model.named_parameters()})
         for name, first in found[0].items():
             close(first, found[1][name] + unsent[f"model.{name}"].view_as(first))
-        plain = make_trainer("dense", out, parallel=Ranks(make_world(torch.device("cpu")), shard="fsdp"), optim=optim)
-        with pytest.raises(ValueError, match="must be for a whole parameter, got one that ranks share out"):
-            plain.resume(saved)
+        in_shards(saved, out, unsent, method, world)
+
+
+def in_shards(saved, out, unsent, method, world):
+    """What replicas had not sent goes on under FSDP2: joins the next gradients, or is remembered; heads refuse it."""
+    optim = {"betas": (0.0, 0.95)}
+
+    def trainer(**settings):
+        tensor = settings.pop("tensor_parallel", 1)
+        ranks = Ranks(make_world(torch.device("cpu"), tensor_parallel=tensor), **settings)
+        return make_trainer("dense", out, parallel=ranks, optim=optim)
+
+    dense, sparse = trainer(shard="fsdp"), trainer(shard="fsdp", compression=method, density=0.02)
+    for one in (dense, sparse):
+        one.resume(saved)
+    batch, found = dense.batches.next().keyed(seed=0, step=1), []
+    for _ in range(2):
+        dense.optimizers.zero_grad()
+        dense._forward_backward(batch)
+        found.append({name: p.grad.full_tensor() for name, p in dense.model.named_parameters()})
+    for name, first in found[0].items():
+        close(first, found[1][name] + unsent[f"model.{name}"].view_as(first))
+    compressor = sparse.parallel.compressor
+    held = sums(compressor.residuals)
+    for name, u in sums(compressor.velocities).items():
+        held[name] += 9 * u
+    assert all(rest.equal(unsent[f"model.{name}"]) for name, rest in held.items()) and held
+    if world == 2:
+        split = trainer(tensor_parallel=2)
+        with pytest.raises(ValueError, match="must be for a whole parameter or one of FSDP2, got one that ranks share"):
+            split.resume(saved)
 
 
 def run(rank, world, folder):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.tolerances import close
-from tests.training import compression_fault_ranks
+from tests.training import compression_fault_ranks, sharded_compression_ranks
 from tests.training.distributed_cases import make_trainer
 from training import compress_gradients
 from training.distributed import Ranks, make_world
@@ -255,17 +255,19 @@ def trainers(rank, world, folder):
     plain = {"aux": 0.0, "aux_scope": "micro_batch", "accumulation": 1}
     for name, experts in (("dense", 1), ("moe", world)):
         limits = {"clip": 0.2}  # a fifth to a twelfth of the norms
-        grid = make_world(torch.device("cpu"), expert_parallel=experts)
-        ranks = Ranks(grid, compression="topk", density=0.3, **limits)
-        trainer = make_trainer(name, folder / f"{name}-{world}", parallel=ranks, optim=limits, **plain)
         alone = make_trainer(name, folder / f"{name}-{rank}-of-{world}", optim=limits, **plain)
         by_loops(alone, world, 0.3, 0.2)
         for _ in range(3):
-            trainer.train_step()
             alone.train_step()
         wanted = alone.model.state_dict()
-        for key, weight in whole_weights(trainer.model).items():
-            close(weight, wanted[key])
+        for shard in ("none", "fsdp"):
+            grid = make_world(torch.device("cpu"), expert_parallel=experts)
+            ranks = Ranks(grid, shard=shard, compression="topk", density=0.3, **limits)
+            trainer = make_trainer(name, folder / f"{name}-{shard}-{world}", parallel=ranks, optim=limits, **plain)
+            for _ in range(3):
+                trainer.train_step()
+            for key, weight in whole_weights(trainer.model).items():
+                close(weight, wanted[key])
 
 
 def many_buckets(rank, world):
@@ -314,8 +316,10 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     for case in (methods, nothing_is_lost, clipping, clipped_by_hand, many_buckets, forgetting):
         case(rank, world)
-    trainers(rank, world, Path(store).parent)
-    compression_fault_ranks.run(rank, world, Path(store).parent)
+    folder = Path(store).parent
+    sharded_compression_ranks.run(rank, world, folder, net, data, METHODS, by_hand, watched)
+    trainers(rank, world, folder)
+    compression_fault_ranks.run(rank, world, folder)
     dist.destroy_process_group()
 
 

@@ -37,7 +37,7 @@ from training.finite import NonFiniteError
 from training.optim import Optimizers, local
 from training.step import SideLosses, StepOutput, forward
 from training.tokenizer import Tokenizer
-from training.unsent import return_unsent
+from training.unsent import renamed, return_unsent
 from transformer import Transformer
 
 MEANS = ("loss", "entropy", "dropped", "aux", "z", "side", "passed", "predicted")
@@ -282,9 +282,9 @@ class Ranks:
             return load_whole(folder, model=model, **here)
         state = load_sharded(folder, model=model, tell=self._tell, **here)
         if self.compressor is None:
-            return_unsent(model, state.get("compressor"), ranks=self.ranks)
+            return_unsent(model, state.get("compressor"), ranks=self.ranks, split=self.own)
         elif "compressor" in state:
-            self.compressor.load_state_dict(state["compressor"])
+            self.compressor.load_state_dict(renamed(state["compressor"], self.compressor.parameters))
         return state
 
     def finish(self, folder: Path, model: Transformer) -> None:
