@@ -31,10 +31,10 @@ def loss_figure(records: Records) -> str | None:
             axes.plot(x, y, color=colour, marker=marker, label=records.label(run.name), zorder=3)
         finals = [run.evaluations[-1]["bits_per_byte"] for run in runs]
         levels = [line["bits_per_byte"] for line in baselines]
-        _baseline_lines(axes, baselines)
         # The first evaluations, near the uniform model's, would flatten everything that matters.
         floor, ceiling = min(finals + levels), max([*finals, *levels])
         axes.set_ylim(floor - 0.12 * (ceiling - floor) - 0.05, min(ceiling * 1.6, _highest(runs)) + 0.05)
+        _baseline_lines(axes, baselines)
         axes.set_xlim(left=0)
         axes.set_xlabel("tokens seen (millions)")
         axes.set_title("held-out bits per byte (lower is better)")
@@ -58,12 +58,22 @@ def _highest(runs: list[Run]) -> float:
     return max(line["bits_per_byte"] for run in runs for line in run.evaluations)
 
 
+# points from one baseline's label to the next
+LABEL_HEIGHT = 13.0
+
+
 def _baseline_lines(axes: "Axes", baselines: list[Line], *, side: str = "right") -> None:
+    """A line at each level, and its name above it, pushed up where it would cover another; limits must be set."""
     for line, style in zip(baselines, ("--", ":", "-."), strict=False):
         axes.axhline(line["bits_per_byte"], color=MUTED, linestyle=style, linewidth=1.4, zorder=2)
+    low, high = axes.get_ylim()
+    apart = LABEL_HEIGHT / 72 * axes.figure.dpi / axes.get_window_extent().height * (high - low)
+    place = -math.inf
+    for line in sorted(baselines, key=lambda line: line["bits_per_byte"]):
+        place = max(line["bits_per_byte"], place + apart)
         axes.annotate(
             f"{line['name']}  {line['bits_per_byte']:.3f}",
-            (0.995 if side == "right" else 0.005, line["bits_per_byte"]),
+            (0.995 if side == "right" else 0.005, place),
             xycoords=("axes fraction", "data"),
             xytext=(0, 3),
             textcoords="offset points",

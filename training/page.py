@@ -38,7 +38,11 @@ font-variant-numeric:tabular-nums;font-weight:650}
 figure{margin:14px 0 4px}
 figure svg{display:block;width:100%;height:auto;overflow:visible}
 .narrow{display:none}
-.scroll{overflow-x:auto;margin:14px 0 4px;-webkit-overflow-scrolling:touch}
+.scroll{overflow-x:auto;margin:14px 0 4px;-webkit-overflow-scrolling:touch;
+background:linear-gradient(90deg,var(--card) 35%,transparent) 0 0/44px 100% no-repeat local,
+linear-gradient(270deg,var(--card) 35%,transparent) 100% 0/44px 100% no-repeat local,
+linear-gradient(90deg,rgba(110,120,140,.3),transparent) 0 0/14px 100% no-repeat scroll,
+linear-gradient(270deg,rgba(110,120,140,.3),transparent) 100% 0/14px 100% no-repeat scroll}
 table{border-collapse:collapse;width:100%;font-size:14.5px;font-variant-numeric:tabular-nums}
 th,td{padding:8px 12px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 th{color:var(--muted);font-weight:550;font-size:13px;vertical-align:bottom;white-space:normal;min-width:5.2em}
