@@ -1,7 +1,7 @@
 """Two ways to keep the Fisher trace low while a model trains: low samples first, and a penalty."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,7 +18,7 @@ from training.config import RunConfig
 from training.data import Batch, Batches, Data, Stream
 from training.distributed.export import in_parts, whole_copy
 from training.finite import NonFiniteError
-from training.moments import evaluating, parametrised
+from training.moments import Reader, Sparsifier, draw_from, evaluating, parametrised
 from training.parallel import Alone, Parallel
 from training.sparsify_config import curriculum_end
 from training.trainer import Trainer
@@ -116,7 +116,8 @@ class Penalised:
     parallel: ranks that each penalise their own rows of the batch, with labels of their own draw: the mean over R of
     them is added. They estimate the same trace as one process on the whole batch, in R parts. FSDP2's gradients cannot
     be differentiated again, as no graph joins a shard with the weight that it gathers: where ranks hold a part of the
-    weights, each gathers all of them for these passes, and has a whole gradient.
+    weights, each gathers all of them for these passes, and has a whole gradient. others: the sparsifiers of the run, of
+    which some draw for the rows of a pass, and have parameters that it reads.
     Raises: ValueError unless strength > 0 and every ≥ 1."""
 
     def __init__(
@@ -130,6 +131,7 @@ class Penalised:
         masks: Masks | None = None,
         seed: int,
         parallel: Parallel | None = None,
+        others: Sequence[Sparsifier] = (),
     ) -> None:
         if not strength > 0:
             raise ValueError(f"strength must be > 0, got {strength}")
@@ -138,6 +140,7 @@ class Penalised:
         self.model, self.batches, self.strength, self.every = model, batches, strength, every
         self.weights, self.masks = weights, masks
         self.parallel: Parallel = parallel or Alone()
+        self.seed, self.others = seed, others
         self._draw = torch.Generator().manual_seed(seed)
         self._step = 0
 
@@ -148,13 +151,16 @@ class Penalised:
         differentiable once, and for a batch that they do not divide."""
         if self._step % self.every:
             return
-        ids = self.parallel.rows(self.batches.next()).inputs.to(next(self.model.parameters()).device)
+        batch = self.batches.next().keyed(seed=self.seed + PENALTY_SEED, step=self._step)
+        batch = self.parallel.rows(batch).to(next(self.model.parameters()).device)
         model = _whole(self.model)
         masks = present(model, self.weights) if self.masks is None else self.masks
+        draw_from(self.others, batch.noise)
         with evaluating(model), twice_differentiable(model):
-            value = fisher_penalty(model, ids, weights=self.weights, masks=masks, generator=self._generator())
+            value = fisher_penalty(model, batch.inputs, weights=self.weights, masks=masks, generator=self._generator())
             self._require_finite(value.detach())
             self._add_gradients(self.strength * value, model)
+        draw_from(self.others, None)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """True: every step is taken."""
@@ -203,10 +209,13 @@ class Penalised:
             return
         own = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         wholes = [model.get_parameter(name) for name in own]
+        read = [parameter for one in self.others if isinstance(one, Reader) for parameter in one.pass_parameters()]
         # accumulates nothing, so that no hook of DistributedDataParallel runs
-        found = torch.autograd.grad(value, wholes, allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(value, [*wholes, *read], allow_unused=True, materialize_grads=True)
+        for parameter, gradient in zip(read, found[len(wholes) :], strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         layouts = spread_layouts(self.model)
-        for name, gradient in averaged(dict(zip(own, found, strict=True))).items():
+        for name, gradient in averaged(dict(zip(own, found, strict=False))).items():
             before = own[name].grad
             part = own_part(sharded_as(gradient, as_wholes({name: own[name].detach()}, layouts)[name]))
             part = as_parts_of({name: part}, {name: own[name]})[name]
@@ -218,7 +227,12 @@ def _whole(model: Transformer) -> Transformer:
 
 
 def make_penalties(
-    config: RunConfig, model: Transformer, data: Data, *, parallel: Parallel | None = None
+    config: RunConfig,
+    model: Transformer,
+    data: Data,
+    *,
+    parallel: Parallel | None = None,
+    others: Sequence[Sparsifier] = (),
 ) -> list[Penalised]:
     """The Fisher penalty of a run's [sparsify] section, none if it asks for none; estimated on a micro-batch, that of
     all ranks together."""
@@ -229,7 +243,7 @@ def make_penalties(
         data.train, batch=train.batch // train.accumulation, length=config.data.length, seed=config.seed + PENALTY_SEED
     )
     return [Penalised(model, stream, strength=sparsify.fisher_penalty, every=sparsify.fisher_every,
-                      weights=trained(model), seed=config.seed, parallel=parallel)]  # fmt: skip
+                      weights=trained(model), seed=config.seed, parallel=parallel, others=others)]  # fmt: skip
 
 
 def in_order(config: RunConfig, trainer: Trainer) -> Stream:

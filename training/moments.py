@@ -118,8 +118,17 @@ class Drawer(Protocol):
 
 
 @runtime_checkable
+class Reader(Protocol):
+    """A sparsifier whose passes read parameters that are not the model's (the noise levels of variational dropout)."""
+
+    def pass_parameters(self) -> list[Tensor]:
+        """Those that take the gradients of this process's passes now."""
+        ...
+
+
+@runtime_checkable
 class Attacker(Protocol):
-    """A sparsifier that trains on the worst change of its inputs, which it looks for before a pass (robust rewiring)."""
+    """A sparsifier that trains on the worst change of its inputs, looked for before a pass (robust rewiring)."""
 
     def attack_rows(self, ids: Tensor | None) -> None:
         """The next passes are of these token ids [B, L]; None: of others."""
@@ -214,7 +223,8 @@ def parametrised(sparsifiers: Sequence[Sparsifier]) -> Iterator[None]:
 def passes(sparsifiers: Sequence[Sparsifier]) -> Iterator[Callable[[Pass], Pass]]:
     """Around the passes of a training step: :func:`parametrised`, and at its end those that contribute do.
 
-    Gives what makes a forward pass one that first tells those that draw for its rows, or attack them, which they are."""
+    Gives what makes a forward pass one that first tells those that draw for its rows, or attack them, whose they are.
+    """
     with parametrised(sparsifiers):
         yield lambda run: partial(_telling, sparsifiers, run)
         _tell(sparsifiers, None)  # other passes are of other rows
@@ -229,11 +239,17 @@ def _telling(sparsifiers: Sequence[Sparsifier], run: Pass, batch: Batch) -> Step
 
 
 def _tell(sparsifiers: Sequence[Sparsifier], batch: Batch | None) -> None:
+    draw_from(sparsifiers, None if batch is None else batch.noise)
     for sparsifier in sparsifiers:
-        if isinstance(sparsifier, Drawer):
-            sparsifier.draw_from(None if batch is None else batch.noise)
         if isinstance(sparsifier, Attacker):
             sparsifier.attack_rows(None if batch is None else batch.inputs)
+
+
+def draw_from(sparsifiers: Sequence[Sparsifier], noise: Noise | None) -> None:
+    """Tell every sparsifier that draws for the rows of a pass whose these are."""
+    for sparsifier in sparsifiers:
+        if isinstance(sparsifier, Drawer):
+            sparsifier.draw_from(noise)
 
 
 def balance_routers(model: nn.Module) -> None:

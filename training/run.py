@@ -146,6 +146,7 @@ def make_trainer(config: RunConfig, *, parallel: Parallel | None = None) -> Trai
     parallel.place(model)
     if parallel.rank:
         seed_everything(config.seed + SEEDS_APART * parallel.rank)
+    sparsifiers = make_sparsifiers(config.sparsify, model, steps=config.train.steps, seed=config.seed, masks=masks)
     trainer = Trainer(
         model,
         data,
@@ -154,10 +155,7 @@ def make_trainer(config: RunConfig, *, parallel: Parallel | None = None) -> Trai
         optim=config.optim,
         train=config.train,
         seed=config.seed,
-        sparsifiers=[
-            *make_sparsifiers(config.sparsify, model, steps=config.train.steps, seed=config.seed, masks=masks),
-            *make_penalties(config, model, data, parallel=parallel),
-        ],
+        sparsifiers=[*sparsifiers, *make_penalties(config, model, data, parallel=parallel, others=sparsifiers)],
         pace=make_pace(config.sparsify, steps=config.train.steps, warmup=config.optim.warmup),
         parallel=parallel,
     )

@@ -25,8 +25,8 @@ class SparseAdamW(torch.optim.Optimizer):
 
     on active weights alone; absent ones are neither decayed nor moved. t counts the parameter's steps, not a weight's,
     as for a masked AdamW; the moments of a regrown weight start at 0. Every :class:`DynamicSparsity` tells this
-    optimiser its masks by itself, in ``before_step``. Of a parameter that ranks hold in part (a DTensor, a run of spread
-    experts) each has the moments of its own part, with places in that: nothing is exchanged.
+    optimiser its masks by itself, in ``before_step``. Of a parameter that ranks hold in part (a DTensor, a run of
+    spread experts) each has the moments of its own part, with places in that: nothing is exchanged.
 
     Raises: ValueError for lr, eps or weight_decay below 0 and betas outside [0, 1).
     """

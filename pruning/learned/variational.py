@@ -77,6 +77,12 @@ class VariationalDropout(LearnedSparsity):
         owners = {id(module.weight): module for module in model.modules() if isinstance(module, nn.Linear)}
         self._linear = {name: owners[id(weight)] for name, weight in self._weights.items() if id(weight) in owners}
         self._rows: RowNoise | None = None
+        self._levels: dict[str, Tensor] = {}
+
+    def pass_parameters(self) -> list[Tensor]:
+        """The whole σ² that this process's passes inside ``parametrise`` read: what stands in their ``.grad`` as it
+        ends joins the gates' gradients, averaged over the ranks."""
+        return list(self._levels.values())
 
     def draw_from(self, noise: RowNoise | None) -> None:
         """The next passes inside ``parametrise`` are of these sequences; None: draw from torch's global generator."""
@@ -100,13 +106,13 @@ class VariationalDropout(LearnedSparsity):
             if not self.model.training or self.finished:
                 yield
                 return
-            levels = gathered({name: self._gates[name].detach() for name in self._linear})
+            levels = self._levels = gathered({name: self._gates[name].detach() for name in self._linear})
             hooks = [layer.register_forward_hook(partial(self._noisy, name, levels[name].requires_grad_()))
                      for name, layer in self._linear.items()]  # fmt: skip
             try:
                 yield
             finally:
-                self._rows = None
+                self._rows, self._levels = None, {}
                 for hook in hooks:
                     hook.remove()
             self._collect(levels)

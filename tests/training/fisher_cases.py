@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pruning import Masks, prunable_weights
 from pruning.diagnostics import fisher_penalty
+from pruning.learned import VariationalDropout
 from pruning.saliency.products import twice_differentiable
 from tests.training.distributed_cases import STEPS, Layout, make_trainer
 from tests.training.models import small_data
@@ -43,6 +44,17 @@ CASES = {
     "shards": Case(Layout("dense", shard="fsdp"), PENALISED, micro=2, alone=4),
     "experts in shards": Case(Layout("moe", 2, "fsdp"), PENALISED),
     "heads": Case(Layout("heads", shard="fsdp", heads=2), PENALISED, parts=1),
+    # noise of the rows in the penalty's passes, whose levels it moves too
+    "noise": Case(
+        Layout("dense"),
+        {
+            "method": "variational",
+            "strength": 300.0,
+            "gate_lr": 100.0,
+            "fisher_penalty": STRENGTH,
+            "fisher_every": EVERY,
+        },
+    ),
     # an order that looks at nothing, where ranks hold a part of the weights
     "random": Case(Layout("moe", 2, "fsdp"), {**LOW, "curriculum": "random"}),
 }
@@ -51,7 +63,8 @@ CASES = {
 class InParts:
     """What the penalties of all ranks add, one after the other: a loop over their rows of the penalty's batch."""
 
-    def __init__(self, model: Transformer, *, rows: int, parts: int) -> None:
+    def __init__(self, model: Transformer, *, rows: int, parts: int, others: list[Any]) -> None:
+        self.drawers = [one for one in others if isinstance(one, VariationalDropout)]
         self.model, self.parts, self.step, self.draw = model, parts, 0, torch.Generator().manual_seed(0)
         self.batches = Batches(small_data().train, batch=rows, length=16, seed=PENALTY_SEED)
 
@@ -63,9 +76,13 @@ class InParts:
         seeds = torch.randint(2**62, (self.parts,), generator=self.draw).tolist()
         self.model.eval()
         with twice_differentiable(self.model):
-            for seed, rows in zip(seeds, self.batches.next().inputs.chunk(self.parts), strict=True):
-                draw = torch.Generator().manual_seed(seed)
-                value = fisher_penalty(self.model, rows, weights=names, masks=masks, generator=draw)
+            batch = self.batches.next().keyed(seed=PENALTY_SEED, step=self.step)
+            size = len(batch.inputs) // self.parts
+            for part, seed in enumerate(seeds):
+                draw, rows = torch.Generator().manual_seed(seed), batch.rows(part * size, (part + 1) * size)
+                for drawer in self.drawers:
+                    drawer.draw_from(rows.noise)
+                value = fisher_penalty(self.model, rows.inputs, weights=names, masks=masks, generator=draw)
                 (STRENGTH / self.parts * value).backward()
         self.model.train()
 
@@ -93,9 +110,9 @@ def trainer_of(case: Case, out: Path, *, parallel: Parallel | None = None, **set
     def sparsifiers(model: Transformer) -> list[Any]:
         held = make_sparsifiers(config.sparsify, model, steps=STEPS)
         if parallel is None:
-            parts = InParts(model, rows=BATCH // case.micro, parts=case.parts)
+            parts = InParts(model, rows=BATCH // case.micro, parts=case.parts, others=held)
             return [*held, *[parts] * ("fisher_penalty" in case.words)]
-        return [*held, *make_penalties(config, model, small_data(), parallel=parallel)]
+        return [*held, *make_penalties(config, model, small_data(), parallel=parallel, others=held)]
 
     trainer = make_trainer(case.layout.run, out, parallel=parallel, sparsifiers=sparsifiers, accumulation=micro,
                            optim={"eps": 1e-3}, **settings)  # fmt: skip

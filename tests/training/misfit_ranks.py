@@ -29,10 +29,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "heads": ([*HEADS, "--model.kv-heads", "1"], []),
     "compiled heads": ([*HEADS, "--train.compile"], []),
     "learned": ([*HEADS, "--sparsify.method", "variational"], []),
-    "attacked shards": (["--shard", "fsdp", "--sparsify.method", "robust_rewiring", *HALF], []),
-    "moments of shards": (["--optim.sparse-state", "--sparsify.method", "rigl", *HALF, "--sparsify.every", "2"], []),
-    "penalty": (["--sparsify.fisher-penalty", "0.1"], []),
-    "curriculum": (["--sparsify.curriculum", "low_fisher"], []),
+    "penalty": (["--sparsify.fisher-penalty", "0.1", "--sparsify.method", "variational"], []),
     "masks of the whole": (
         ["--shard", "fsdp", "--sparsify.method", "snip", *HALF, "--train.steps", "2", "--out", "OUT/pruned"],
         [],

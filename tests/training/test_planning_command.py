@@ -66,10 +66,9 @@ def test_what_the_config_asks_for_leaves_meshes_out():
     config = load_config(EXAMPLE)
     counts = count_model(config)
     compressed = replace(config, distributed=DistributedConfig(compression="topk"))
-    assert {mesh.shard for mesh in accepted(compressed, counts, 4)} == {"none"}
-    sparse = replace(config.sparsify, method="static", sparsity=0.5)
-    state = replace(config, optim=replace(config.optim, sparse_state=True), sparsify=sparse)
-    assert accepted(state, counts, 4) == [Mesh(1, "none")]
+    assert {mesh.shard for mesh in accepted(compressed, counts, 4)} == {"none", "fsdp"}
+    penalised = replace(config.sparsify, method="variational", fisher_penalty=0.1)
+    assert accepted(replace(config, sparsify=penalised), counts, 4) == [Mesh(1, "none")]
     own_momentum = replace(config, distributed=DistributedConfig(compression="dgc"))
     assert accepted(own_momentum, counts, 1) == [Mesh(1, "none")]
     with pytest.raises(ValueError, match="with distributed.compression='dgc'|distributed.compression must be 'none'"):

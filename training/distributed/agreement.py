@@ -11,7 +11,7 @@ from training.distributed.faults import Tell, require_sound
 from training.distributed.world import World
 from training.precision import choose_precision
 
-NOISE_OF_PARTS = "its noise is on the layers of the model in parts, the passes of the Fisher trace are of a whole one"
+NOISE_OF_PARTS = "its noise is on the layers that ranks hold in part, and Fisher traces are of a whole copy of them"
 
 
 def require_alone(wanted: DistributedConfig) -> None:
@@ -44,26 +44,17 @@ def require_methods(config: RunConfig) -> None:
             "distributed.tensor_parallel must be 1 with sparsify.method='variational', got"
             f" {wanted.tensor_parallel}: its noise is on outputs that each rank then has a part of"
         )
-    if config.sparsify.fisher_penalty:
-        if wanted.compression != "none":
-            raise ValueError(
-                f"distributed.compression must be 'none' with sparsify.fisher_penalty, got {wanted.compression!r}: what"
-                " was sent is not clipped again, and the penalty's gradient comes after it"
-            )
-        if method == "variational":
-            raise ValueError(
-                "sparsify.fisher_penalty must be 0 with sparsify.method='variational' and several processes, got"
-                f" {config.sparsify.fisher_penalty}: its gradient would not reach the noise levels"
-            )
+    if config.sparsify.fisher_penalty and wanted.compression != "none":
+        raise ValueError(
+            f"distributed.compression must be 'none' with sparsify.fisher_penalty, got {wanted.compression!r}: what"
+            " was sent is not clipped again, and the penalty's gradient comes after it"
+        )
+    if config.sparsify.fisher_penalty and method == "variational":
+        _require_whole(wanted, "sparsify.fisher_penalty and sparsify.method='variational'", NOISE_OF_PARTS)
     if config.sparsify.curriculum == "low_fisher" and method == "variational":
         _require_whole(wanted, "sparsify.curriculum='low_fisher' and sparsify.method='variational'", NOISE_OF_PARTS)
     if config.train.compile and wanted.tensor_parallel > 1:
         raise ValueError(f"train.compile must be false with distributed.tensor_parallel={wanted.tensor_parallel}")
-    if wanted.compression != "none" and wanted.shard == "fsdp":
-        raise ValueError(
-            f"distributed.compression must be 'none' with distributed.shard='fsdp', got {wanted.compression!r}:"
-            " FSDP2 reduces dense gradients"
-        )
     if sparse and wanted.compression != "none" and method in ("rigl", "snfs", "nest"):
         raise ValueError(
             f"distributed.compression must be 'none' with sparsify.method={method!r}, got {wanted.compression!r}: it"
