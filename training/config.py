@@ -144,7 +144,7 @@ class DistributedConfig:
     shard: Annotated[Literal["none", "fsdp"], arg(aliases=["--shard"])] = "none"
     """Of parameters, gradients and moments outside expert parallel, each rank holds all ('none') or a part ('fsdp')."""
     compression: Literal["none", "topk", "randomk", "threshold", "dropping", "adacomp", "dgc"] = "none"
-    """Which entries of replicated gradients are sent (see compress_gradients); experts' stay on their ranks."""
+    """Which entries of gradients are sent (see compress_gradients); those of spread experts stay on their ranks."""
     density: float = 0.01
     """Share of the entries that topk, randomk, dropping and dgc send."""
     compression_warmup: int = 0

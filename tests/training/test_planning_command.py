@@ -71,7 +71,7 @@ def test_what_the_config_asks_for_leaves_meshes_out():
     assert accepted(replace(config, sparsify=penalised), counts, 4) == [Mesh(1, "none")]
     own_momentum = replace(config, distributed=DistributedConfig(compression="dgc"))
     assert accepted(own_momentum, counts, 1) == [Mesh(1, "none")]
-    with pytest.raises(ValueError, match="with distributed.compression='dgc'|distributed.compression must be 'none'"):
+    with pytest.raises(ValueError, match="with distributed.compression='dgc'"):
         accepted(own_momentum, counts, 4)
 
 
