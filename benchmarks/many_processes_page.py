@@ -14,7 +14,7 @@ from benchmarks.plan_tables import plan_bytes, plan_memory, plan_time
 from benchmarks.process_figures import line_figure
 from benchmarks.process_records import EQUAL, GRADIENTS, NETWORKS, PLANS, SPEED, newest
 from benchmarks.readme_tables import ROOT, Line, read, table
-from benchmarks.sparse_gradients import ARMS, RATES
+from benchmarks.sparse_gradients import ARMS, RATES, best_of, next_rates
 
 PAGE = ROOT / "docs" / "guides" / "many-processes-measured.md"
 FIGURES = {"losses": PAGE.with_name("equal-losses.svg"), "networks": PAGE.with_name("slow-networks.svg")}
@@ -57,15 +57,14 @@ def equal(lines: list[Line]) -> str:
 
 
 def arms(lines: list[Line], optimizer: str) -> dict[str, list[Line]]:
-    """The records of each arm at its best rate, by seed, in the study's order; only arms whose sweep is whole."""
+    """The records of each arm at its best rate, by seed, in the study's order; only arms whose search has ended."""
     mine = newest([line for line in lines if line["optimizer"] == optimizer], "arm", "lr", "seed")
     found = {}
     for arm in dict.fromkeys(arm.name for arm in ARMS):
         several = [line for line in mine if line["arm"] == arm and line["lr"] in RATES[optimizer]]
-        swept = [line for line in several if line["seed"] == 0]
-        finite = [line for line in swept if line["loss"] is not None]
-        if {line["lr"] for line in swept} == set(RATES[optimizer]) and finite:
-            rate = min(finite, key=lambda line: line["loss"])["lr"]
+        losses = {line["lr"]: line["loss"] for line in several if line["seed"] == 0}
+        if losses and not next_rates(losses, optimizer) and losses[best_of(losses)] is not None:
+            rate = best_of(losses)
             found[arm] = [line for line in several if line["lr"] == rate and line["loss"] is not None]
     return found
 

@@ -1,18 +1,20 @@
 """What sparse gradients cost in held-out loss, and how many bytes they send: two processes, three seeds.
 
-torchrun --nproc-per-node 2 -m benchmarks.sparse_gradients [--minutes 60] [--steps 600] [--width 96]
+torchrun --nproc-per-node 2 -m benchmarks.sparse_gradients [--minutes 60] [--steps 4000] [--width 32] [--arms NAME …]
 
 Every arm is one model trained by DistributedDataParallel over gloo, with the hook of ``compress_gradients`` or with
-none. All arms of an optimiser try the same learning rates with seed 0; the best of each, by held-out loss, is run with
-seeds 1 and 2. A cell leaves one line in benchmarks/records/sparse-gradients.jsonl and is not run again: the same
-command goes on where it stopped. ``python -m benchmarks.many_processes_page`` fills the page from the records.
+none. Each finds its learning rate with seed 0, on the same ladder from the same rung: it goes on to the neighbours of
+its best rate, by held-out loss, until both are tried; that rate is run with seeds 1 and 2. A cell leaves one line in
+benchmarks/records/sparse-gradients.jsonl and is not run again: the same command goes on where it stopped.
+``python -m benchmarks.many_processes_page`` fills the page from the records.
 """
 
 import argparse
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -31,9 +33,12 @@ from training.run import load_data, seed_everything
 from transformer import DenseConfig, Transformer, TransformerConfig, chunked_cross_entropy
 
 SEEDS = (0, 1, 2)
-RATES = {"sgd": (0.08, 0.2, 0.5, 1.25), "adamw": (2.5e-3, 6e-3, 1.5e-2)}
-VOCABULARY, LENGTH, BATCH, CLIP, WARMUP = 1024, 64, 8, 1.0, 0.05
-WIDTH = 96
+RATES = {
+    "sgd": (0.005, 0.0125, 0.03, 0.08, 0.2, 0.5, 1.25, 3.0),
+    "adamw": (4e-4, 1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2),
+}
+FIRST = {"sgd": 0.2, "adamw": 6e-3}
+LENGTH, BATCH, CLIP, WARMUP = 64, 8, 1.0, 0.05
 EVALUATED = 2**15  # held-out tokens
 
 
@@ -79,21 +84,29 @@ ARMS = (
 
 
 @dataclass(frozen=True)
+class Study:
+    """What all runs have in common: optimiser steps, width of the model, entries of its vocabulary."""
+
+    steps: int = 4000
+    width: int = 32
+    vocabulary: int = 257
+
+
+@dataclass(frozen=True)
 class Cell:
     """One training run."""
 
     arm: Arm
     lr: float
     seed: int
-    steps: int
-    width: int = WIDTH
+    study: Study
 
     def key(self) -> Line:
         """What its record is found by. deviation: of the initial weights; records without one began from 0.02."""
         arm = asdict(self.arm)
         return {
-            "arm": arm.pop("name"), **arm, "lr": self.lr, "seed": self.seed, "steps": self.steps, "width": self.width,
-            "deviation": round(math.sqrt(2 / (5 * self.width)), 6),
+            "arm": arm.pop("name"), **arm, "lr": self.lr, "seed": self.seed, **asdict(self.study),
+            "deviation": round(math.sqrt(2 / (5 * self.study.width)), 6),
         }  # fmt: skip
 
 
@@ -132,7 +145,7 @@ def compressor_of(parallel: DistributedDataParallel, cell: Cell) -> GradientComp
     arm = cell.arm
     if arm.method is None:
         return None
-    warmup = round(arm.warmup * cell.steps)
+    warmup = round(arm.warmup * cell.study.steps)
     return compress_gradients(
         parallel, arm.method, density=arm.density, clip=CLIP, warmup=warmup, error_feedback=arm.error_feedback,
         seed=cell.seed,
@@ -142,13 +155,13 @@ def compressor_of(parallel: DistributedDataParallel, cell: Cell) -> GradientComp
 def train(cell: Cell, data: Data, *, rank: int, ranks: int) -> Line:
     """The cell's record: held-out loss in nats a token, bytes that a rank sent, seconds."""
     seed_everything(cell.seed)
-    parallel = DistributedDataParallel(Loss(make_model(data, cell.width)), broadcast_buffers=False)
+    parallel = DistributedDataParallel(Loss(make_model(data, cell.study.width)), broadcast_buffers=False)
     model: Transformer = parallel.module.model
     optimizer, compressor = make_optimizer(model, cell.arm, cell.lr), compressor_of(parallel, cell)
     batches = Batches(data.train, batch=BATCH, length=LENGTH, seed=cell.seed)
-    share, started = BATCH // ranks, time.perf_counter()
-    for step in range(cell.steps):
-        factor = lr_multiplier(step, steps=cell.steps, warmup=round(WARMUP * cell.steps))
+    steps, share, started = cell.study.steps, BATCH // ranks, time.perf_counter()
+    for step in range(steps):
+        factor = lr_multiplier(step, steps=steps, warmup=round(WARMUP * steps))
         set_lr(optimizer, cell.lr * factor)
         loss = parallel(batches.next().rows(rank * share, (rank + 1) * share))
         loss.backward()
@@ -159,7 +172,7 @@ def train(cell: Cell, data: Data, *, rank: int, ranks: int) -> Line:
         if step % 100 == 99 and not _finite(loss):
             break
     parameters = sum(p.numel() for p in model.parameters())
-    dense = 2 * 4 * parameters * (ranks - 1) // ranks * cell.steps
+    dense = 2 * 4 * parameters * (ranks - 1) // ranks * steps
     return {
         "name": "sparse gradients", **cell.key(), "loss": held_out_loss(model, data, rank=rank, ranks=ranks),
         "sent_bytes": dense if compressor is None else compressor.traffic.sent,
@@ -182,42 +195,54 @@ def held_out_loss(model: Transformer, data: Data, *, rank: int, ranks: int) -> f
     return mean.item() / ranks if math.isfinite(mean.item()) else None
 
 
-def best_rate(lines: list[Line], arm: Arm, steps: int, width: int = WIDTH) -> float | None:
-    """The rate of seed 0 with the least loss, once every rate has a record; None before, or if none was finite."""
-    found = {
-        rate: next((line for line in lines if _is(line, Cell(arm, rate, SEEDS[0], steps, width))), None)
-        for rate in RATES[arm.optimizer]
-    }
-    if any(line is None for line in found.values()):
-        return None
-    finite = {rate: line["loss"] for rate, line in found.items() if line is not None and line["loss"] is not None}
-    return min(finite, key=lambda rate: finite[rate]) if finite else None
+def next_rates(found: Mapping[float, float | None], optimizer: str) -> list[float]:
+    """Rates to try beside those found: the neighbours of the best on the ladder, by loss; none once all are tried.
+
+    found: held-out loss by rate, None where it is not finite: then lower ones are tried.
+    """
+    if not found:
+        return [FIRST[optimizer]]
+    ladder = RATES[optimizer]
+    at = ladder.index(best_of(found))
+    around = (ladder[near] for near in (at - 1, at + 1) if 0 <= near < len(ladder))
+    return [rate for rate in around if rate not in found]
+
+
+def best_of(found: Mapping[float, float | None]) -> float:
+    """The rate with the least loss, of equal ones the lowest."""
+    return min(found, key=lambda rate: (math.inf if (loss := found[rate]) is None else loss, rate))
+
+
+def tried(lines: list[Line], arm: Arm, study: Study) -> dict[float, float | None]:
+    """Losses of seed 0 by rate."""
+    cells = (Cell(arm, rate, SEEDS[0], study) for rate in RATES[arm.optimizer])
+    return {cell.lr: line["loss"] for cell in cells for line in lines if _is(line, cell)}
 
 
 def _is(line: Line, cell: Cell) -> bool:
     return all(line.get(name) == value for name, value in cell.key().items())
 
 
-def wanted(lines: list[Line], steps: int, names: list[str], width: int = WIDTH) -> Iterator[Cell]:
-    """Cells that have no record, in order: the sweep of an arm, then its other seeds, then the next arm."""
-    for arm in [arm for arm in ARMS if arm.name in names]:
-        cells = [Cell(arm, rate, SEEDS[0], steps, width) for rate in RATES[arm.optimizer]]
-        rate = best_rate(lines, arm, steps, width)
-        if rate is not None:
-            cells += [Cell(arm, rate, seed, steps, width) for seed in SEEDS[1:]]
+def wanted(lines: list[Line], study: Study, arms: list[Arm]) -> Iterator[Cell]:
+    """Cells that have no record, in order: the next rates of an arm, or its other seeds, then the next arm."""
+    for arm in arms:
+        found = tried(lines, arm, study)
+        cells = [Cell(arm, rate, SEEDS[0], study) for rate in next_rates(found, arm.optimizer)]
+        if not cells and found[best_of(found)] is not None:
+            cells = [Cell(arm, best_of(found), seed, study) for seed in SEEDS[1:]]
         yield from (cell for cell in cells if not any(_is(line, cell) for line in lines))
 
 
-def grid(steps: int, width: int = WIDTH) -> list[Cell]:
+def grid(study: Study) -> list[Cell]:
     """Every cell that there could be, so that a number names one."""
-    return [Cell(arm, rate, seed, steps, width) for arm in ARMS for rate in RATES[arm.optimizer] for seed in SEEDS]
+    return [Cell(arm, rate, seed, study) for arm in ARMS for rate in RATES[arm.optimizer] for seed in SEEDS]
 
 
-def agreed(cells: list[Cell], names: list[str], *, rank: int, until: float) -> Cell | None:
+def agreed(records: Path, study: Study, arms: list[Arm], *, rank: int, until: float) -> Cell | None:
     """The next cell, as rank 0 finds it in the records; None at the end of the study or of its time."""
-    number = torch.tensor(-1)
+    number, cells = torch.tensor(-1), grid(study)
     if rank == 0 and time.monotonic() < until:
-        following = next(wanted(read(GRADIENTS), cells[0].steps, names, cells[0].width), None)
+        following = next(wanted(read(records) if records.exists() else [], study, arms), None)
         number.fill_(-1 if following is None else cells.index(following))
     dist.broadcast(number, 0)
     return None if number < 0 else cells[int(number)]
@@ -226,24 +251,38 @@ def agreed(cells: list[Cell], names: list[str], *, rank: int, until: float) -> C
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0, help="start no cell after so many")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--width", type=int, default=WIDTH, help="of the model")
-    parser.add_argument("--arms", nargs="+", metavar="NAME", help="only these, such as dense 'DGC 1%%'")
+    parser.add_argument("--steps", type=int, default=Study.steps)
+    parser.add_argument("--width", type=int, default=Study.width, help="of the model")
+    parser.add_argument("--vocabulary", type=int, default=Study.vocabulary, help="257: bytes")
+    parser.add_argument("--arms", nargs="+", metavar="NAME", choices=sorted({arm.name for arm in ARMS}),
+                        help="only these, in this order, such as dense 'DGC 1%%'")  # fmt: skip
+    parser.add_argument("--optimizers", nargs="+", choices=sorted(RATES), default=list(RATES))
+    parser.add_argument("--records", type=Path, default=GRADIENTS)
     arguments = parser.parse_args()
-    names = arguments.arms or [arm.name for arm in ARMS]
+    study = Study(arguments.steps, arguments.width, arguments.vocabulary)
+    arms = chosen(arguments.optimizers, arguments.arms)
     until = time.monotonic() + 60 * arguments.minutes
     torch.set_num_threads(1)
     keep_freed_memory()
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    data = load_data(DataConfig(length=LENGTH, vocab_size=VOCABULARY))
-    cells = grid(arguments.steps, arguments.width)
-    while (cell := agreed(cells, names, rank=rank, until=until)) is not None:
+    data = load_data(DataConfig(length=LENGTH, vocab_size=study.vocabulary))
+    while (cell := agreed(arguments.records, study, arms, rank=rank, until=until)) is not None:
         line = train(cell, data, rank=rank, ranks=ranks)
         if rank == 0:
-            append(GRADIENTS, line | {"ranks": ranks})
-            print(f"{cell.arm.optimizer} {cell.arm.name} lr={cell.lr:g} seed={cell.seed}: {line['loss']}", flush=True)
+            append(arguments.records, line | {"ranks": ranks})
+            told = f"{cell.arm.optimizer} {cell.arm.name} lr={cell.lr:g} seed={cell.seed}: {line['loss']}"
+            print(f"{told} in {line['seconds']:.0f} s", flush=True)
     dist.destroy_process_group()
+
+
+def chosen(optimizers: list[str], names: list[str] | None) -> list[Arm]:
+    """The arms of these optimisers; of names, all of the first optimiser come first."""
+    if names is None:
+        return [arm for arm in ARMS if arm.optimizer in optimizers]
+    found = {(arm.optimizer, arm.name): arm for arm in ARMS}
+    pairs = [(optimizer, name) for optimizer in optimizers for name in names]
+    return [found[pair] for pair in pairs if pair in found]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from benchmarks.plan_check import between
 from benchmarks.plan_tables import calibrated, predicted, slowed
 from benchmarks.process_figures import line_figure
 from benchmarks.process_records import EQUAL, GRADIENTS, NETWORKS, PLANS, SPEED, newest
-from benchmarks.sparse_gradients import SGD, Cell, wanted
+from benchmarks.sparse_gradients import ADAMW, RATES, SGD, Cell, Study, chosen, grid, next_rates, wanted
 
 MADE = {"torch": "2.13.0", "cores": 2, "commit": "abc", "load": 1.0, "threads": 1}
 ONE = {**MADE, "steps": 2, "held_out": 3.25, "loads_differ_from": None}
@@ -29,13 +29,13 @@ def cell(arm, lr, seed, loss, optimizer="sgd"):
 CELLS = [
     *(cell("dense", lr, 0, loss) for lr, loss in ((0.08, 4.2), (0.2, 4.0), (0.5, None), (1.25, 4.4))),
     *(cell("dense", 0.2, seed, 4.0) for seed in (1, 2)),
-    *(cell("top-k 1%", lr, 0, loss) for lr, loss in ((0.08, 4.03), (0.2, 4.2), (0.5, 4.3), (1.25, 9.0))),
+    *(cell("top-k 1%", lr, 0, loss) for lr, loss in ((0.08, 4.03), (0.2, 4.2), (0.03, 4.3), (1.25, 9.0))),
     *(cell("top-k 1%", 0.08, seed, 4.02) for seed in (1, 2)),
-    *(cell("top-k 1%, no error feedback", lr, 0, 4.5) for lr in (0.08, 0.2, 0.5, 1.25)),
-    cell("top-k 1%", 3.0, 0, 1.0),  # no rate of the sweep
-    cell("DGC 1%", 0.2, 0, 3.0),  # its sweep is not whole
+    *(cell("top-k 1%, no error feedback", lr, 0, loss) for lr, loss in ((0.005, 4.5), (0.0125, 4.6))),
+    cell("top-k 1%", 7.0, 0, 1.0),  # no rate of the ladder
+    cell("DGC 1%", 0.2, 0, 3.0),  # its search has not ended
     *(cell("dense", lr, 0, loss, "adamw") for lr, loss in ((2.5e-3, 3.6), (6e-3, 3.5), (1.5e-2, 3.9))),
-    *(cell("DGC 1%", lr, 0, 3.6, "adamw") for lr in (2.5e-3, 6e-3, 1.5e-2)),
+    *(cell("DGC 1%", lr, 0, loss, "adamw") for lr, loss in ((1e-3, 3.7), (2.5e-3, 3.6), (6e-3, 3.6))),
 ]
 
 
@@ -77,9 +77,10 @@ def test_equal_losses_reach_the_page():
 def test_arms_are_taken_at_their_best_rate_once_all_rates_are_tried():
     text = page.gradients(CELLS)
     assert "| momentum SGD, dense | 25,000, 0.02 | 10 | 0.2 | 4.0000 ± 0.0000 (3) | +0.00% | 2.0 | 2.00% |" in text
-    assert "| momentum SGD, top-k 1% | 25,000, 0.02 | 10 | 0.08* | 4.0233 ± 0.0058 (3) | +0.58% |" in text
+    assert "| momentum SGD, top-k 1% | 25,000, 0.02 | 10 | 0.08 | 4.0233 ± 0.0058 (3) | +0.58% |" in text
     assert "momentum SGD, DGC" not in text
-    assert "| AdamW, DGC 1% | 25,000, 0.02 | 10 | 0.0025* | 3.6000 (1) | +2.86% |" in text
+    assert "| momentum SGD, top-k 1%, no error feedback | 25,000, 0.02 | 10 | 0.005* | 4.5000 (1) | +12.50% |" in text
+    assert "| AdamW, DGC 1% | 25,000, 0.02 | 10 | 0.0025 | 3.6000 (1) | +2.86% |" in text
 
 
 def test_the_verdict_says_what_held():
@@ -99,12 +100,33 @@ def test_other_models_and_other_initial_weights_are_apart():
 
 
 def test_a_record_of_other_initial_weights_is_no_record_of_a_cell():
-    arm = SGD[0]
-    line = Cell(arm, 0.2, 0, 10).key() | {"loss": 4.0}
+    study = Study(10, 96, 1024)
+    line = Cell(SGD[0], 0.2, 0, study).key() | {"loss": 4.0}
     old = {name: value for name, value in line.items() if name not in ("width", "deviation")}
-    missing = [cell.lr for cell in wanted([line], 10, ["dense"]) if cell.arm == arm]
-    assert 0.2 not in missing and 0.2 in [cell.lr for cell in wanted([old], 10, ["dense"]) if cell.arm == arm]
-    assert 0.2 in [cell.lr for cell in wanted([line], 10, ["dense"], 32) if cell.arm == arm]
+    assert [cell.lr for cell in wanted([line], study, [SGD[0]])] == [0.08, 0.5]
+    assert [cell.lr for cell in wanted([old], study, [SGD[0]])] == [0.2]
+    assert [cell.lr for cell in wanted([line], Study(10, 32, 1024), [SGD[0]])] == [0.2]
+
+
+def test_a_rate_is_searched_to_both_sides_and_then_repeated():
+    losses = {0.2: 4.0, 0.08: 3.9, 0.5: None, 0.03: 3.8, 0.0125: 4.1}
+    study, lines = Study(10), []
+    asked = []
+    while (cell := next(wanted(lines, study, [SGD[1], ADAMW[0]]), None)) is not None and cell.arm == SGD[1]:
+        asked.append((cell.lr, cell.seed))
+        lines.append(cell.key() | {"loss": losses[cell.lr]})
+    assert asked == [(0.2, 0), (0.08, 0), (0.03, 0), (0.0125, 0), (0.03, 1), (0.03, 2)]
+    assert cell == Cell(ADAMW[0], 6e-3, 0, study) and cell in grid(study)
+    bottom = min(RATES["sgd"])
+    assert next_rates({bottom: None, 0.0125: None}, "sgd") == []
+    assert not list(
+        wanted([Cell(SGD[1], lr, 0, study).key() | {"loss": None} for lr in (bottom, 0.0125)], study, [SGD[1]])
+    )
+
+
+def test_arms_are_chosen_by_name_an_optimiser_at_a_time():
+    assert chosen(["adamw", "sgd"], ["DGC 1%", "dense"]) == [ADAMW[2], ADAMW[0], SGD[2], SGD[0]]
+    assert {arm.optimizer for arm in chosen(["sgd"], None)} == {"sgd"}
 
 
 def test_the_bandwidth_at_which_both_take_as_long():
