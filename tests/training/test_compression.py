@@ -139,5 +139,5 @@ def test_what_was_not_sent_joins_one_gradient_of_one_process():
 
 
 def test_only_data_parallel_models_have_a_hook():
-    with unchecked(), pytest.raises(TypeError, match="model must be a DistributedDataParallel or of fully_shard, got Linear"):
+    with unchecked(), pytest.raises(TypeError, match="a DistributedDataParallel or of fully_shard, got Linear"):
         compress_gradients(nn.Linear(2, 2))

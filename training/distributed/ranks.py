@@ -183,7 +183,7 @@ class Ranks:
         if last and not diagnose:
             for parameters, group, parts in self.sums:
                 if group.size() > 1:
-                    _average(parameters, group, parts)
+                    _average(parameters, group, parts, skips=self.skips)
 
     def _around(self, *, last: bool, diagnose: bool) -> AbstractContextManager[None]:
         shards = None if self.compressor is None else self.compressor.shards
@@ -326,18 +326,26 @@ class _Step(nn.Module):
         return forward(self.model, batch, side=side)
 
 
-def _average(parameters: list[nn.Parameter], group: dist.ProcessGroup, parts: int) -> None:
-    """Σ over the group of each gradient, divided by ``parts``; none where no rank has one: a layer that is skipped."""
-    present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
-    present = present.to(parameters[0].device)
-    dist.all_reduce(present, op=dist.ReduceOp.MAX, group=group)
-    for parameter in itertools.compress(parameters, present.tolist()):
+def _average(parameters: list[nn.Parameter], group: dist.ProcessGroup, parts: int, *, skips: bool) -> None:
+    """Σ over the group of each gradient, divided by ``parts``. skips: layers may be left out of a step; a gradient that
+    no rank has then stays None, at the price of an exchange more and a wait for the device."""
+    for parameter in _present(parameters, group) if skips else parameters:
+        if not parameter.requires_grad:
+            continue
         if parameter.grad is None:  # no token came
             parameter.grad = torch.zeros_like(parameter)
         own = local(parameter.grad)
         total = own.contiguous()
         dist.all_reduce(total, group=group)
         own.copy_(total / parts)
+
+
+def _present(parameters: list[nn.Parameter], group: dist.ProcessGroup) -> list[nn.Parameter]:
+    """Those of which some rank has a gradient."""
+    present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+    present = present.to(parameters[0].device)
+    dist.all_reduce(present, op=dist.ReduceOp.MAX, group=group)
+    return list(itertools.compress(parameters, present.tolist()))
 
 
 def _shard(model: Transformer, world: World, ignored: set[nn.Parameter]) -> FSDPModule:
