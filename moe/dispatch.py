@@ -113,11 +113,11 @@ class Block:
     start: int
 
 
-def plan_blocks(sizes: list[int], *, width: int, multiple: int, chunk: int) -> list[Block]:
+def plan_blocks(sizes: list[int], *, width: int, multiple: int, chunk: int, spare: int = 8) -> list[Block]:
     """Cover the experts' rows by blocks of equal row counts, for one batched product each.
 
     Up to ``width`` neighbours share a block while filling their rows up to the largest, and that to a multiple of
-    ``multiple``, adds at most an eighth; an expert with more than ``chunk`` rows gets several blocks of its own.
+    ``multiple``, adds at most 1/``spare``; an expert with more than ``chunk`` rows gets several blocks of its own.
     width=1, multiple=1 pads nothing. Empty experts cost no rows where they stand alone.
 
     >>> plan_blocks([5, 7, 0], width=2, multiple=1, chunk=8)
@@ -126,7 +126,7 @@ def plan_blocks(sizes: list[int], *, width: int, multiple: int, chunk: int) -> l
     blocks: list[Block] = []
     first = start = 0
     while first < len(sizes):
-        experts = _neighbours(sizes[first : first + width], multiple, chunk)
+        experts = _neighbours(sizes[first : first + width], multiple, chunk, spare)
         rows = -(-max(sizes[first : first + experts]) // multiple) * multiple
         for at in range(0, rows, chunk):
             blocks.append(Block(first, experts, min(chunk, rows - at), start + at))
@@ -135,10 +135,10 @@ def plan_blocks(sizes: list[int], *, width: int, multiple: int, chunk: int) -> l
     return blocks
 
 
-def _neighbours(sizes: list[int], multiple: int, chunk: int) -> int:
-    """How many of the leading experts share a block: the most whose padding stays within an eighth."""
+def _neighbours(sizes: list[int], multiple: int, chunk: int, spare: int) -> int:
+    """How many of the leading experts share a block: the most whose padding stays within 1/spare."""
     for experts in range(len(sizes), 1, -1):
         rows = -(-max(sizes[:experts]) // multiple) * multiple
-        if rows <= chunk and 8 * experts * rows <= 9 * sum(sizes[:experts]):
+        if rows <= chunk and spare * experts * rows <= (spare + 1) * sum(sizes[:experts]):
             return experts
     return 1

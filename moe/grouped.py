@@ -6,9 +6,10 @@ activates again, and takes the gradient of the weight from d_weight_n = ⟨dH_n,
 (SonicMoE, arXiv:2512.14080), which needs no O.
 
 Kept for the backward pass, weights left out: D + K·(G·F + 1) floating-point elements a token (SwiGLU: D + K·(2F + 1)),
-three integers an assignment and four a block. On a CPU with AMX half-precision rows are filled to whole tile
-steps, which adds to the G·F part fewer than TILE_ROWS rows an expert, or an eighth of the rows of experts that share a
-product. The buffers of a pass hold CHUNK_ROWS rows of each expert that is worked on, however many tokens meet in one.
+three integers an assignment and four a block. On CPU experts may share a product, their rows filled up to equal
+numbers, which adds at most a tenth to the G·F part; in half precision, where rows are filled to whole tile steps, at
+most an eighth, or fewer than TILE_ROWS rows an expert. The buffers of a pass hold CHUNK_ROWS rows of each expert that
+is worked on, however many tokens meet in one.
 
 Both passes walk over blocks of experts with buffers that stay in cache, one product for each block, empty experts
 skipped. They are custom operators: torch.compile keeps the graph whole around them. They read the group sizes on the
@@ -34,6 +35,8 @@ CHUNK_ROWS = 1024
 # rows of one AMX tile step: products over half-precision rows are a fifth slower at other row counts
 TILE_ROWS = 32
 HALVES = (torch.bfloat16, torch.float16)
+# multiply-adds of an expert's product below which experts share one: calls cost more than filled rows
+SMALL_PRODUCT = 2**28
 # up to so many tokens without a graph, sorting and gathering cost more than they save
 FEW_TOKENS = 16
 
@@ -72,7 +75,7 @@ def mixture_forward(
 
     source [R]: token of each row; place [N]: row of each assignment; plan [blocks, 4]: on the host.
     """
-    blocks, source, place = _lay_out(token, expert, up.shape[0], x)
+    blocks, source, place = _lay_out(token, expert, up, x.dtype)
     pre, out = x.new_empty(len(source), up.shape[2]), x.new_empty(len(source), x.shape[1])
     most = max((b.experts * b.rows for b in blocks), default=0)
     gathered, hidden = x.new_empty(most, x.shape[1]), x.new_empty(most, down.shape[2])
@@ -133,17 +136,13 @@ def mixture_backward(
     return _combine(d_rows, token, place, weight, x.shape[0]), dot[place], d_up, d_down
 
 
-def _lay_out(token: Tensor, expert: Tensor, num_experts: int, like: Tensor) -> tuple[list[Block], Tensor, Tensor]:
-    """The blocks, the token of each row, and the row of each assignment.
-
-    With AMX oneDNN runs most half-precision products of an expert's size on one thread: there the experts share a
-    batched product, one for each thread.
-    """
+def _lay_out(token: Tensor, expert: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[list[Block], Tensor, Tensor]:
+    """The blocks, the token of each row, and the row of each assignment."""
+    num_experts = up.shape[0]
     groups = group_by_expert(token, expert, num_experts)
     sizes = groups.counts.tolist()
-    shared = like.device.type == "cpu" and like.dtype in HALVES and has_tiles()
-    width, multiple = (torch.get_num_threads(), TILE_ROWS) if shared else (1, 1)
-    blocks = plan_blocks(sizes, width=width, multiple=multiple, chunk=CHUNK_ROWS)
+    width, multiple, spare = _sharing(len(token), up, dtype)
+    blocks = plan_blocks(sizes, width=width, multiple=multiple, chunk=CHUNK_ROWS, spare=spare)
     starts = _expert_starts(blocks, num_experts)
     shift = torch.tensor(starts, device=token.device) - (groups.counts.cumsum(0) - groups.counts)
     sorted_place = torch.arange(len(token), device=token.device) + shift[expert[groups.order]]
@@ -153,6 +152,19 @@ def _lay_out(token: Tensor, expert: Tensor, num_experts: int, like: Tensor) -> t
     source = token[:1].repeat(sum(block.experts * block.rows for block in blocks))
     source[place] = token
     return blocks, source, place
+
+
+def _sharing(rows: int, up: Tensor, dtype: torch.dtype) -> tuple[int, int, int]:
+    """How many experts share a batched product, of what its rows are a multiple, and which part filling may add.
+
+    Products that are small share, to save calls. With AMX all half-precision ones do: oneDNN runs most products of an
+    expert's size on one thread there, so that each thread gets one.
+    """
+    half = dtype in HALVES
+    small = rows * up[0].numel() < SMALL_PRODUCT * up.shape[0]
+    if up.device.type != "cpu" or not (small or (half and has_tiles())):
+        return 1, 1, 1
+    return (torch.get_num_threads(), TILE_ROWS, 8) if half else (torch.get_num_threads(), 1, 10)
 
 
 @cache

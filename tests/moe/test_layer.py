@@ -58,19 +58,26 @@ def test_all_tokens_on_one_expert_and_the_others_empty(dtype):
 @pytest.mark.parametrize(("dtype", "tiles"), [(torch.float64, False), (torch.bfloat16, False), (torch.bfloat16, True)])
 def test_an_expert_with_more_rows_than_a_chunk(dtype, tiles, monkeypatch):
     monkeypatch.setattr("moe.grouped.has_tiles", lambda: tiles)
+    monkeypatch.setattr("moe.grouped.SMALL_PRODUCT", 0)
     monkeypatch.setattr("moe.grouped.CHUNK_ROWS", 4)
     layer = top_k_layer(experts=3, k=2, dtype=dtype)
     compare(layer, torch.randn(31, 8, dtype=dtype), torch.randn(31, 8, dtype=dtype))
 
 
-@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "small", "tiles"),
+    [
+        (torch.bfloat16, False, True), (torch.bfloat16, True, False), (torch.bfloat16, False, False),
+        (torch.float64, True, False), (torch.float64, False, True),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_half_precision_with_tiles_and_without(threads, tiles, monkeypatch):
+def test_experts_that_share_a_batched_product_and_not(threads, dtype, small, tiles, monkeypatch):
     monkeypatch.setattr("torch.get_num_threads", lambda: threads)
     monkeypatch.setattr("moe.grouped.has_tiles", lambda: tiles)
-    layer = top_k_layer(experts=7, k=2, dtype=torch.bfloat16)
-    x = torch.randn(400, 8, dtype=torch.bfloat16)
-    compare(layer, x, torch.randn(400, 8, dtype=torch.bfloat16))
+    monkeypatch.setattr("moe.grouped.SMALL_PRODUCT", 2**40 if small else 0)
+    layer = top_k_layer(experts=7, k=2, dtype=dtype)
+    compare(layer, torch.randn(400, 8, dtype=dtype), torch.randn(400, 8, dtype=dtype))
 
 
 def test_strided_and_expanded_inputs_and_gradients():
@@ -96,6 +103,7 @@ def test_padding_gets_zeros_and_trains_nothing():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_padding_that_holds_nan_reaches_no_gradient(dtype, tiles, monkeypatch):
     monkeypatch.setattr("moe.grouped.has_tiles", lambda: tiles)
+    monkeypatch.setattr("moe.grouped.SMALL_PRODUCT", 0)
     layer = top_k_layer(dtype=dtype)
     x = torch.randn(11, 8, dtype=dtype)
     x[0] = torch.nan
