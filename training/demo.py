@@ -25,7 +25,7 @@ from training.demo_tables import show
 from training.durable import replace_durably
 from training.evaluation import Evaluation, evaluate
 from training.model_config import ModelConfig
-from training.precision import Precision, choose_precision
+from training.precision import DTypeName, Precision, choose_precision
 from training.records import RESULTS, Line, read_lines
 from training.report import write_report
 from training.routing_record import record_routing
@@ -70,6 +70,8 @@ def twin(kind: str, config: DemoConfig) -> RunConfig:
     """The run of one twin, "moe" or "dense": k=2 of 16 experts of 256 neurons, or 512 neurons; all else is equal."""
     hidden = {"moe": 256, "dense": 512}[kind]
     quick = config.steps < QUICK
+    # products are so small here that on CPU converting their factors costs what bfloat16 would gain
+    dtype: DTypeName = "float32" if choose_device(config.device).type == "cpu" else "auto"
     return RunConfig(
         out=config.out / kind,
         seed=config.seed,
@@ -85,7 +87,7 @@ def twin(kind: str, config: DemoConfig) -> RunConfig:
         ),
         optim=OptimConfig(lr=LEARNING_RATES[kind], warmup=max(1, config.steps // 20), final=0.05),
         train=TrainConfig(
-            steps=config.steps, batch=16, device=config.device, eval_every=-(-config.steps // 6),
+            steps=config.steps, batch=16, device=config.device, dtype=dtype, eval_every=-(-config.steps // 6),
             save_every=-(-config.steps // 4), keep=1,
         ),
     )  # fmt: skip
