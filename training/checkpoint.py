@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
+from pruning.dynamic import SparseAdamW
 from training.durable import replace_durably, sync_folder, write_durably
 from training.optim import Optimizers
 from training.same_model import check_same_model
@@ -171,8 +172,8 @@ def optimizer_tensors(optimizers: Optimizers, *, model: nn.Module) -> dict[str, 
 def load_optimizers(optimizers: Optimizers, tensors: Mapping[str, Tensor], *, model: nn.Module) -> None:
     """The inverse of :func:`optimizer_tensors`.
 
-    Raises: ValueError if a tensor belongs to no parameter, or a table's moments are not row-wise Adam's. Nothing is
-    changed then.
+    Raises: ValueError if a tensor belongs to no parameter, a table's moments are not row-wise Adam's, or the others not
+    those of the optimiser that a run has with or without ``optim.sparse_state``. Nothing is changed then.
     """
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
@@ -185,6 +186,12 @@ def load_optimizers(optimizers: Optimizers, tensors: Mapping[str, Tensor], *, mo
             raise ValueError(
                 f"the optimiser state {key!r} must have shape {list(wanted)}, got {list(value.shape)}:"
                 " it is another optimiser's; start a new --out"
+            )
+        if slot in ("mean", "exp_avg") and not rowwise and (slot == "mean") != isinstance(optimizers.main, SparseAdamW):
+            made, have = ("true", "false") if slot == "mean" else ("false", "true")
+            raise ValueError(
+                f"the optimiser state {key!r} was made with optim.sparse_state = {made}, this run has {have}:"
+                " resume with the one that made it, or start a new --out"
             )
     for key, value in tensors.items():
         slot, _, name = key.partition(":")

@@ -214,12 +214,11 @@ class Penalised:
         found = torch.autograd.grad(value, [*wholes, *read], allow_unused=True, materialize_grads=True)
         for parameter, gradient in zip(read, found[len(wholes) :], strict=True):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        layouts = spread_layouts(self.model)
-        for name, gradient in averaged(dict(zip(own, found, strict=False))).items():
-            before = own[name].grad
-            part = own_part(sharded_as(gradient, as_wholes({name: own[name].detach()}, layouts)[name]))
-            part = as_parts_of({name: part}, {name: own[name]})[name]
-            own[name].grad = part if before is None else before + part
+        likes = as_wholes({name: parameter.detach() for name, parameter in own.items()}, spread_layouts(self.model))
+        for (name, parameter), gradient in zip(own.items(), found, strict=False):
+            part = own_part(sharded_as(averaged({name: gradient})[name], likes[name]))
+            part = as_parts_of({name: part}, own)[name]
+            parameter.grad = part if parameter.grad is None else parameter.grad + part
 
 
 def _whole(model: Transformer) -> Transformer:

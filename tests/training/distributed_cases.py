@@ -250,13 +250,14 @@ PRUNED = [
     ("top_kast", Layout("heads", heads=2)),
 ]
 
-# RigL with moments of the weights that are there: where two ranks train it, and where it goes on besides
-COMPACT = {
+# RigL with moments of the weights that are there: where two ranks train it → where it goes on besides, if anywhere
+COMPACT: dict[Layout, Layout | None] = {
     Layout("moe"): Layout("moe", 2, "fsdp"),
     Layout("moe", shard="fsdp"): Layout("moe"),
     Layout("moe", 2, "fsdp"): Layout("moe", 2),
-    Layout("heads", shard="fsdp", heads=2): Layout("heads", shard="fsdp"),
+    Layout("heads", shard="fsdp", heads=2): None,
 }
+COMPACT_FROM_ONE = [Layout("moe", 2, "fsdp"), Layout("heads", shard="fsdp", heads=2)]
 COMPACT_OPTIONS: dict[str, Any] = {"sparsifiers": PRUNERS["rigl"], "optim": {"sparse_state": True}}
 
 

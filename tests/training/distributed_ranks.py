@@ -20,6 +20,7 @@ from tests.tolerances import close
 from tests.training import fisher_cases
 from tests.training.distributed_cases import (
     COMPACT,
+    COMPACT_FROM_ONE,
     COMPACT_OPTIONS,
     LAYOUTS,
     PRUNED,
@@ -204,8 +205,10 @@ def keeps_compact(rank: int, world: int, folder: Path) -> None:
         if rank == 0:
             (out / "held.json").write_text(json.dumps(int(held)))
         goes_on(layout, out, f"{out.name}-again")
-        goes_on(other, out, f"{out.name}-moved")
-        goes_on(layout, folder / f"alone-{layout.run}", f"{out.name}-from-one")
+        if other is not None:
+            goes_on(other, out, f"{out.name}-moved")
+    for layout in COMPACT_FROM_ONE:
+        goes_on(layout, folder / f"alone-{layout.run}", f"compact-{layout}-from-one")
 
 
 def controls(rank: int, world: int, folder: Path) -> None:

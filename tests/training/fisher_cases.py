@@ -26,6 +26,9 @@ LOW = {"method": "static", "sparsity": 0.5, "curriculum": "low_fisher", "curricu
        "curriculum_end": 4, "curriculum_start": 0.25}  # fmt: skip
 PENALISED = {**LOW, "fisher_penalty": STRENGTH, "fisher_every": EVERY}
 
+NOISY = {"method": "variational", "strength": 300.0, "gate_lr": 100.0, "fisher_penalty": STRENGTH,
+         "fisher_every": EVERY}  # fmt: skip
+
 
 class Case(NamedTuple):
     """micro: micro-batches of each rank; alone: of the one process; parts: runs of rows that ranks take."""
@@ -42,21 +45,11 @@ CASES = {
     "dense": Case(Layout("dense"), PENALISED, micro=2, alone=4),
     "experts": Case(Layout("moe"), PENALISED),
     "shards": Case(Layout("dense", shard="fsdp"), PENALISED, micro=2, alone=4),
-    "experts in shards": Case(Layout("moe", 2, "fsdp"), PENALISED),
     "heads": Case(Layout("heads", shard="fsdp", heads=2), PENALISED, parts=1),
     # noise of the rows in the penalty's passes, whose levels it moves too
-    "noise": Case(
-        Layout("dense"),
-        {
-            "method": "variational",
-            "strength": 300.0,
-            "gate_lr": 100.0,
-            "fisher_penalty": STRENGTH,
-            "fisher_every": EVERY,
-        },
-    ),
-    # an order that looks at nothing, where ranks hold a part of the weights
-    "random": Case(Layout("moe", 2, "fsdp"), {**LOW, "curriculum": "random"}),
+    "noise": Case(Layout("dense"), NOISY),
+    # an order that looks at nothing
+    "random": Case(Layout("moe", 2, "fsdp"), {**PENALISED, "curriculum": "random"}),
 }
 
 

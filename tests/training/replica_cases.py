@@ -73,12 +73,13 @@ WHERE: dict[str, tuple[Layout, ...]] = {
     "proximal": (SHARDS,),
     "group_proximal": (BOTH,),
     "synflow": (BOTH,),
-    "robust_rewiring": (SPREAD, REPLICAS, SHARDS, BOTH),
+    "robust_rewiring": (BOTH, SHARDS, REPLICAS),
 }
 CASES = [(method, layout) for method, layouts in WHERE.items() for layout in layouts]
-# from shards and spread experts to whole weights: gates of weights, of matrices, of units; values to go back to; sums
+# from shards and spread experts to whole weights: gates of weights, of matrices, of units; values to go back to; sums;
+# signs
 MOVED = {"movement": Layout("moe"), "str": Layout("moe"), "l0_units": SHARDS._replace(run="moe"), "lottery": SPREAD,
-         "statistic": SPREAD}  # fmt: skip
+         "statistic": SPREAD, "robust_rewiring": SPREAD}  # fmt: skip
 
 
 def trainer_of(method: str, run: str, out: Path, **options: Any) -> Trainer:
