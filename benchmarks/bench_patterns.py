@@ -4,9 +4,10 @@ python -m benchmarks.bench_patterns [--lengths 4096 16384] [--patterns window bi
 
 promise = blocks of 64 that a causal mask would visit ÷ blocks that the pattern visits; share = measured speed-up over
 SDPA causal ÷ promise, on 4 heads of 64, float32, forward and forward + backward, interleaved; SDPA causal is timed as
-torch gives it. A row's "layout" is the time to build the block layout and the plan of it, once a shape, against one
-forward. --peer adds local-attention (window; it sees between one and two windows) where it is installed, projections
-left out. Freed memory is kept in the heap for every contender, as in training.
+torch gives it. A row's "layout" is the time to build, once a shape, what attend walks (the block layout and its plan;
+for documents their lengths alone, each being dense inside), as a share of the row's pass. --peer adds local-attention
+(window; it sees between one and two windows) where it is installed, projections left out. Freed memory is kept in the
+heap for every contender, as in training.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from sparse_attn import (
     causal,
     dilated,
     documents,
+    explain_backend,
     fixed,
     global_tokens,
     sinks,
@@ -35,6 +37,7 @@ from sparse_attn import (
     strided,
 )
 from sparse_attn.backends.plan import make_plan
+from sparse_attn.patterns.documents import split_documents
 from training.allocator import keep_freed_memory
 
 HEADS, HEAD_DIM, BLOCK, WINDOW = 4, 64, 64, 256
@@ -66,11 +69,12 @@ def promised(pattern: Pattern, length: int) -> float:
 
 
 def layout_seconds(pattern: Pattern, length: int) -> float:
-    """Median of 5 builds of the layout and its plan."""
+    """Median of 9 builds of what attend walks."""
+    apart = explain_backend(pattern, length).pairs == "documents"
     times = []
-    for _ in range(5):
+    for _ in range(9):
         start = time.perf_counter()
-        make_plan(pattern.layout(length, block=BLOCK))
+        split_documents(pattern, length) if apart else make_plan(pattern.layout(length, block=BLOCK))
         times.append(time.perf_counter() - start)
     return median(times)
 
@@ -122,8 +126,8 @@ def bench(length: int, names: list[str], *, rounds: int, peer: bool) -> None:
                 promise, speedup = promised(chosen[name], length), floor / median(times)
                 conditions |= {"promise": round(promise, 2), "speedup": round(speedup, 2)}
                 conditions |= {"share": round(speedup / promise, 2)}
-                if passes == "forward":
-                    conditions["layout"] = round(layout_seconds(chosen[name], length) / median(times), 4)
+                layout = layout_seconds(chosen[name], length)
+                conditions |= {"layout_ms": round(1e3 * layout, 3), "layout": round(layout / median(times), 4)}
             versus = {} if name == "sdpa_causal" else {"sdpa_causal": seconds["sdpa_causal"]}
             row(f"pattern_{name}", conditions, times, versus=versus,
                 parity=f"pass {errors[name]:.0e}" if name in errors else "peer")  # fmt: skip

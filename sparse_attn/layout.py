@@ -6,11 +6,20 @@ evaluated for each *distinct* signature: time is proportional to the visited blo
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from sparse_attn.arrays import clamp, combined, distinct, occurring, spans, starts, tensor
+
+# What a block shows where it is no mask: nothing, or everything.
+HIDDEN, FULL = -2, -1
+# Elements up to which torch computes on the calling thread, and never waits for others.
+SERIAL = 1 << 15
 
 
 @runtime_checkable
@@ -21,11 +30,13 @@ class Geometry(Protocol):
         """The truth for each pair of positions, broadcast."""
 
     def reach(
-        self, first: Int[Tensor, "N"], last: Int[Tensor, "N"], key_end: int
-    ) -> tuple[Int[Tensor, "N M"], Int[Tensor, "N M"]]:
+        self, first: Int[np.ndarray, "N"], last: Int[np.ndarray, "N"], key_end: int
+    ) -> tuple[Int[np.ndarray, "N M"], Int[np.ndarray, "N M"]]:
         """Half-open key intervals that contain every key below ``key_end`` seen by a query in [first, last]."""
 
-    def signature(self, query: Int[Tensor, "N"], key: Int[Tensor, "N"], block: int) -> list[Int[Tensor, "N"]]:
+    def signature(
+        self, query: Int[np.ndarray, "N"], key: Int[np.ndarray, "N"], block: int
+    ) -> list[Int[np.ndarray, "N"]]:
         """Integers that determine the mask of the block whose first query and first key these are."""
 
 
@@ -64,11 +75,10 @@ class BlockLayout:
         """Visited blocks that need no mask."""
         return int((self.mask_index < 0).sum())
 
-    @property
+    @cached_property
     def query_block(self) -> Int[Tensor, "N"]:
         """The query block of each visit."""
-        rows = torch.arange(self.num_query_blocks)
-        return rows.repeat_interleave(self.row_start.diff())
+        return tensor(np.arange(self.num_query_blocks).repeat(np.diff(self.row_start.numpy())))
 
     def to_mask(self) -> Bool[Tensor, "L S"]:
         """The truth for every pair, dense: for the reference and for short sequences."""
@@ -89,85 +99,147 @@ class BlockLayout:
         return int((height * width).sum()) + int(in_mask[self.mask_index[~full]].sum())
 
 
+@dataclass(frozen=True)
+class _Frame:
+    """Where the blocks lie."""
+
+    q_len: int
+    kv_len: int
+    block: int
+    offset: int
+    key_offset: int
+
+    @property
+    def rows(self) -> int:
+        """Query blocks."""
+        return -(-self.q_len // self.block)
+
+    @property
+    def columns(self) -> int:
+        """Key blocks."""
+        return -(-self.kv_len // self.block)
+
+
 def build_layout(
-    pattern: Geometry, q_len: int, kv_len: int, *, block: int = 64, offset: int = 0, key_offset: int = 0
+    pattern: Geometry,
+    q_len: int,
+    kv_len: int,
+    *,
+    block: int = 64,
+    offset: int = 0,
+    key_offset: int = 0,
+    by_distance: bool = False,
 ) -> BlockLayout:
     """The block layout of a pattern for queries at offset … offset+q_len-1 and keys at key_offset ….
 
+    by_distance: what the pattern shows depends on i - j alone. Then one row of blocks says what all see.
     Raises: ValueError if a length is negative or block < 1.
     """
     for name, value, least in (("q_len", q_len, 0), ("kv_len", kv_len, 0), ("block", block, 1)):
         if value < least:
             raise ValueError(f"{name} must be >= {least}, got {value}")
-    row, column = _candidates(pattern, q_len, kv_len, block, offset, key_offset)
-    distinct, representative = _distinct(pattern, row, column, q_len, kv_len, block, offset, key_offset)
-    truth, inside = _evaluate(
-        pattern, row[representative], column[representative], q_len, kv_len, block, offset, key_offset
+    frame = _Frame(q_len, kv_len, block, offset, key_offset)
+    if by_distance:
+        row, column, classes, some = _by_distance(pattern, frame)
+    else:
+        row, column = _candidates(pattern, frame)
+        classes, some = None, np.arange(len(row))
+    kind, masks = _kinds(pattern, row[some], column[some], frame)
+    if classes is not None:
+        kind = kind[classes]
+    keep = kind > HIDDEN
+    if not keep.all():
+        row, column, kind = row[keep], column[keep], kind[keep]
+    row_start = starts(np.bincount(row, minlength=frame.rows))
+    return BlockLayout(
+        q_len, kv_len, block, offset, key_offset, tensor(row_start), tensor(column), tensor(kind), tensor(masks)
     )
-    seen, possible = truth.flatten(1).sum(1), inside.flatten(1).sum(1)
-    partial = (seen > 0) & (seen < possible)
-    # -2: nothing visible, dropped below; -1: full; otherwise the partial mask's row.
-    kind = torch.where(partial, partial.cumsum(0) - 1, torch.where(seen > 0, -1, -2))[distinct]
-    keep = kind > -2
-    row, column, kind = row[keep], column[keep], kind[keep]
-    rows = -(-q_len // block)
-    row_start = torch.zeros(rows + 1, dtype=torch.long)
-    row_start[1:] = torch.bincount(row, minlength=rows).cumsum(0)
-    return BlockLayout(q_len, kv_len, block, offset, key_offset, row_start, column, kind, truth[partial])
 
 
-def _candidates(
-    pattern: Geometry, q_len: int, kv_len: int, block: int, offset: int, key_offset: int
-) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
+def _candidates(pattern: Geometry, frame: _Frame) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "N"]]:
     """Blocks that the pattern's reach touches, sorted by query block, then key block."""
-    rows, columns = -(-q_len // block), -(-kv_len // block)
-    first = torch.arange(rows) * block + offset
-    last = (first + block - 1).clamp(max=offset + q_len - 1)
-    start, stop = pattern.reach(first, last, key_offset + kv_len)
-    start = (start - key_offset).clamp(0, kv_len)
-    stop = (stop - key_offset).clamp(0, kv_len)
-    low, high = start // block, -(-stop // block)
-    count = torch.where(stop > start, high - low, 0).flatten()
-    within = torch.arange(int(count.sum())) - (count.cumsum(0) - count).repeat_interleave(count)
-    column = low.flatten().repeat_interleave(count) + within
-    row = torch.arange(rows)[:, None].expand_as(low).flatten().repeat_interleave(count)
-    cell = torch.unique(row * max(columns, 1) + column)
-    return cell // max(columns, 1), cell % max(columns, 1)
+    first = np.arange(frame.rows) * frame.block + frame.offset
+    last = np.minimum(first + (frame.block - 1), frame.offset + frame.q_len - 1)
+    start, stop = pattern.reach(first, last, frame.key_offset + frame.kv_len)
+    start, stop = (clamp(x - frame.key_offset, 0, frame.kv_len) for x in (start, stop))
+    low, count = _blocks(start, stop, frame.block)
+    many, size = low.shape[1] > 1, max(frame.columns, 1)
+    row = np.arange(frame.rows).repeat(count.sum(1))
+    column = spans(low.ravel(), count.ravel())
+    if not many:
+        return row, column
+    cell = occurring(row * size + column, frame.rows * size)
+    return cell // size, cell % size
 
 
-def _distinct(
-    pattern: Geometry,
-    row: Int[Tensor, "N"],
-    column: Int[Tensor, "N"],
-    q_len: int,
-    kv_len: int,
-    block: int,
-    offset: int,
-    key_offset: int,
-) -> tuple[Int[Tensor, "N"], Int[Tensor, "U"]]:
-    """For each block the index of its signature, and for each signature one block that has it."""
-    signature = pattern.signature(row * block + offset, column * block + key_offset, block)
-    height, width = (q_len - row * block).clamp(max=block), (kv_len - column * block).clamp(max=block)
-    index = torch.zeros_like(row)
-    for part in (height, width, *signature):
-        _, code = torch.unique(part, return_inverse=True)
-        _, index = torch.unique(index * (row.numel() + 1) + code, return_inverse=True)
-    size = int(index.max()) + 1 if index.numel() else 0
-    return index, torch.zeros(size, dtype=torch.long).scatter_(0, index, torch.arange(row.numel()))
+def _blocks(
+    start: Int[np.ndarray, "N M"], stop: Int[np.ndarray, "N M"], block: int
+) -> tuple[Int[np.ndarray, "N M"], Int[np.ndarray, "N M"]]:
+    """The first block that each half-open interval touches, and how many it touches."""
+    low = start // block
+    return low, np.where(stop > start, -(-stop // block) - low, 0)
+
+
+def _by_distance(
+    pattern: Geometry, frame: _Frame
+) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "N"], Int[np.ndarray, "N"], Int[np.ndarray, "C"]]:
+    """Candidates as ``_candidates`` gives them, the class of each, and one candidate of each class.
+
+    Blocks of a class lie at one distance and end alike, before the lengths or beyond: they have equal masks.
+    """
+    block, shift = frame.block, frame.offset - frame.key_offset
+    # A query block so late that every block it is compared with lies at positions >= 0.
+    first = np.array([(frame.rows + 1) * block + max(shift, 0)])
+    origin = int(first[0]) - shift
+    start, stop = pattern.reach(first, first + (block - 1), origin + frame.columns * block)
+    start, stop = (clamp(x - origin, -frame.rows * block, frame.columns * block) for x in (start, stop))
+    low, count = _blocks(start, stop, block)
+    ahead = occurring(spans(low.ravel(), count.ravel()) + frame.rows, frame.rows + frame.columns) - frame.rows
+    grid = np.arange(frame.rows)[:, None] + ahead
+    place = ((grid >= 0) & (grid < frame.columns)).ravel().nonzero()[0]
+    row, which = place // max(len(ahead), 1), place % max(len(ahead), 1)
+    column = grid.ravel()[place]
+    classes = which * 4 + 2 * (row >= frame.q_len // block) + (column >= frame.kv_len // block)
+    found, classes = distinct(classes, 4 * len(ahead))
+    some = np.empty(len(found), np.int64)
+    some[classes] = np.arange(len(classes))
+    return row, column, classes, some
+
+
+def _kinds(
+    pattern: Geometry, row: Int[np.ndarray, "N"], column: Int[np.ndarray, "N"], frame: _Frame
+) -> tuple[Int[np.ndarray, "N"], Bool[np.ndarray, "U block block"]]:
+    """What each block shows, by evaluating one block of each signature: HIDDEN, FULL, or a row of the masks."""
+    block = frame.block
+    signature = pattern.signature(row * block + frame.offset, column * block + frame.key_offset, block)
+    height, width = (np.minimum(x, block) for x in (frame.q_len - row * block, frame.kv_len - column * block))
+    size, index = combined([height, width, *signature])
+    some = np.empty(size, np.int64)
+    some[index] = np.arange(len(index))
+    truth = _evaluate(pattern, row[some], column[some], frame)
+    seen, possible = truth.sum((1, 2)), height[some] * width[some]
+    kind = np.where(seen == 0, HIDDEN, FULL)
+    masks: dict[bytes, int] = {}
+    kept: list[int] = []
+    for place in ((seen > 0) & (seen < possible)).nonzero()[0].tolist():
+        kind[place] = masks.setdefault(truth[place].tobytes(), len(masks))
+        if kind[place] == len(kept):
+            kept.append(place)
+    return kind[index], truth[kept]
 
 
 def _evaluate(
-    pattern: Geometry,
-    row: Int[Tensor, "U"],
-    column: Int[Tensor, "U"],
-    q_len: int,
-    kv_len: int,
-    block: int,
-    offset: int,
-    key_offset: int,
-) -> tuple[Bool[Tensor, "U block block"], Bool[Tensor, "U block block"]]:
-    """The truth of these blocks, and which of their pairs lie inside the lengths."""
-    query = (row[:, None] * block + torch.arange(block))[:, :, None]
-    key = (column[:, None] * block + torch.arange(block))[:, None, :]
-    inside = (query < q_len) & (key < kv_len)
-    return pattern.visible(query + offset, key + key_offset) & inside, inside
+    pattern: Geometry, row: Int[np.ndarray, "U"], column: Int[np.ndarray, "U"], frame: _Frame
+) -> Bool[np.ndarray, "U block block"]:
+    """The truth of these blocks; False beyond the lengths."""
+    inside = np.arange(frame.block)
+    query, key = ((x * frame.block)[:, None] + inside for x in (row, column))
+    truth = np.empty((len(row), frame.block, frame.block), bool)
+    some = max(1, SERIAL // frame.block**2)
+    for start in range(0, len(row), some):
+        part = slice(start, start + some)
+        where = tensor(query[part] + frame.offset)[:, :, None], tensor(key[part] + frame.key_offset)[:, None, :]
+        truth[part] = pattern.visible(*where).numpy()
+    if frame.q_len % frame.block or frame.kv_len % frame.block:
+        truth &= (query < frame.q_len)[:, :, None] & (key < frame.kv_len)[:, None, :]
+    return truth

@@ -8,9 +8,8 @@ all visits at once; Python sees strips and gathers only.
 
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from jaxtyping import Bool, Int
-from torch import Tensor
 
 from sparse_attn.backends.clusters import Gather, gathers
 from sparse_attn.backends.remainders import by_remainder
@@ -90,14 +89,15 @@ def make_plan(layout: BlockLayout) -> Plan:
         return Plan(layout, (), (), (), (), (step, make_plan(remainder)))
     parts = divide(layout)
     strips, loose = _blocks(parts.regular)
-    late = () if parts.lone is None else gathers(parts.lone, parts.lone.row_start.diff().nonzero().flatten())
+    late = () if parts.lone is None else gathers(parts.lone, np.diff(parts.lone.row_start.numpy()).nonzero()[0])
     return Plan(layout, strips, loose, tuple(late), parts.thin)
 
 
 def _blocks(layout: BlockLayout) -> tuple[tuple[Strip, ...], tuple[Gather, ...]]:
-    counts, runs = layout.row_start.diff().tolist(), _num_runs(layout).tolist()
-    ragged = _ragged(layout)
-    ends, must = _stretch_ends(layout, ragged).tolist(), ragged.tolist()
+    begins, ragged = _run_starts(layout), _ragged(layout)
+    runs = np.bincount(layout.query_block.numpy()[begins], minlength=layout.num_query_blocks).tolist()
+    counts = np.diff(layout.row_start.numpy()).tolist()
+    ends, must = _stretch_ends(layout, ragged, begins).tolist(), ragged.tolist()
     strips: list[Strip] = []
     scattered: list[int] = []
     row = 0
@@ -108,54 +108,52 @@ def _blocks(layout: BlockLayout) -> tuple[tuple[Strip, ...], tuple[Gather, ...]]
         elif counts[row]:
             scattered += range(row, stop)
         row = stop
-    return tuple(strips), tuple(gathers(layout, torch.tensor(scattered, dtype=torch.long)))
+    return tuple(strips), tuple(gathers(layout, np.array(scattered, np.int64)))
 
 
-def _run_starts(layout: BlockLayout) -> Bool[Tensor, "N"]:
+def _run_starts(layout: BlockLayout) -> Bool[np.ndarray, "N"]:
     """Whether a visit begins a run of consecutive key blocks."""
-    begins = torch.ones_like(layout.key_block, dtype=torch.bool)
-    begins[1:] = layout.key_block[1:] != layout.key_block[:-1] + 1
-    occupied = layout.row_start[:-1][layout.row_start.diff() > 0]
-    begins[occupied] = True
+    row_start, key_block = layout.row_start.numpy(), layout.key_block.numpy()
+    begins = np.ones(len(key_block), bool)
+    np.not_equal(key_block[1:], key_block[:-1] + 1, out=begins[1:])
+    first = row_start[:-1]
+    begins[first[first < row_start[1:]]] = True
     return begins
 
 
-def _num_runs(layout: BlockLayout) -> Int[Tensor, "R"]:
-    rows = layout.query_block[_run_starts(layout)]
-    return torch.bincount(rows, minlength=layout.num_query_blocks)
-
-
-def _ragged(layout: BlockLayout) -> Bool[Tensor, "R"]:
+def _ragged(layout: BlockLayout) -> Bool[np.ndarray, "R"]:
     """Whether a query block, or a key block that it visits, ends beyond the length."""
-    rows = torch.arange(layout.num_query_blocks)
-    beyond = (rows + 1) * layout.block > layout.q_len
-    over = (layout.key_block + 1) * layout.block > layout.kv_len
-    beyond[layout.query_block[over]] = True
-    return beyond
+    ragged = np.zeros(layout.num_query_blocks, bool)
+    ragged[layout.q_len // layout.block :] = True
+    if layout.kv_len % layout.block:
+        ragged[layout.query_block.numpy()[layout.key_block.numpy() == layout.kv_len // layout.block]] = True
+    return ragged
 
 
-def _stretch_ends(layout: BlockLayout, ragged: Bool[Tensor, "R"]) -> Int[Tensor, "R"]:
+def _stretch_ends(
+    layout: BlockLayout, ragged: Bool[np.ndarray, "R"], begins: Bool[np.ndarray, "N"]
+) -> Int[np.ndarray, "R"]:
     """For each query block, the end of the stretch from there that can share a strip."""
-    size, count, row = layout.num_query_blocks, layout.row_start.diff(), layout.query_block
-    link = torch.zeros(size, dtype=torch.bool)
-    link[:-1] = (count[:-1] == count[1:]) & ~ragged[:-1] & ~ragged[1:]
-    here = link[row].nonzero().flatten()
+    row, key_block, kind = layout.query_block.numpy(), layout.key_block.numpy(), layout.mask_index.numpy()
+    size, count = layout.num_query_blocks, np.diff(layout.row_start.numpy())
+    link = np.zeros(size, bool)
+    link[:-1] = (count[:-1] == count[1:]) & ~(ragged[:-1] | ragged[1:])
+    here = link[row].nonzero()[0]
     below = here + count[row[here]]
-    move = torch.full_like(layout.key_block, -1)
-    move[here] = layout.key_block[below] - layout.key_block[here]
-    begins = _run_starts(layout)
-    alike = (move[here] >= 0) & (move[here] <= 1) & (begins[here] == begins[below])
-    alike &= layout.mask_index[here] == layout.mask_index[below]
+    move = np.full_like(key_block, -1)
+    moved = key_block[below] - key_block[here]
+    move[here] = moved
+    alike = ((moved == 0) | (moved == 1)) & (begins[here] == begins[below]) & (kind[here] == kind[below])
     link[row[here[~alike]]] = False
     # A stretch goes on as long as every run keeps moving as it did.
-    goes_on = torch.zeros_like(link)
+    goes_on = np.zeros_like(link)
     goes_on[:-1] = link[:-1] & link[1:]
-    onward = goes_on[row].nonzero().flatten()
+    onward = goes_on[row].nonzero()[0]
     turned = move[onward] != move[onward + count[row[onward]]]
     goes_on[row[onward[turned]]] = False
-    rows = torch.arange(size)
-    last_link = torch.where(goes_on, size, rows).flip(0).cummin(0).values.flip(0) if size else rows
-    return torch.where(link, last_link + 2, rows + 1)
+    rows = np.arange(size)
+    last_link = np.minimum.accumulate(np.where(goes_on, size, rows)[::-1])[::-1]
+    return np.where(link, last_link + 2, rows + 1)
 
 
 def _strip(layout: BlockLayout, row: int, stop: int) -> Strip:
@@ -180,7 +178,7 @@ def _run(layout: BlockLayout, block: int, step: int, masks: list[int]) -> Run:
     size = layout.block
     length = min((block + len(masks)) * size, layout.kv_len) - block * size
     if masks[-1] >= 0:  # keys behind the last visible one need not be read: 4 sinks cost 4 keys, not a block
-        length = (len(masks) - 1) * size + int(layout.masks[masks[-1]].any(0).nonzero().max()) + 1
+        length = (len(masks) - 1) * size + int(layout.masks.numpy()[masks[-1]].any(0).nonzero()[0][-1]) + 1
     partial = tuple(
         (0, size, place * size, min(size, length - place * size), mask) for place, mask in enumerate(masks) if mask >= 0
     )

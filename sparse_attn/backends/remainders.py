@@ -8,11 +8,12 @@ length, four times. The remainders are copied side by side, as if they were so m
 from dataclasses import replace
 from math import gcd
 
-import torch
-from jaxtyping import Int, Shaped
+import numpy as np
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from sparse_attn.layout import BlockLayout
+from sparse_attn.arrays import all_of, any_of, distinct, occurring, starts, tensor
+from sparse_attn.layout import FULL, BlockLayout
 
 
 def by_remainder(layout: BlockLayout) -> tuple[int, BlockLayout]:
@@ -23,29 +24,29 @@ def by_remainder(layout: BlockLayout) -> tuple[int, BlockLayout]:
     if step == 1 or not even:
         return 1, layout
     cell, combination = _combinations(layout, step)
-    distinct, which = torch.unique(combination, dim=0, return_inverse=True)
+    found: dict[bytes, int] = {}
+    which = np.array([found.setdefault(one.tobytes(), len(found)) for one in combination])
+    distinct_ones = np.array([np.frombuffer(one, combination.dtype) for one in found]).reshape(-1, step, step)
     # -1 is the last row: an old block that is not visited.
-    table = torch.cat([layout.masks, layout.masks.new_zeros(1, layout.block, layout.block)])
-    masks = _of_remainder(table, distinct, 0, step)
-    if any(not torch.equal(masks, _of_remainder(table, distinct, c, step)) for c in range(1, step)):
+    table = np.concatenate([layout.masks.numpy(), np.zeros((1, layout.block, layout.block), bool)])
+    masks = _of_remainder(table, distinct_ones, 0, step)
+    if any(not np.array_equal(masks, _of_remainder(table, distinct_ones, c, step)) for c in range(1, step)):
         return 1, layout
     columns = _count(layout.kv_len // step, layout.block)
-    full, seen = masks.flatten(1).all(1), masks.flatten(1).any(1)
-    keep = seen[which]
-    kind = torch.where(full, -1, torch.arange(len(masks)))[which[keep]]
+    kinds = np.where(all_of(masks, 1, 2), FULL, np.arange(len(masks)))
+    seen = any_of(masks, 1, 2)[which]
     rows = _count(layout.q_len // step, layout.block)
-    row_start = torch.zeros(rows + 1, dtype=torch.long)
-    row_start[1:] = torch.bincount(cell[keep] // columns, minlength=rows).cumsum(0)
+    row_start = starts(np.bincount(cell[seen] // columns, minlength=rows))
     inner = replace(
         layout,
         q_len=layout.q_len // step,
         kv_len=layout.kv_len // step,
         offset=(layout.offset - layout.key_offset) // step,
         key_offset=0,
-        row_start=row_start,
-        key_block=cell[keep] % columns,
-        mask_index=kind,
-        masks=masks,
+        row_start=tensor(row_start),
+        key_block=tensor(cell[seen] % columns),
+        mask_index=tensor(kinds[which[seen]]),
+        masks=tensor(masks),
     )
     return step, inner
 
@@ -61,27 +62,29 @@ def join(x: Shaped[Tensor, "b h l d"], step: int, axis: int) -> Shaped[Tensor, "
 
 
 def _step(layout: BlockLayout) -> int:
-    if not layout.visited_blocks or bool((layout.mask_index < 0).any()):
+    kind = layout.mask_index.numpy()
+    if not len(kind) or int(kind.min()) < 0:
         return 1
-    query, key = layout.masks[layout.mask_index.unique()].any(0).nonzero(as_tuple=True)
-    return gcd(layout.block, *(query - key).unique().tolist())
+    used = occurring(kind, len(layout.masks))
+    query, key = layout.masks.numpy()[used].any(0).nonzero()
+    return gcd(layout.block, int(np.gcd.reduce(query - key)))
 
 
-def _combinations(layout: BlockLayout, step: int) -> tuple[Int[Tensor, "n"], Int[Tensor, "n step step"]]:
+def _combinations(layout: BlockLayout, step: int) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n step step"]]:
     """The visits of a remainder, ascending, and the masks of the step² blocks that each is made of; -1: not visited."""
-    row, column = layout.query_block, layout.key_block
-    cell = row // step * _count(layout.kv_len // step, layout.block) + column // step
-    cells, place = torch.unique(cell, return_inverse=True)
-    made = torch.full((len(cells), step, step), -1)
-    made[place, row % step, column % step] = layout.mask_index
+    row, column = layout.query_block.numpy(), layout.key_block.numpy()
+    rows, columns = (_count(size // step, layout.block) for size in (layout.q_len, layout.kv_len))
+    cells, place = distinct(row // step * columns + column // step, rows * columns)
+    made = np.full((len(cells), step, step), -1)
+    made[place, row % step, column % step] = layout.mask_index.numpy()
     return cells, made
 
 
 def _of_remainder(
-    table: Shaped[Tensor, "U block block"], combination: Int[Tensor, "n step step"], c: int, step: int
-) -> Shaped[Tensor, "n block block"]:
+    table: Bool[np.ndarray, "U block block"], combination: Int[np.ndarray, "n step step"], c: int, step: int
+) -> Bool[np.ndarray, "n block block"]:
     part = table[:, c::step, c::step][combination]
-    return part.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return part.transpose(0, 1, 3, 2, 4).reshape(len(part), *table.shape[1:])
 
 
 def _count(length: int, block: int) -> int:

@@ -6,9 +6,12 @@ lists of queries and keys (``Thin``), and merged by their log-sum-exp into what 
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+
+from sparse_attn.arrays import tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,15 +48,15 @@ class Places:
         x.index_add_(1, self.index.flatten().to(x.device), value.flatten(1, 2).to(x.dtype))
 
 
-def places(index: Int[Tensor, "R n"]) -> Places:
+def places(index: Int[np.ndarray, "R n"]) -> Places:
     """The lists, as a grid if they are one."""
     lists, length = index.shape
     first = int(index[0, 0])
     across = int(index[1, 0]) - first if lists > 1 else 0
     step = int(index[0, 1]) - first if length > 1 else 1
-    grid = first + across * torch.arange(lists)[:, None] + step * torch.arange(length)
-    regular = across >= 0 and step > 0 and bool(torch.equal(grid, index))
-    return Places(index, (first, across, step) if regular else None)
+    grid = (first + across * np.arange(lists))[:, None] + step * np.arange(length)
+    regular = across >= 0 and step > 0 and np.array_equal(grid, index)
+    return Places(tensor(index), (first, across, step) if regular else None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sparse_attn.patterns.base import Intervals, Pattern, at_least, everything
+from sparse_attn.arrays import clamp
+from sparse_attn.patterns.base import Intervals, Pattern, Positions, at_least, everything
 
 
 @dataclass(frozen=True)
@@ -14,10 +16,10 @@ class _Full(Pattern):
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return torch.ones_like(query_pos + key_pos, dtype=torch.bool)
 
-    def reach(self, first: Int[Tensor, "N"], last: Int[Tensor, "N"], key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
         return everything(first, key_end)
 
-    def signature(self, query: Int[Tensor, "N"], key: Int[Tensor, "N"], block: int) -> list[Int[Tensor, "N"]]:
+    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
         return []
 
     @property
@@ -33,11 +35,11 @@ class _Causal(Pattern):
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return key_pos <= query_pos
 
-    def reach(self, first: Int[Tensor, "N"], last: Int[Tensor, "N"], key_end: int) -> Intervals:
-        return torch.zeros_like(last)[:, None], last[:, None] + 1
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
+        return np.zeros((len(last), 1), np.int64), last[:, None] + 1
 
-    def signature(self, query: Int[Tensor, "N"], key: Int[Tensor, "N"], block: int) -> list[Int[Tensor, "N"]]:
-        return [(query - key).clamp(-block, block)]
+    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
+        return [clamp(query - key, -block, block)]
 
     @property
     def is_causal(self) -> bool:
@@ -58,10 +60,10 @@ class _SlidingWindow(Pattern):
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return (query_pos - key_pos).abs() < self.window
 
-    def reach(self, first: Int[Tensor, "N"], last: Int[Tensor, "N"], key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
         return (first - self.window + 1)[:, None], (last + self.window)[:, None]
 
-    def signature(self, query: Int[Tensor, "N"], key: Int[Tensor, "N"], block: int) -> list[Int[Tensor, "N"]]:
+    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
         return [_band_signature(query - key, self.window, block)]
 
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
@@ -89,10 +91,10 @@ class _Dilated(Pattern):
         distance = query_pos - key_pos
         return (distance.abs() < self._span) & (distance % self.dilation == 0)
 
-    def reach(self, first: Int[Tensor, "N"], last: Int[Tensor, "N"], key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
         return _lattice(first, last, self.dilation, self.window)
 
-    def signature(self, query: Int[Tensor, "N"], key: Int[Tensor, "N"], block: int) -> list[Int[Tensor, "N"]]:
+    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
         distance = query - key
         return [_band_signature(distance, self._span, block), distance % self.dilation]
 
@@ -114,13 +116,13 @@ class _Multiples(Pattern):
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return (query_pos - key_pos) % self.stride == 0
 
-    def reach(self, first: Int[Tensor, "N"], last: Int[Tensor, "N"], key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
         if not len(first):
             return everything(first, key_end)
         farthest = max(int(last.max()), key_end - int(first.min()))
         return _lattice(first, last, self.stride, max(farthest, 0) // self.stride + 1)
 
-    def signature(self, query: Int[Tensor, "N"], key: Int[Tensor, "N"], block: int) -> list[Int[Tensor, "N"]]:
+    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
         return [(query - key) % self.stride]
 
     @property
@@ -131,18 +133,18 @@ class _Multiples(Pattern):
         return f"multiples({self.stride})"
 
 
-def _lattice(first: Int[Tensor, "N"], last: Int[Tensor, "N"], step: int, count: int) -> Intervals:
+def _lattice(first: Positions, last: Positions, step: int, count: int) -> Intervals:
     """Keys at fewer than ``count`` steps from a query in [first, last]: one interval, or one a step if they part."""
     if not len(first) or step <= int((last - first).max()) + 1:
         return (first - (count - 1) * step)[:, None], (last + (count - 1) * step + 1)[:, None]
-    shift = torch.arange(1 - count, count, device=first.device) * step
+    shift = np.arange(1 - count, count) * step
     return first[:, None] + shift, last[:, None] + shift + 1
 
 
-def _band_signature(distance: Int[Tensor, "N"], window: int, block: int) -> Int[Tensor, "N"]:
+def _band_signature(distance: Positions, window: int, block: int) -> Positions:
     """Distances between block starts, with all that lie wholly inside, and wholly outside, the window made one."""
-    inside = distance.abs() + block - 1 < window
-    return torch.where(inside, 0, distance.clamp(-window - block, window + block))
+    inside = np.abs(distance) < window - block + 1
+    return np.where(inside, 0, clamp(distance, -window - block, window + block))
 
 
 def full() -> Pattern:

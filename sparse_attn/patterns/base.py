@@ -16,6 +16,7 @@ from functools import reduce
 from math import isqrt
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -25,7 +26,8 @@ from sparse_attn.layout import BlockLayout, build_layout
 # query blocks times keys up to which the complement of a pattern is laid out
 COMPLEMENT_CELLS = 1 << 26
 
-Intervals = tuple[Int[Tensor, "N M"], Int[Tensor, "N M"]]
+Positions = Int[np.ndarray, "N"]
+Intervals = tuple[Int[np.ndarray, "N M"], Int[np.ndarray, "N M"]]
 
 
 class Pattern(ABC):
@@ -36,11 +38,11 @@ class Pattern(ABC):
         """The truth for each pair of positions, broadcast."""
 
     @abstractmethod
-    def reach(self, first: Int[Tensor, "N"], last: Int[Tensor, "N"], key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
         """Half-open key intervals holding every key in [0, key_end) that a query in [first, last] sees (maybe more)."""
 
     @abstractmethod
-    def signature(self, query: Int[Tensor, "N"], key: Int[Tensor, "N"], block: int) -> list[Int[Tensor, "N"]]:
+    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
         """Integers that determine the block×block mask that starts at (query, key)."""
 
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
@@ -64,7 +66,10 @@ class Pattern(ABC):
         key, as ``attend`` does. key_offset: position of key 0. Raises: ValueError on a negative length or block < 1."""
         keys = q_len if kv_len is None else kv_len
         first = key_offset + keys - q_len if offset is None else offset
-        return build_layout(self, q_len, keys, block=block, offset=first, key_offset=key_offset)
+        by_distance = self.is_relative and not _complements(self)
+        return build_layout(
+            self, q_len, keys, block=block, offset=first, key_offset=key_offset, by_distance=by_distance
+        )
 
     def visible_pairs(self, q_len: int, kv_len: int | None = None) -> int:
         """Exact number of visible pairs when the last query sits at the last key; for FLOPs and density.
@@ -119,6 +124,13 @@ def _combined(left: Pattern, right: Pattern, kind: "type[_And | _Or]") -> Patter
     return kind(_parts(left, kind) + _parts(right, kind))
 
 
+def _complements(pattern: Pattern) -> bool:
+    """Whether a ``~`` is in it: that is laid out row by row, up to a stated length."""
+    if isinstance(pattern, PerHead):
+        return any(map(_complements, pattern.heads))
+    return isinstance(pattern, _Not) or (isinstance(pattern, _And | _Or) and any(map(_complements, pattern.parts)))
+
+
 def _parts(pattern: Pattern, kind: type) -> tuple[Pattern, ...]:
     return pattern.parts if isinstance(pattern, _And | _Or) and isinstance(pattern, kind) else (pattern,)
 
@@ -130,12 +142,12 @@ class _And(Pattern):
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return reduce(torch.logical_and, (part.visible(query_pos, key_pos) for part in self.parts))
 
-    def reach(self, first: Int[Tensor, "N"], last: Int[Tensor, "N"], key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
         # a complement may see anything: the other parts bound it
         parts = [part for part in self.parts if not isinstance(part, _Not)] or list(self.parts)
         return reduce(_intersect, (part.reach(first, last, key_end) for part in parts))
 
-    def signature(self, query: Int[Tensor, "N"], key: Int[Tensor, "N"], block: int) -> list[Int[Tensor, "N"]]:
+    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
         return [column for part in self.parts for column in part.signature(query, key, block)]
 
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
@@ -165,11 +177,11 @@ class _Or(Pattern):
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return reduce(torch.logical_or, (part.visible(query_pos, key_pos) for part in self.parts))
 
-    def reach(self, first: Int[Tensor, "N"], last: Int[Tensor, "N"], key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
         reaches = [part.reach(first, last, key_end) for part in self.parts]
-        return torch.cat([start for start, _ in reaches], 1), torch.cat([stop for _, stop in reaches], 1)
+        return np.concatenate([start for start, _ in reaches], 1), np.concatenate([stop for _, stop in reaches], 1)
 
-    def signature(self, query: Int[Tensor, "N"], key: Int[Tensor, "N"], block: int) -> list[Int[Tensor, "N"]]:
+    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
         return [column for part in self.parts for column in part.signature(query, key, block)]
 
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
@@ -194,7 +206,7 @@ class _Not(Pattern):
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return ~self.part.visible(query_pos, key_pos)
 
-    def reach(self, first: Int[Tensor, "N"], last: Int[Tensor, "N"], key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
         if len(first) * key_end > COMPLEMENT_CELLS:
             raise ValueError(
                 f"~{self.part} looks at every block: query blocks x keys must be <= {COMPLEMENT_CELLS}"
@@ -202,7 +214,7 @@ class _Not(Pattern):
             )
         return everything(first, key_end)
 
-    def signature(self, query: Int[Tensor, "N"], key: Int[Tensor, "N"], block: int) -> list[Int[Tensor, "N"]]:
+    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
         return self.part.signature(query, key, block)
 
     @property
@@ -229,11 +241,11 @@ class PerHead(Pattern):
         """Visible to some head."""
         return self.union.visible(query_pos, key_pos)
 
-    def reach(self, first: Int[Tensor, "N"], last: Int[Tensor, "N"], key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
         """What some head reaches."""
         return self.union.reach(first, last, key_end)
 
-    def signature(self, query: Int[Tensor, "N"], key: Int[Tensor, "N"], block: int) -> list[Int[Tensor, "N"]]:
+    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
         """Of the union of the heads."""
         return self.union.signature(query, key, block)
 
@@ -272,17 +284,18 @@ def per_head(*patterns: Pattern) -> Pattern:
     return PerHead(patterns)
 
 
-def everything(first: Int[Tensor, "N"], key_end: int) -> Intervals:
+def everything(first: Positions, key_end: int) -> Intervals:
     """The reach of queries that may see all keys below ``key_end``."""
-    return torch.zeros_like(first)[:, None], torch.full_like(first, key_end)[:, None]
+    return np.zeros((len(first), 1), np.int64), np.full((len(first), 1), key_end)
 
 
 def _intersect(
-    left: Intervals, right: tuple[Int[Tensor, "N K"], Int[Tensor, "N K"]]
-) -> tuple[Int[Tensor, "N MK"], Int[Tensor, "N MK"]]:
-    start = torch.maximum(left[0][:, :, None], right[0][:, None, :]).flatten(1)
-    stop = torch.minimum(left[1][:, :, None], right[1][:, None, :]).flatten(1)
-    return start, stop
+    left: Intervals, right: tuple[Int[np.ndarray, "N K"], Int[np.ndarray, "N K"]]
+) -> tuple[Int[np.ndarray, "N MK"], Int[np.ndarray, "N MK"]]:
+    start = np.maximum(left[0][:, :, None], right[0][:, None, :])
+    stop = np.minimum(left[1][:, :, None], right[1][:, None, :])
+    size = (len(start), left[0].shape[1] * right[0].shape[1])
+    return start.reshape(size), stop.reshape(size)
 
 
 def integers(name: str, values: tuple[Any, ...]) -> list[int]:

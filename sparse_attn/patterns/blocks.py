@@ -3,12 +3,14 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sparse_attn.arrays import distinct, tensor
 from sparse_attn.patterns.bands import sliding_window
-from sparse_attn.patterns.base import Intervals, Pattern, at_least, integers
+from sparse_attn.patterns.base import Intervals, Pattern, Positions, at_least, integers
 from sparse_attn.patterns.tokens import global_tokens
 
 
@@ -17,40 +19,46 @@ class _Blocks(Pattern):
 
     size: int
 
-    def chosen(self, row: Int[Tensor, "N"]) -> Int[Tensor, "N C"]:
+    def chosen(self, row: Positions) -> Int[np.ndarray, "N C"]:
         """Key blocks of these query blocks; -1 fills up."""
         raise NotImplementedError
 
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         rows, place = torch.unique(query_pos // self.size, return_inverse=True)
-        seen, key_block = self.chosen(rows), key_pos // self.size
+        seen, key_block = tensor(self.chosen(rows.cpu().numpy())).to(rows.device), key_pos // self.size
         result = torch.zeros(
             torch.broadcast_shapes(query_pos.shape, key_pos.shape), dtype=torch.bool, device=key_pos.device
         )
+        # -1 stands for no choice
+        key_block = torch.where(key_block < 0, -2, key_block)
         for choice in seen.unbind(1):
-            result |= (choice[place] == key_block) & (key_block >= 0)
+            result |= choice[place] == key_block
         return result
 
-    def reach(self, first: Int[Tensor, "N"], last: Int[Tensor, "N"], key_end: int) -> Intervals:
-        start = torch.cat([self._row(rows) for rows in self._touched(first, last)], 1)
-        return start * self.size, torch.where(start < 0, start * self.size, (start + 1) * self.size)
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
+        found = np.concatenate([self.chosen(rows) for rows in self._touched(first, last)], 1)
+        start = found * self.size
+        return start, np.where(found < 0, start, start + self.size)
 
-    def signature(self, query: Int[Tensor, "N"], key: Int[Tensor, "N"], block: int) -> list[Int[Tensor, "N"]]:
+    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
         found = [query % self.size, key % self.size]
         columns = self._touched(key, key + block - 1)
         for row in self._touched(query, query + block - 1):
             seen = self._row(row)
-            found += [((seen == column[:, None]) & (seen >= 0)).any(1).long() for column in columns]
+            found += [((seen == column[:, None]) & (seen >= 0)).any(1).astype(np.int64) for column in columns]
         return found
 
-    def _touched(self, first: Int[Tensor, "N"], last: Int[Tensor, "N"]) -> list[Int[Tensor, "N"]]:
+    def _touched(self, first: Positions, last: Positions) -> list[Positions]:
         """The first, second, … own block that each stretch of positions touches; some may lie behind its end."""
         most = int((last // self.size - first // self.size).max()) + 1 if len(first) else 1
         return [first // self.size + shift for shift in range(most)]
 
-    def _row(self, row: Int[Tensor, "N"]) -> Int[Tensor, "N C"]:
-        distinct, place = torch.unique(row, return_inverse=True)
-        return self.chosen(distinct)[place]
+    def _row(self, row: Positions) -> Int[np.ndarray, "N C"]:
+        if not len(row):
+            return self.chosen(row)
+        least = int(row.min())
+        values, place = distinct(row - least, int(row.max()) - least + 1)
+        return self.chosen(values + least)[place]
 
 
 @dataclass(frozen=True)
@@ -58,12 +66,12 @@ class _BlockSparse(_Blocks):
     rows: tuple[tuple[int, ...], ...]
     size: int
 
-    def chosen(self, row: Int[Tensor, "N"]) -> Int[Tensor, "N C"]:
+    def chosen(self, row: Positions) -> Int[np.ndarray, "N C"]:
         width = max((len(r) for r in self.rows), default=0)
         table = [list(r) + [-1] * (width - len(r)) for r in self.rows] + [[-1] * width]
         inside = (row >= 0) & (row < len(self.rows))
-        filled = torch.tensor(table, dtype=torch.long, device=row.device).view(len(table), width)
-        return filled[torch.where(inside, row, len(self.rows))]
+        filled = np.array(table, np.int64).reshape(len(table), width)
+        return filled[np.where(inside, row, len(self.rows))]
 
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
         ahead = {block for row in self.rows[max(next_query, 0) // self.size :] for block in row}
@@ -80,17 +88,17 @@ class _RandomBlocks(_Blocks):
     seed: int
     length: int | None
 
-    def chosen(self, row: Int[Tensor, "N"]) -> Int[Tensor, "N C"]:
+    def chosen(self, row: Positions) -> Int[np.ndarray, "N C"]:
         # the c-th choice is uniform over the blocks that the earlier ones left: sampling without replacement
-        open_blocks = row + 1 if self.length is None else torch.full_like(row, -(-self.length // self.size))
-        open_blocks = torch.where(row < 0, 0, open_blocks)
-        taken = torch.empty(len(row), 0, dtype=torch.long, device=row.device)
+        open_blocks = row + 1 if self.length is None else np.full_like(row, -(-self.length // self.size))
+        open_blocks = np.where(row < 0, 0, open_blocks)
+        taken = np.empty((len(row), self.count), np.int64)
         for draw in range(self.count):
             left = open_blocks - draw
-            pick = _hashed(self.seed, row, draw) % left.clamp(min=1)
-            for earlier in taken.sort(1).values.unbind(1):
-                pick = pick + ((pick >= earlier) & (earlier >= 0)).long()
-            taken = torch.cat([taken, torch.where(left > 0, pick, -1)[:, None]], 1)
+            pick = _hashed(self.seed, row, draw) % np.maximum(left, 1)
+            for earlier in np.sort(taken[:, :draw], 1).T:
+                pick += (pick >= earlier) & (earlier >= 0)
+            taken[:, draw] = np.where(left > 0, pick, -1)
         return taken
 
     def __str__(self) -> str:
@@ -98,7 +106,7 @@ class _RandomBlocks(_Blocks):
         return f"random_blocks({self.count}, {self.size}, {self.seed}{length})"
 
 
-def _hashed(seed: int, row: Int[Tensor, "N"], draw: int) -> Int[Tensor, "N"]:
+def _hashed(seed: int, row: Positions, draw: int) -> Positions:
     """63 bits from the finaliser of SplitMix64 (Steele et al. 2014): the same on every device and in every process."""
     x = (row * 0x1000003 + draw) ^ (seed * 0x5851F42D4C957F2D + 0x14057B7EF767814F) % (1 << 62)
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):

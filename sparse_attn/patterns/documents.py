@@ -6,12 +6,14 @@ from functools import reduce
 from itertools import accumulate, pairwise
 from operator import and_
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sparse_attn.arrays import starts
 from sparse_attn.patterns.bands import full
-from sparse_attn.patterns.base import Intervals, Pattern, at_least, integers, parts_of
+from sparse_attn.patterns.base import Intervals, Pattern, Positions, at_least, integers, parts_of
 
 
 @dataclass(frozen=True)
@@ -21,15 +23,18 @@ class _Documents(Pattern):
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return self._document(query_pos) == self._document(key_pos)
 
-    def reach(self, first: Int[Tensor, "N"], last: Int[Tensor, "N"], key_end: int) -> Intervals:
-        ends = self._ends(first)
-        edges = torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), max(key_end, int(ends[-1])))])
-        start = torch.where(first < 0, torch.full_like(first, -(1 << 40)), edges[self._document(first).clamp(min=0)])
-        return start[:, None], edges[(self._document(last) + 1)][:, None]
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
+        edges = self._edges
+        stops = np.append(edges, max(key_end, int(edges[-1])))
+        start = np.where(first < 0, -(1 << 40), edges[np.maximum(self._index(first), 0)])
+        return start[:, None], stops[self._index(last) + 1][:, None]
 
-    def signature(self, query: Int[Tensor, "N"], key: Int[Tensor, "N"], block: int) -> list[Int[Tensor, "N"]]:
-        apart = (self._document(query) - self._document(key)).clamp(-block - 1, block + 1)
-        return [self._edges_within(query, block), self._edges_within(key, block), apart]
+    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
+        own, other = (self._span(x, block) for x in (query, key))
+        # Blocks without a document in common are alike; others by where they are cut, and by which is ahead.
+        apart = np.where((own[1] < other[0]) | (other[1] < own[0]), block + 1, own[0] - other[0])
+        cuts = [np.where(apart > block, -1, self._cut(x, span, block)) for x, span in ((query, own), (key, other))]
+        return [*cuts, apart]
 
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
         return self._document(key_pos) >= self._document(torch.tensor(next_query, device=key_pos.device))
@@ -42,15 +47,25 @@ class _Documents(Pattern):
         document = torch.searchsorted(self._ends(position), position.contiguous(), right=True)
         return torch.where(position < 0, -1, document)
 
-    def _edges_within(self, start: Int[Tensor, "N"], block: int) -> Int[Tensor, "N"]:
-        """What tells apart the blocks that hold an edge between documents: where it is, or the block if there are more.
+    @property
+    def _edges(self) -> Int[np.ndarray, "M"]:
+        """Where each document begins, and what lies behind the last one."""
+        return starts(np.array(self.lengths))
 
-        -1 for all blocks inside one document.
-        """
-        first, last = self._document(start), self._document(start + block - 1)
-        edges = torch.cat([start.new_zeros(1), self._ends(start)])
-        place = edges[(first + 1).clamp(max=len(edges) - 1)] - start
-        return torch.where(first == last, -1, torch.where(last - first == 1, place, block + start.abs()))
+    def _index(self, position: Positions) -> Positions:
+        """Index of the document of a position; -1 before the first."""
+        return np.searchsorted(self._edges, position, side="right") - 1
+
+    def _span(self, start: Positions, block: int) -> tuple[Positions, Positions]:
+        """The first and the last document that a block touches."""
+        return self._index(start), self._index(start + (block - 1))
+
+    def _cut(self, start: Positions, span: tuple[Positions, Positions], block: int) -> Positions:
+        """Where in a block the edge between two documents lies, or the block itself if there are more; -1: none."""
+        first, last = span
+        edges = self._edges
+        place = edges[np.minimum(first + 1, len(edges) - 1)] - start
+        return np.where(first == last, -1, np.where(last - first == 1, place, block + np.abs(start)))
 
     def __str__(self) -> str:
         return f"documents({', '.join(map(str, self.lengths))})"

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sparse_attn.arrays import clamp
 from sparse_attn.patterns.bands import multiples
-from sparse_attn.patterns.base import Intervals, Pattern, at_least, everything
+from sparse_attn.patterns.base import Intervals, Pattern, Positions, at_least, everything
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,13 @@ class _SameRow(Pattern):
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return query_pos // self.width == key_pos // self.width
 
-    def reach(self, first: Int[Tensor, "N"], last: Int[Tensor, "N"], key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
         return (first // self.width * self.width)[:, None], ((last // self.width + 1) * self.width)[:, None]
 
-    def signature(self, query: Int[Tensor, "N"], key: Int[Tensor, "N"], block: int) -> list[Int[Tensor, "N"]]:
-        apart = (query // self.width - key // self.width).clamp(-block - 1, block + 1)
+    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
+        # Blocks so far apart share no row of the grid.
+        far = (block - 1) // self.width + 2
+        apart = clamp(query // self.width - key // self.width, -far, far)
         return [_crossing(query, self.width, block), _crossing(key, self.width, block), apart]
 
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
@@ -40,15 +44,14 @@ class _LastColumns(Pattern):
         seen = key_pos % self.width >= self.width - self.columns
         return seen.expand(torch.broadcast_shapes(query_pos.shape, key_pos.shape))
 
-    def reach(self, first: Int[Tensor, "N"], last: Int[Tensor, "N"], key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
         if self.width <= int((last - first).max() if len(first) else 0) + 1:
             return everything(first, key_end)
-        stop = torch.arange(self.width, max(key_end, 0) + self.width, self.width, device=first.device).expand(
-            len(first), -1
-        )
+        stop = np.arange(self.width, max(key_end, 0) + self.width, self.width)
+        stop = np.broadcast_to(stop, (len(first), len(stop)))
         return stop - self.columns, stop
 
-    def signature(self, query: Int[Tensor, "N"], key: Int[Tensor, "N"], block: int) -> list[Int[Tensor, "N"]]:
+    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
         return [key % self.width]
 
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
@@ -58,10 +61,10 @@ class _LastColumns(Pattern):
         return f"last_columns({self.width}, {self.columns})"
 
 
-def _crossing(start: Int[Tensor, "N"], width: int, block: int) -> Int[Tensor, "N"]:
+def _crossing(start: Positions, width: int, block: int) -> Positions:
     """Where in its row a block starts, or -1 for all blocks that lie in one row."""
     place = start % width
-    return torch.where(place + block <= width, -1, place)
+    return np.where(place + block <= width, -1, place)
 
 
 def same_row(width: int) -> Pattern:

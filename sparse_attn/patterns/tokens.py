@@ -3,12 +3,14 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sparse_attn.arrays import clamp
 from sparse_attn.patterns.bands import causal
-from sparse_attn.patterns.base import Intervals, Pattern, at_least, everything, integers
+from sparse_attn.patterns.base import Intervals, Pattern, Positions, at_least, everything, integers
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,11 @@ class _Sinks(Pattern):
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return (key_pos < self.count).expand(torch.broadcast_shapes(query_pos.shape, key_pos.shape))
 
-    def reach(self, first: Int[Tensor, "N"], last: Int[Tensor, "N"], key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
         return everything(first, self.count)
 
-    def signature(self, query: Int[Tensor, "N"], key: Int[Tensor, "N"], block: int) -> list[Int[Tensor, "N"]]:
-        return [(self.count - key).clamp(0, block)]
+    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
+        return [clamp(self.count - key, 0, block)]
 
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
         return key_pos < self.count
@@ -39,30 +41,40 @@ class _GlobalTokens(Pattern):
         chosen = torch.tensor(self.positions, device=key_pos.device)
         return torch.isin(query_pos, chosen) | torch.isin(key_pos, chosen)
 
-    def reach(self, first: Int[Tensor, "N"], last: Int[Tensor, "N"], key_end: int) -> Intervals:
-        start = torch.tensor(self.positions, device=first.device).expand(len(first), -1)
-        whole = torch.where(self._holds(first, last + 1), key_end, 0)[:, None]
-        return torch.cat([torch.zeros_like(whole), start], 1), torch.cat([whole, start + 1], 1)
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
+        chosen = np.array(self.positions)
+        begins = np.append(True, np.diff(chosen) > 1)
+        ends = np.append(begins[1:], True)
+        start, stop = (np.zeros((len(first), int(begins.sum()) + 1), np.int64) for _ in range(2))
+        start[:, 1:], stop[:, 1:] = chosen[begins], chosen[ends] + 1
+        held, _ = self._held(first, last + 1)
+        stop[:, 0] = np.where(held > 0, key_end, 0)
+        return start, stop
 
-    def signature(self, query: Int[Tensor, "N"], key: Int[Tensor, "N"], block: int) -> list[Int[Tensor, "N"]]:
-        return [torch.where(self._holds(x, x + block), x, NOWHERE) for x in (query, key)]
+    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
+        return [self._where(query, block), self._where(key, block)]
 
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
         if self.positions[-1] >= next_query:
             return torch.ones_like(key_pos, dtype=torch.bool)
         return torch.isin(key_pos, torch.tensor(self.positions, device=key_pos.device))
 
-    def _holds(self, start: Int[Tensor, "N"], stop: Int[Tensor, "N"]) -> Bool[Tensor, "N"]:
-        """Whether [start, stop) holds a global position."""
-        chosen = torch.tensor(self.positions, device=start.device)
-        return torch.searchsorted(chosen, start) < torch.searchsorted(chosen, stop)
+    def _held(self, start: Positions, stop: Positions) -> tuple[Positions, Positions]:
+        """How many global positions lie in [start, stop), and which of them is the first there."""
+        chosen = np.array(self.positions)
+        begin = np.searchsorted(chosen, start)
+        return np.searchsorted(chosen, stop) - begin, begin
+
+    def _where(self, start: Positions, block: int) -> Positions:
+        """What tells apart blocks by the global positions that they hold: -1 for none, block for all, the place of a
+        single one, and the block itself where there are several."""
+        held, begin = self._held(start, start + block)
+        place = np.array(self.positions)[np.minimum(begin, len(self.positions) - 1)] - start
+        several = np.where(held == block, block, 2 * block + start)
+        return np.where(held == 0, -1, np.where(held == 1, place, several))
 
     def __str__(self) -> str:
         return f"global_tokens({', '.join(map(str, self.positions))})"
-
-
-# stands for every block without a global position; no block starts here
-NOWHERE = -(1 << 40)
 
 
 def sinks(count: int) -> Pattern:

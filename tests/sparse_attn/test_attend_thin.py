@@ -23,6 +23,7 @@ THIN = [
     ("sliding_window(20) | global_tokens([3, 77, 150])", 250, 250),
     ("causal() & strided(32)", 256, 256),
     ("causal() & strided(32)", 245, 270),
+    ("causal() & strided(40)", 403, 403),
     ("strided(32)", 250, 250),
     ("causal() & fixed(32, 8)", 256, 256),
     ("causal() & fixed(32, 5)", 251, 251),
