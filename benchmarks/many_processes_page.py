@@ -132,11 +132,14 @@ def _verdicts(found: dict[str, list[float]], where: str) -> list[str]:
             gap = statistics.fmean(found[arm]) / statistics.fmean(found["dense"]) - 1
             held = "held" if gap <= WITHIN else "did not hold"
             told.append(f"- {arm} within {WITHIN:.0%} of the dense run {where}: **{held}** ({gap:+.2%}).")
-    bare, remembered = found.get("top-k 1%, no error feedback"), found.get("top-k 1%")
-    if bare and remembered:
-        worse = statistics.fmean(bare) / statistics.fmean(remembered) - 1
-        held = "held" if min(bare) > max(remembered) else "did not hold"
-        told.append(f"- Error feedback off is worse in every seed {where}: **{held}** ({worse:+.2%} in the mean).")
+    for arm in ("top-k 1%", "top-k 1%, warm-up"):
+        bare, remembered = found.get(f"{arm}, no error feedback"), found.get(arm)
+        if bare and remembered:
+            worse = statistics.fmean(bare) / statistics.fmean(remembered) - 1
+            held = "held" if min(bare) > max(remembered) else "did not hold"
+            told.append(
+                f"- {arm} without error feedback is worse in every seed {where}: **{held}** ({worse:+.2%} in the mean)."
+            )
     return told
 
 

@@ -87,7 +87,7 @@ def test_the_verdict_says_what_held():
     text, of = page.verdict(CELLS), "10 steps, 25,000 parameters from deviation 0.02"
     assert f"top-k 1% within 1% of the dense run under momentum SGD, {of}: **held** (+0.58%)" in text
     assert f"DGC 1% within 1% of the dense run under AdamW, {of}: **did not hold** (+2.86%)" in text
-    assert f"Error feedback off is worse in every seed under momentum SGD, {of}: **held**" in text
+    assert f"top-k 1% without error feedback is worse in every seed under momentum SGD, {of}: **held**" in text
 
 
 def test_other_models_and_other_initial_weights_are_apart():
@@ -125,7 +125,7 @@ def test_a_rate_is_searched_to_both_sides_and_then_repeated():
 
 
 def test_arms_are_chosen_by_name_an_optimiser_at_a_time():
-    assert chosen(["adamw", "sgd"], ["DGC 1%", "dense"]) == [ADAMW[2], ADAMW[0], SGD[2], SGD[0]]
+    assert chosen(["adamw", "sgd"], ["DGC 1%", "dense"]) == [ADAMW[1], ADAMW[0], SGD[1], SGD[0]]
     assert {arm.optimizer for arm in chosen(["sgd"], None)} == {"sgd"}
 
 
