@@ -1,7 +1,7 @@
 """One pre-norm block: ``x + attention(norm(x))``, then ``x + feedforward(norm(x))``."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,6 +12,7 @@ from moe import PEER, DepthRouting, LayerDrop, MoE, PathDropout, ProductKeyMemor
 from moe.dropout import keep_mask
 from moe.memory_values import MemoryValues
 from moe.noise import Noise
+from moe.routers.top_k import repeat_draw
 from sparse_attn import KVCache, RaggedKVCache, StreamingKVCache
 from transformer.build import build_attention, build_depth, build_feedforward
 from transformer.feedforward import FeedForward, autocast_once
@@ -23,12 +24,14 @@ from transformer.norm import RMSNorm
 class Choices:
     """What a block chose: experts for its tokens, and which tokens pass it; None where it has nothing to choose.
 
-    losses: side losses of its attention's selection, by name.
+    losses: side losses of its attention's selection, by name. again: the routing is a choice of the same run, which is
+    computed again.
     """
 
     routing: Routing | None = None
     depth: DepthRouting | None = None
     losses: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
+    again: bool = False
 
     def detach(self) -> "Choices":
         """The same without gradient history and losses: what to keep for a replay."""
@@ -125,7 +128,7 @@ class Block(nn.Module):
         if self.layer_drop.skips(generator=noise):
             return x, self._no_choices(x)
         if self.depth is None:
-            return self._run(x, rows, cache, replay.routing, choose_first)
+            return self._run(x, rows, cache, replay, choose_first)
         depth = self.depth.route(
             x, padding_mask=token_mask, choose="predictor" if cache is not None else "auto", replay=replay.depth
         )
@@ -133,7 +136,7 @@ class Block(nn.Module):
 
         def run(passing: Tensor, places: Tensor) -> Tensor:
             chosen = rows.at(places, x.shape[1], start=start, ragged=depth.ragged)
-            y, choices = self._run(passing, chosen, cache, replay.routing, choose_first)
+            y, choices = self._run(passing, chosen, cache, replay, choose_first)
             routings.append(choices.routing)
             return y
 
@@ -145,7 +148,7 @@ class Block(nn.Module):
         x: Float[Tensor, "B L D"],
         rows: Rows,
         cache: KVCache | RaggedKVCache | StreamingKVCache | None,
-        replay: Routing | None,
+        replay: Choices,
         choose_first: bool,
     ) -> tuple[Float[Tensor, "B L D"], Choices]:
         losses: dict[str, Tensor] = {}
@@ -178,13 +181,16 @@ class Block(nn.Module):
 
 
 def _feed(
-    feedforward: nn.Module, normed: Float[Tensor, "B L D"], rows: Rows, replay: Routing | None, choose_first: bool
+    feedforward: nn.Module, normed: Float[Tensor, "B L D"], rows: Rows, replay: Choices, choose_first: bool
 ) -> tuple[Float[Tensor, "B L D"], Routing | None]:
     if isinstance(feedforward, MoE):
-        if choose_first and replay is None:
+        routing = replay.routing
+        if routing is not None and replay.again:
+            repeat_draw(routing)
+        elif routing is None and choose_first:
             with torch.no_grad():
-                replay = feedforward.route(normed, token_ids=rows.ids, padding_mask=rows.mask, generator=rows.noise)
-        return feedforward(normed, token_ids=rows.ids, padding_mask=rows.mask, replay=replay, generator=rows.noise)
+                routing = feedforward.route(normed, token_ids=rows.ids, padding_mask=rows.mask, generator=rows.noise)
+        return feedforward(normed, token_ids=rows.ids, padding_mask=rows.mask, replay=routing, generator=rows.noise)
     if isinstance(feedforward, SoftMoE | ProductKeyMemory | PEER):
         return feedforward(normed, padding_mask=rows.mask), None
     if isinstance(feedforward, FeedForward):
@@ -199,14 +205,15 @@ def recomputed(
 
     The second run replays what the first one chose: a gate that ties, or differs in its last bit, cannot send a token
     elsewhere. ``run`` must choose experts first and then replay in the first run too, so that both save the same
-    tensors.
+    tensors. Both draw alike from torch's generators.
     """
     chosen: list[Choices] = []
+    chooses = replay is None or replay.routing is None
 
     def again(x: Tensor) -> tuple[Tensor, Choices]:
         y, choices = run(x, chosen[0] if chosen else replay)
         if not chosen:
-            chosen.append(choices.detach())
+            chosen.append(replace(choices.detach(), again=chooses))
         return y, choices
 
     return checkpoint(again, x, use_reentrant=False)

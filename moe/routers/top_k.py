@@ -206,6 +206,13 @@ def draw_seed(replay: Routing | None, generator: Source | None, *, drawn: bool) 
     return int(torch.randint(2**62, (), generator=generator, device=device))
 
 
+def repeat_draw(routing: Routing) -> None:
+    """Move torch's generator on as choosing ``routing`` did, if its noise came from there: for a run that is computed
+    again with that choice, and whose later draws must be those of the first."""
+    if isinstance(routing.noise_seed, int):
+        draw_seed(None, None, drawn=True)
+
+
 def _require_same_padding(real: Bool[Tensor, "T"] | None, replay: Routing) -> None:
     if real is None or torch.compiler.is_compiling():
         return

@@ -181,8 +181,18 @@ def test_recomputation_does_not_route_again(monkeypatch):
     assert len(seen) == 3 and all(routing.expert.equal(seen[0].expert) for routing in seen)
 
 
-def test_jitter_is_the_same_in_the_recomputation():
-    config = uniform(feedforward=MoEConfig(6, 4, k=1, router="switch", jitter=0.3, capacity_factor=1.0))
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        MoEConfig(6, 4, k=1, router="switch", jitter=0.3, capacity_factor=1.0),
+        MoEConfig(6, 4, k=2, router="noisy_top_k"),
+        MoEConfig(6, 4, k=2, router="top_2"),
+    ],
+    ids=lambda mixture: mixture.router,
+)
+def test_noise_is_the_same_in_the_recomputation(mixture, dropout):
+    config = uniform(feedforward=mixture, dropout=dropout)
     model = model_of(config, torch.float64).train()
     ids = torch.randint(13, (2, 9))
     gradients = []
