@@ -75,8 +75,9 @@ class MoE(nn.Module):
         checkpointing and debugging). generator: for routers that draw noise, or :class:`moe.Noise`.
         Raises: ValueError for a wrong width; FloatingPointError, with the layer's name, for non-finite router logits.
         """
-        if x.shape[-1] != self.dim:
-            raise ValueError(f"{self.name}: x must have width dim={self.dim}, got {x.shape[-1]}")
+        if not x.dim() or x.shape[-1] != self.dim:
+            found = x.shape[-1] if x.dim() else "a scalar"
+            raise ValueError(f"{self.name}: x must have width dim={self.dim}, got {found}")
         routing = self.route(x, token_ids=token_ids, padding_mask=padding_mask, replay=replay, generator=generator)
         rows = x.reshape(-1, self.dim)
         if self.shared is None:

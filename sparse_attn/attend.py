@@ -124,6 +124,8 @@ def attend(
     """
     q, k, v = _autocast(q, k, v)
     check_tensors(q, k, v, key_mask, query_positions, key_positions)
+    if isinstance(pattern, str):
+        raise ValueError(f"pattern must be a Pattern, got {pattern!r}: parse_pattern reads one from text")
     seen = per_head(*pattern) if isinstance(pattern, Sequence) else pattern
     check_options(q, k, seen, layout, query_positions, key_positions, softcap, alibi, dropout, backend, return_lse)
     scoring = Scoring(1 / sqrt(max(q.shape[-1], 1)) if scale is None else float(scale), softcap, alibi)

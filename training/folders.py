@@ -12,7 +12,11 @@ MARKER = ".sparse-transformers"
 
 def mark(folder: Path) -> None:
     """Make ``folder`` and say that it is this package's own: :func:`training.corpora.read_files` leaves it out."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"{folder} cannot be made a folder ({error.strerror}): give another --out"
+        raise OSError(error.errno, message) from error
     (folder / MARKER).touch()
 
 

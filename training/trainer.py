@@ -346,11 +346,11 @@ class Trainer:
         where = blame(self.parallel, where, finite=math.isfinite(loss))
         self.optimizers.zero_grad()
         good = latest_checkpoint(self.out / CHECKPOINTS)
-        kept = f"the last good checkpoint is {good}" if good else "no checkpoint had been written yet"
+        kept = f"the last good checkpoint is {good}: resume" if good else "there is no checkpoint yet: start again"
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
         return NonFiniteError(
-            f"step {self.step + 1}: {what}, {where}; nothing was updated and {kept}:"
-            " resume with a lower --optim.lr or --train.dtype float32"
+            f"step {self.step + 1}: {what}, {where}; nothing was updated and {kept}"
+            " with a lower --optim.lr or --train.dtype float32"
         )
 
 

@@ -168,8 +168,8 @@ def _check(
         )
     if not (temperature == 0 or 1e-6 <= temperature < float("inf")):
         raise ValueError(f"temperature must be 0 (greedy) or in [1e-6, inf), got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be >= 1, got {top_k}")
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k must be >= 1, an int, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     if mask is not None and not bool((mask.bool().cummax(1).values == mask.bool()).all() and mask[:, -1].all()):

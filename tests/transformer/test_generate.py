@@ -3,6 +3,7 @@ import torch
 
 from tests.tolerances import close
 from tests.transformer.test_model import MIXTURE, WINDOW, model_of, unequal, uniform
+from tests.typecheck import unchecked
 from transformer import Transformer, generate, stream
 from transformer.generate import choose
 
@@ -99,12 +100,13 @@ def test_temperature_follows_the_softmax():
         ({"max_new_tokens": 2000}, r"must fit max_length=1024, got 3 \+ 2000"),
         ({"temperature": -0.1}, "temperature must be 0"),
         ({"top_k": 0}, "top_k must be >= 1"),
+        ({"top_k": 2.5}, r"top_k must be >= 1, an int, got 2\.5"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"attention_mask": torch.tensor([[1, 1, 0]])}, "attention_mask must be 0 on the left"),
     ],
 )
 def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
+    with unchecked(), pytest.raises(ValueError, match=message):
         generate(Transformer(uniform()), torch.zeros(1, 3, dtype=torch.long), **{"max_new_tokens": 1, **options})
 
 
