@@ -6,6 +6,8 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# On AMD processors MKL's products else differ in their last bits with where their factors lie in memory.
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 # Before triton is imported: its kernels run interpreted, on the CPU. TRITON_INTERPRET=0 tests them on a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -181,7 +181,7 @@ def test_a_cell_killed_between_its_record_and_the_studys_line_is_not_trained_aga
 
 @pytest.mark.timeout(PATIENCE)
 def test_a_killed_study_goes_on_where_it_stopped(toy, tmp_path):
-    toy(steps=60, one=True)
+    toy(steps=400, one=True)
     code = (
         "from pathlib import Path; from training.study import load_study, run_study\n"
         f"run_study(load_study(Path({str(tmp_path / 'toy.toml')!r})), out=Path({str(tmp_path / 'out')!r}),"

@@ -62,12 +62,13 @@ def test_a_killed_probe_leaves_no_process_behind(started, tmp_path):
     assert wait(lambda: not in_session(started.pid), seconds=60)
 
 
+@pytest.mark.timeout(400)
 @processes
 def test_ctrl_c_ends_a_probe_at_once_without_tracebacks_and_says_what_is_kept(started):
     assert wait(lambda: len(in_session(started.pid)) == 4)
     # as a terminal does: to every process of the group, while the workers import
     os.killpg(started.pid, signal.SIGINT)
-    _, words = started.communicate(timeout=120)
+    _, words = started.communicate(timeout=300)
     assert started.returncode == 128 + signal.SIGINT
     assert words == (
         "interrupted: 0 records are in records.jsonl, cells that were training are lost, as they have no checkpoints; "
