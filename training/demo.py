@@ -50,7 +50,7 @@ class DemoConfig:
 
     out: Path = Path("runs/demo")
     """Folder for models, records and the page."""
-    steps: int = 600
+    steps: int = 500
     """Training steps of each model. Below 100: a quick look, on 60 documents."""
     device: str = "auto"
     """'cpu', 'cuda', or 'auto' (the first GPU if there is one)."""

@@ -23,9 +23,9 @@ Evaluate = Callable[[Transformer], Evaluation]
 FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 SPARSITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 CALIBRATION_BATCHES = 8
-RECOVERY_SHARE = 0.1  # of the training steps
+RECOVERY_SHARE = 0.06  # of the training steps
 RECOVERY_RATE = 0.1  # of the peak learning rate: a little above where training ended, or the loss goes up again
-GENERATION_BATCH, GENERATION_ROUNDS = 16, 5
+GENERATION_BATCH, GENERATION_ROUNDS = 16, 4
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def remove_heads(
 
 
 def recovery(run: RunConfig) -> RunConfig:
-    """The one recipe for every fraction: a tenth of the steps at a small rate that falls to zero."""
+    """The one recipe for every fraction: 6% of the steps at a small rate that falls to zero."""
     steps = max(1, round(RECOVERY_SHARE * run.train.steps))
     optim = dataclasses.replace(run.optim, lr=RECOVERY_RATE * run.optim.lr, warmup=max(1, steps // 10), final=0.0)
     return dataclasses.replace(run, optim=optim, train=dataclasses.replace(run.train, steps=steps), seed=run.seed + 2)
