@@ -4,20 +4,18 @@ from transformer.attention import Attention
 from transformer.block import Block
 from transformer.config import TransformerConfig
 from transformer.feedforward import FeedForward
-from transformer.generate import generate, stream
-from transformer.hf import from_hugging_face, to_hugging_face
-from transformer.layer_config import (
-    AttentionConfig,
+from transformer.feedforward_config import (
     DenseConfig,
-    DepthConfig,
     FeedForwardConfig,
-    LayerConfig,
     MoEConfig,
     PEERConfig,
     ProductKeyConfig,
     SoftMoEConfig,
     ThresholdedConfig,
 )
+from transformer.generate import generate, stream
+from transformer.hf import from_hugging_face, to_hugging_face
+from transformer.layer_config import AttentionConfig, DepthConfig, LayerConfig
 from transformer.loss import chunked_cross_entropy
 from transformer.model import ModelCache, ModelOutput, Transformer
 from transformer.rope import RopeScaling

@@ -10,16 +10,15 @@ from moe import MemoryValues, MoE
 from moe.depth import passing_tokens, predictor_width
 from sparse_attn import Pattern, PerHead, parse_pattern
 from transformer.config import TransformerConfig
-from transformer.layer_config import (
-    AttentionConfig,
+from transformer.feedforward_config import (
     DenseConfig,
-    LayerConfig,
     MoEConfig,
     PEERConfig,
     ProductKeyConfig,
     SoftMoEConfig,
     ThresholdedConfig,
 )
+from transformer.layer_config import AttentionConfig, LayerConfig
 from transformer.selection_cost import selection_flops
 
 if TYPE_CHECKING:

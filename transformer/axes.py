@@ -10,7 +10,7 @@ from sparse_attn import PerHead
 from transformer.attention import Attention
 from transformer.block import Block
 from transformer.feedforward import FeedForward
-from transformer.layer_config import DenseConfig
+from transformer.feedforward_config import DenseConfig
 from transformer.unit_axes import expert_axis, expert_neuron_axes, layer_axis, width_axis
 
 if TYPE_CHECKING:
@@ -88,9 +88,12 @@ def _resize_heads(model: "Transformer", index: int) -> Callable[[list[int]], Non
         attention.num_kv_heads = attention.key.out_features // attention.head_dim
         if isinstance(attention.pattern, PerHead):
             attention.pattern = attention.pattern.keep(kept)
+        if attention.alibi is not None:
+            attention.alibi = tuple(attention.alibi[head] for head in kept)
         smaller = dataclasses.replace(
             layer.attention, num_heads=attention.num_heads, num_kv_heads=attention.num_kv_heads,
             pattern=str(attention.pattern) if isinstance(attention.pattern, PerHead) else layer.attention.pattern,
+            alibi_slopes=attention.alibi,
         )  # fmt: skip
         model.set_layer(index, dataclasses.replace(layer, attention=smaller))
 

@@ -34,10 +34,8 @@ from sparse_attn.selection.sinkhorn import SinkhornSorting
 from sparse_attn.selection.top_k import TopKKeys
 from transformer.attention import Attention
 from transformer.feedforward import FeedForward
-from transformer.layer_config import (
-    AttentionConfig,
+from transformer.feedforward_config import (
     DenseConfig,
-    DepthConfig,
     FeedForwardConfig,
     MoEConfig,
     PEERConfig,
@@ -45,6 +43,7 @@ from transformer.layer_config import (
     SoftMoEConfig,
     ThresholdedConfig,
 )
+from transformer.layer_config import AttentionConfig, DepthConfig
 from transformer.selection_config import (
     DSAConfig,
     KMeansConfig,
@@ -63,7 +62,8 @@ def build_attention(dim: int, config: AttentionConfig, *, norm_eps: float = 1e-6
     return Attention(
         dim, config.num_heads, config.num_kv_heads, config.head_dim, pattern, qk_norm=config.qk_norm, norm_eps=norm_eps,
         bias=config.bias, head_dropout=config.head_dropout, drop_connect=config.drop_connect,
-        selection=selection, thresholds=config.thresholds,
+        selection=selection, thresholds=config.thresholds, softcap=config.softcap, dropout=config.dropout,
+        alibi=config.slopes(),
     )  # fmt: skip
 
 

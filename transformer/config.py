@@ -14,18 +14,16 @@ from typing import Any, TypeVar
 from moe import AttentionThresholds, Thresholds
 from sparse_attn import parse_pattern
 from transformer.checks import at_least, check_fields, check_rate
-from transformer.layer_config import (
-    AttentionConfig,
+from transformer.feedforward_config import (
     DenseConfig,
-    DepthConfig,
     FeedForwardConfig,
-    LayerConfig,
     MoEConfig,
     PEERConfig,
     ProductKeyConfig,
     SoftMoEConfig,
     ThresholdedConfig,
 )
+from transformer.layer_config import AttentionConfig, DepthConfig, LayerConfig
 from transformer.rope import RopeScaling
 from transformer.selection_config import SELECTIONS, SinkhornConfig
 

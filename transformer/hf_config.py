@@ -8,7 +8,8 @@ from typing import Any
 
 from sparse_attn import parse_pattern
 from transformer.config import TransformerConfig
-from transformer.layer_config import AttentionConfig, DenseConfig, LayerConfig, MoEConfig
+from transformer.feedforward_config import DenseConfig, MoEConfig
+from transformer.layer_config import AttentionConfig, LayerConfig
 from transformer.rope import RopeScaling
 
 
@@ -106,7 +107,7 @@ _ROPE_KEYS: dict[str, dict[str, str]] = {
 PRUNED = "pruned_layers"  # [heads, key-value heads, neurons] of each layer, which pruning leaves in the config
 PRUNED_WIDTH = "pruned_width"  # the width, where the config's own class would refuse it
 _TRAINING_ONLY = (
-    "bias_update", "head_dropout", "drop_connect", "path_dropout", "layer_drop", "error_k", "error_unified",
+    "bias_update", "dropout", "head_dropout", "drop_connect", "path_dropout", "layer_drop", "error_k", "error_unified",
 )  # fmt: skip
 _WINDOWED = re.compile(r"causal\(\) & sliding_window\((\d+)\)|sliding_window\((\d+)\) & causal\(\)")
 

@@ -3,15 +3,14 @@
 import math
 from dataclasses import dataclass
 
-from moe import AttentionThresholds, Thresholds
-from moe.thresholded import GATED
-from sparse_attn import Pattern, PerHead, causal, parse_pattern
+import torch
+
+from moe import AttentionThresholds
+from sparse_attn import Pattern, PerHead, alibi_slopes, causal, parse_pattern
 from transformer.checks import at_least, check_fields, check_rate, one_of
+from transformer.feedforward_config import FeedForwardConfig
 from transformer.selection_config import SELECTIONS, SelectionConfig
 
-ACTIVATIONS = ("swiglu", "gelu", "relu2")
-ROUTERS = ("top_k", "switch", "noisy_top_k", "top_2", "sigmoid", "expert_choice", "hash", "sinkhorn", "base")
-DROP_PRIORITIES = ("first_come", "gate", "choice")
 QK_NORMS = ("none", "head", "full")
 
 
@@ -20,7 +19,7 @@ class AttentionConfig:
     """One attention layer.
 
     num_heads: query heads. num_kv_heads: key-value heads, a divisor of num_heads (grouped-query attention).
-    head_dim: channels of one head, even (RoPE rotates pairs). pattern: which keys a query sees, as text that
+    head_dim: channels of one head, even with RoPE, which rotates pairs. pattern: which keys a query sees, as text that
     :func:`sparse_attn.parse_pattern` reads, e.g. ``"causal() & (sliding_window(256) | sinks(4))"``.
     qk_norm: RMSNorm of queries and keys before they turn: "none", "head" (each head by itself, one weight for all of
     them; Qwen3) or "full" (all heads together; OLMoE).
@@ -31,6 +30,11 @@ class AttentionConfig:
     ``causal()``. None: the pattern alone decides.
     thresholds: magnitudes up to which the inputs of the four projections are left out, in training too (TEAL;
     :class:`moe.ThresholdedLinear`). None: none is.
+    softcap: scores become softcap · tanh(score / softcap) before the softmax (Gemma 2, arXiv:2408.00118). None: as they
+    are. dropout: rate at which attention probabilities are dropped in training (Vaswani et al. 2017, arXiv:1706.03762).
+    alibi: positions by a bias of -slope · abs(i - j) on the scores of each head in place of RoPE (Press et al. 2021,
+    arXiv:2108.12409). alibi_slopes: of each query head; None: :func:`sparse_attn.alibi_slopes`, the paper's. Pruning
+    writes those of the heads that stay. A selection takes none of these four.
     """
 
     num_heads: int
@@ -43,19 +47,29 @@ class AttentionConfig:
     drop_connect: float = 0.0
     selection: SelectionConfig | None = None
     thresholds: AttentionThresholds | None = None
+    softcap: float | None = None
+    dropout: float = 0.0
+    alibi: bool = False
+    alibi_slopes: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.alibi_slopes, list):  # as JSON gives it
+            object.__setattr__(self, "alibi_slopes", tuple(self.alibi_slopes))
         check_fields(self)
         at_least("num_heads", self.num_heads, 1)
         at_least("num_kv_heads", self.num_kv_heads, 1)
         at_least("head_dim", self.head_dim, 2)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads={self.num_heads}, got {self.num_kv_heads}")
-        if self.head_dim % 2:
+        if self.head_dim % 2 and not self.alibi:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
         one_of("qk_norm", self.qk_norm, QK_NORMS)
         check_rate("head_dropout", self.head_dropout)
         check_rate("drop_connect", self.drop_connect)
+        check_rate("dropout", self.dropout)
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"softcap must be None or a finite number > 0, got {self.softcap}")
+        self._check_slopes()
         pattern = parse_pattern(self.pattern)
         if isinstance(pattern, PerHead) and len(pattern.heads) != self.num_heads:
             raise ValueError(
@@ -65,6 +79,24 @@ class AttentionConfig:
         if self.selection is not None:
             self._check_selection(pattern)
 
+    def slopes(self) -> tuple[float, ...] | None:
+        """ALiBi's slope of each query head, or None where RoPE gives the positions."""
+        if not self.alibi or self.alibi_slopes is not None:
+            return self.alibi_slopes
+        with torch.device("cpu"):  # a model may be built on the meta device
+            return tuple(alibi_slopes(self.num_heads).tolist())
+
+    def _check_slopes(self) -> None:
+        slopes = self.alibi_slopes
+        if slopes is None:
+            return
+        if not self.alibi:
+            raise ValueError(f"alibi_slopes need alibi=True, got {slopes}")
+        if len(slopes) != self.num_heads:
+            raise ValueError(f"alibi_slopes must be one for each of num_heads={self.num_heads}, got {len(slopes)}")
+        if not all(isinstance(slope, int | float) and 0 <= slope < math.inf for slope in slopes):
+            raise ValueError(f"alibi_slopes must be finite numbers >= 0, got {slopes}")
+
     def _check_selection(self, pattern: Pattern) -> None:
         if not isinstance(self.selection, tuple(SELECTIONS.values())):
             known = ", ".join(record.__name__ for record in SELECTIONS.values())
@@ -73,249 +105,10 @@ class AttentionConfig:
             raise ValueError(
                 f"a selection chooses among all earlier keys: pattern must be causal(), got {self.pattern!r}"
             )
-
-
-@dataclass(frozen=True)
-class DenseConfig:
-    """A dense feed-forward layer of ``hidden`` neurons; ``swiglu`` has a gate matrix, ``gelu`` and ``relu2`` do not.
-
-    drop_connect: rate at which single weights are dropped in training (:class:`moe.DropConnect`). error_k: how many of
-    the errors that come back to each output vector of a matrix are kept, None for all; error_unified: the same ones
-    for all tokens of a batch (:func:`moe.meprop_linear`). A matrix narrower than error_k keeps all.
-    """
-
-    hidden: int
-    activation: str = "swiglu"
-    drop_connect: float = 0.0
-    error_k: int | None = None
-    error_unified: bool = False
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        at_least("hidden", self.hidden, 1)
-        one_of("activation", self.activation, ACTIVATIONS)
-        if self.error_k is not None:
-            at_least("error_k", self.error_k, 1)
-        elif self.error_unified:
-            raise ValueError("error_unified needs error_k, the number of errors that are kept, got error_k=None")
-        check_rate("drop_connect", self.drop_connect)
-
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """A mixture of ``num_experts`` feed-forward layers of ``hidden`` neurons each, ``k`` of them for each token.
-
-    router: how experts are chosen (:data:`ROUTERS`); ``switch`` and ``base`` take k = 1, ``top_2`` k = 2; under
-    ``expert_choice`` each expert takes T·k/E tokens, so that k is what a token gets on average. renormalize: whether
-    the gates of the chosen k sum to 1 (top_k, sigmoid). jitter: multiplicative input noise of the switch router in
-    training.
-    num_groups, top_groups: the sigmoid router chooses inside the best ``top_groups`` of ``num_groups`` groups of
-    experts; route_scale: factor on its gates; bias_update: step of its balancing bias. sinkhorn_iterations: of the
-    sinkhorn router in training. hash_seed: which of the hash functions the hash router takes.
-    capacity_factor: None keeps every assignment; a number c lets an expert take ``ceil(k·T/E·c)`` of them and drops the
-    rest; drop_priority: the latest ("first_come"), the lowest gates ("gate") or second choices ("choice") go first.
-    shared_hidden: neurons of a dense expert that every token uses.
-    allow_future: an expert-choice router compares a token with later ones; a causal model takes it only with this.
-    """
-
-    hidden: int
-    num_experts: int
-    k: int = 2
-    router: str = "top_k"
-    renormalize: bool = True
-    capacity_factor: float | None = None
-    shared_hidden: int = 0
-    jitter: float = 0.0
-    activation: str = "swiglu"
-    num_groups: int = 1
-    top_groups: int = 1
-    route_scale: float = 1.0
-    bias_update: float = 1e-3
-    drop_priority: str = "first_come"
-    allow_future: bool = False
-    sinkhorn_iterations: int = 8
-    hash_seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        at_least("hidden", self.hidden, 1)
-        at_least("num_experts", self.num_experts, 1)
-        at_least("sinkhorn_iterations", self.sinkhorn_iterations, 1)
-        at_least("shared_hidden", self.shared_hidden, 0)
-        one_of("activation", self.activation, ACTIVATIONS)
-        one_of("router", self.router, ROUTERS)
-        one_of("drop_priority", self.drop_priority, DROP_PRIORITIES)
-        if not 1 <= self.k <= self.num_experts:
-            raise ValueError(f"k must be in [1, num_experts={self.num_experts}], got {self.k}")
-        fixed = {"switch": 1, "top_2": 2, "base": 1}.get(self.router, self.k)
-        if self.k != fixed:
-            raise ValueError(
-                f"the {self.router} router sends a token to {fixed} experts: k must be {fixed}, got {self.k}"
-            )
-        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
-            raise ValueError(f"capacity_factor must be a finite number > 0, or None, got {self.capacity_factor}")
-        if not 0 <= self.jitter < 1:
-            raise ValueError(f"jitter must be in [0, 1), got {self.jitter}")
-        self._check_owners()
-        self._check_groups()
-
-    @property
-    def sees_future(self) -> bool:
-        """Whether a token's experts depend on later tokens."""
-        return self.router == "expert_choice"
-
-    def _check_owners(self) -> None:
-        owners = {"jitter": ("switch",), "renormalize": ("top_k", "sigmoid"), "num_groups": ("sigmoid",),
-                  "top_groups": ("sigmoid",), "route_scale": ("sigmoid",), "bias_update": ("sigmoid",),
-                  "sinkhorn_iterations": ("sinkhorn",), "hash_seed": ("hash",)}  # fmt: skip
-        for name, routers in owners.items():
-            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            if value != default and self.router not in routers:
-                raise ValueError(
-                    f"{name} belongs to the {' or '.join(routers)} router, got {name}={value} with {self.router!r}"
-                )
-        if self.capacity_factor is None and self.drop_priority != "first_come":
-            raise ValueError(f"drop_priority needs a capacity_factor, got {self.drop_priority!r} with None")
-        if self.capacity_factor is not None and self.router == "expert_choice":
-            raise ValueError(
-                "capacity_factor must be None under expert_choice, whose experts take T·k/E tokens each, "
-                f"got {self.capacity_factor}: set k"
-            )
-
-    def _check_groups(self) -> None:
-        if self.num_groups < 1 or self.num_experts % self.num_groups:
-            raise ValueError(f"num_groups must divide num_experts={self.num_experts}, got {self.num_groups}")
-        if not 1 <= self.top_groups <= self.num_groups:
-            raise ValueError(f"top_groups must be in [1, num_groups={self.num_groups}], got {self.top_groups}")
-        open_experts = self.top_groups * self.num_experts // self.num_groups
-        if self.k > open_experts:
-            raise ValueError(f"k must be at most the {open_experts} experts of {self.top_groups} groups, got {self.k}")
-
-
-@dataclass(frozen=True)
-class ThresholdedConfig:
-    """A feed-forward layer that leaves out small activations: ``moe.ThresholdedFeedForward`` has the rules.
-
-    method: "hard", "cett", "cats" (with a gate: swiglu, reglu, drelu) or "teal". threshold: magnitudes up to it are
-    dropped; thresholds: instead, one for each place, as calibration finds them; top_k: neurons kept instead, under
-    "hard". predictor_rank, predictor_threshold: a :class:`moe.ActivePredictor` of that rank tells the neurons
-    beforehand, those with a logit above the threshold; it is trained apart (:func:`moe.train_predictor`), not with the
-    model. None: no predictor.
-    """
-
-    hidden: int
-    activation: str = "relu2"
-    method: str = "hard"
-    threshold: float = 0.0
-    top_k: int | None = None
-    thresholds: Thresholds | None = None
-    predictor_rank: int | None = None
-    predictor_threshold: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        at_least("hidden", self.hidden, 1)
-        one_of("activation", self.activation, ("swiglu", "reglu", "drelu", "relu", "relu2", "gelu"))
-        one_of("method", self.method, ("hard", "cett", "cats", "teal"))
-        if not self.threshold >= 0:
-            raise ValueError(f"threshold must be >= 0, got {self.threshold}")
-        if self.method == "cats" and self.activation not in GATED:
-            raise ValueError(f"method 'cats' must have a gate ({', '.join(GATED)}), got activation={self.activation!r}")
-        if self.thresholds is not None and (self.threshold or self.top_k is not None):
-            raise ValueError(
-                f"thresholds must stand alone, got threshold={self.threshold} and top_k={self.top_k} beside them"
-            )
-        if self.predictor_rank is not None:
-            at_least("predictor_rank", self.predictor_rank, 1)
-        if self.method == "teal" and self.predictor_rank is not None:
-            raise ValueError("method must be 'hard', 'cats' or 'cett' with a predictor, got 'teal'")
-        if self.top_k is None:
-            return
-        if not 1 <= self.top_k <= self.hidden:
-            raise ValueError(f"top_k must be in [1, hidden={self.hidden}], got {self.top_k}")
-        if self.method != "hard":
-            raise ValueError(f"method must be 'hard' with top_k={self.top_k}, got {self.method!r}")
-        if self.threshold:
-            raise ValueError(f"threshold must be 0 with top_k={self.top_k}, which chooses alone, got {self.threshold}")
-
-
-@dataclass(frozen=True)
-class SoftMoEConfig:
-    """Soft MoE: every expert works on ``slots_per_expert`` mixtures of all tokens (arXiv:2308.00951).
-
-    allow_future: a mixture holds later tokens; a causal model takes the layer only with this.
-    """
-
-    hidden: int
-    num_experts: int
-    slots_per_expert: int = 1
-    activation: str = "swiglu"
-    allow_future: bool = False
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for name in ("hidden", "num_experts", "slots_per_expert"):
-            at_least(name, getattr(self, name), 1)
-        one_of("activation", self.activation, ACTIVATIONS)
-
-    @property
-    def sees_future(self) -> bool:
-        """Whether a token's output depends on later tokens: always."""
-        return True
-
-
-@dataclass(frozen=True)
-class ProductKeyConfig:
-    """A product-key memory of ``num_keys²`` values, of which each of ``heads`` heads reads ``k`` (arXiv:1907.05242).
-
-    key_dim: width of a head's query. query_norm: "layer", "batch" (lets tokens see each other while training) or
-    "none". gated: Memory+ (arXiv:2412.09764). pool: layers that name the same pool share one table of values, as in
-    Memory+; their num_keys must agree. None: a table of the layer's own.
-    """
-
-    num_keys: int
-    heads: int = 4
-    k: int = 32
-    key_dim: int = 128
-    query_norm: str = "layer"
-    gated: bool = False
-    pool: str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        _check_keys(self)
-        if self.pool == "":
-            raise ValueError("pool must be a name, or None for a table of the layer's own, got ''")
-
-
-@dataclass(frozen=True)
-class PEERConfig:
-    """``num_keys²`` experts of one neuron each; each of ``heads`` heads uses ``k`` of them (arXiv:2407.04153)."""
-
-    num_keys: int
-    heads: int = 8
-    k: int = 16
-    key_dim: int = 128
-    query_norm: str = "layer"
-    activation: str = "gelu"
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        _check_keys(self)
-        one_of("activation", self.activation, ("gelu", "relu2"))
-
-
-def _check_keys(config: ProductKeyConfig | PEERConfig) -> None:
-    for name in ("num_keys", "heads"):
-        at_least(name, getattr(config, name), 1)
-    if not 1 <= config.k <= config.num_keys:
-        raise ValueError(f"k must be in [1, num_keys={config.num_keys}], got {config.k}")
-    if config.key_dim < 2 or config.key_dim % 2:
-        raise ValueError(f"key_dim must be even and >= 2, got {config.key_dim}")
-    one_of("query_norm", config.query_norm, ("layer", "batch", "none"))
-
-
-FeedForwardConfig = DenseConfig | ThresholdedConfig | MoEConfig | SoftMoEConfig | ProductKeyConfig | PEERConfig
+        for name, off in (("softcap", None), ("dropout", 0.0), ("alibi", False)):
+            if getattr(self, name) != off:
+                kind = type(self.selection).__name__
+                raise ValueError(f"{name} must be {off} with a selection ({kind}), got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

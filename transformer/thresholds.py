@@ -7,7 +7,8 @@ from typing import Literal, TypeVar, cast
 import torch
 
 from moe import ActivePredictor, AttentionThresholds, Thresholds
-from transformer.layer_config import DenseConfig, LayerConfig, ThresholdedConfig
+from transformer.feedforward_config import DenseConfig, ThresholdedConfig
+from transformer.layer_config import LayerConfig
 from transformer.model import Transformer
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from pruning.axes import Axis, Slice
 from transformer.attention import Attention
 from transformer.block import Block
 from transformer.feedforward import FeedForward
-from transformer.layer_config import MoEConfig
+from transformer.feedforward_config import MoEConfig
 
 if TYPE_CHECKING:
     from transformer.model import Transformer

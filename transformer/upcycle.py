@@ -12,7 +12,7 @@ from moe.nonlinearity import Activation
 from transformer.block import Block
 from transformer.config import TransformerConfig
 from transformer.feedforward import FeedForward
-from transformer.layer_config import DenseConfig, MoEConfig
+from transformer.feedforward_config import DenseConfig, MoEConfig
 from transformer.model import Transformer
 
 

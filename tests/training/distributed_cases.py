@@ -36,7 +36,7 @@ from transformer import (
     Transformer,
     TransformerConfig,
 )
-from transformer.layer_config import ROUTERS
+from transformer.feedforward_config import ROUTERS
 
 STEPS = 5
 PLAIN = LayerConfig(AttentionConfig(2, 2, 8), None)

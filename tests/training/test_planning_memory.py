@@ -11,7 +11,8 @@ from training.planning.counts import block_activations, transformer_config
 from training.planning.memory import WEIGHT_BYTES
 from training.step import forward
 from transformer import Transformer
-from transformer.layer_config import AttentionConfig, DenseConfig, LayerConfig
+from transformer.feedforward_config import DenseConfig
+from transformer.layer_config import AttentionConfig, LayerConfig
 
 VOCABULARY = 500
 

@@ -10,7 +10,8 @@ from moe.depth import passing_tokens
 from training.config import RunConfig
 from training.model_config import model_config
 from transformer import Transformer, TransformerConfig
-from transformer.layer_config import LayerConfig, MoEConfig
+from transformer.feedforward_config import MoEConfig
+from transformer.layer_config import LayerConfig
 
 GATED = ("swiglu", "reglu", "drelu")
 
