@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparse_attn.attend import attend
 from sparse_attn.cache import KVCache
+from sparse_attn.merging import merge
 from sparse_attn.patterns import Pattern, causal, sinks, sliding_window
 from sparse_attn.ragged_cache import RaggedKVCache
 
@@ -41,10 +42,12 @@ def attend_streaming(
     v: Float[Tensor, "B Hkv S d_v"],
     *,
     pattern: Pattern,
-    rotate: Rotate,
+    rotate: Rotate | None,
     query_positions: Int[Tensor, "L"] | Int[Tensor, "B L"],
     key_positions: Int[Tensor, "S"] | Int[Tensor, "B S"],
     key_mask: Bool[Tensor, "B S"] | None = None,
+    softcap: float | None = None,
+    alibi: Float[Tensor, "H"] | None = None,
 ) -> Float[Tensor, "B H L d_v"]:
     """Attention over a window of w keys and n sinks where q and k, given before RoPE, turn by their place in the cache.
 
@@ -54,9 +57,16 @@ def attend_streaming(
 
     A score depends on the difference of two places alone, which is i − j inside the window. So a chunk turns its keys
     once, and its queries twice: by i for the window, by c for the sinks. rotate(x, places): RoPE at integer places,
-    [n] or [B, n]. Equal to L chunks of one query. Differentiable.
+    [n] or [B, n]. Equal to L chunks of one query. Differentiable. softcap: as in :func:`attend`.
+    alibi: slope of each query head, with rotate=None: the bias is of the distance of two places.
+    Raises: ValueError for another pattern, or unless one of rotate and alibi is None.
     """
     window, count = window_and_sinks(pattern)
+    if rotate is None:
+        where = (query_positions, key_positions)
+        return _by_distance(q, k, v, window, count, where, key_mask, softcap, alibi)
+    if alibi is not None:
+        raise ValueError("rotate must be None with alibi, which gives the positions")
     last = window + count - 1
     # positions of the text grow without bound, and with them the rounding error of an angle
     shift = (query_positions[..., :1] - last).clamp_min(0)
@@ -70,15 +80,44 @@ def attend_streaming(
         keys = torch.cat([keys.masked_fill(sink, 0), keys.masked_fill(~sink, 0)], -1)
     return attend(
         queries, keys, v, pattern=pattern, scale=scale, query_positions=query_positions, key_positions=key_positions,
-        key_mask=key_mask,
+        key_mask=key_mask, softcap=softcap,
     )  # fmt: skip
+
+
+def _by_distance(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    count: int,
+    where: tuple[Tensor, Tensor],
+    key_mask: Tensor | None,
+    softcap: float | None,
+    alibi: Tensor | None,
+) -> Float[Tensor, "B H L d_v"]:
+    """The window by distances in the text, the sinks by those in the cache, merged by their log-sum-exp."""
+    at, held = where
+
+    def part(pattern: Pattern, at: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+        rows = among.expand(k.shape[0], -1)
+        seen = rows if key_mask is None else rows & key_mask
+        return attend(
+            q, k, v, pattern=pattern, query_positions=at, key_positions=held, key_mask=seen, softcap=softcap,
+            alibi=alibi, return_lse=True,
+        )  # fmt: skip
+
+    near = part(causal() & sliding_window(window), at, held >= count)
+    if not count:
+        return near[0]
+    far = part(causal() & sinks(count), at.clamp_max(window + count - 1), held < count)
+    return merge((near[0], far[0]), (near[1], far[1]))[0]
 
 
 class StreamingKVCache:
     """Keys before RoPE, and values, of one attention layer in the streaming mode: :func:`attend_streaming`.
 
-    pattern: ``causal() & (sliding_window(w) | sinks(n))``, or without sinks. rotate: as there. At most w + n + slack
-    keys are held between steps, and no angle is larger than theirs, however long the text.
+    pattern: ``causal() & (sliding_window(w) | sinks(n))``, or without sinks. rotate, softcap, alibi: as there. At most
+    w + n + slack keys are held between steps, and no angle is larger than theirs, however long the text.
     unequal: each sequence of a batch counts its own positions (left-padded prompts), given to ``attend``.
     Raises: ValueError for another pattern, or slack < 0.
 
@@ -86,9 +125,18 @@ class StreamingKVCache:
     >>> out = cache.attend(q, k, v)
     """
 
-    def __init__(self, pattern: Pattern, rotate: Rotate, *, slack: int = 64, unequal: bool = False) -> None:
+    def __init__(
+        self,
+        pattern: Pattern,
+        rotate: Rotate | None,
+        *,
+        slack: int = 64,
+        unequal: bool = False,
+        softcap: float | None = None,
+        alibi: Float[Tensor, "H"] | None = None,
+    ) -> None:
         window_and_sinks(pattern)
-        self.pattern, self.rotate = pattern, rotate
+        self.pattern, self.rotate, self.softcap, self.alibi = pattern, rotate, softcap, alibi
         self._store = RaggedKVCache(pattern, slack=slack) if unequal else KVCache(pattern, slack=slack)
 
     @property
@@ -128,5 +176,5 @@ class StreamingKVCache:
     ) -> Float[Tensor, "B H n d_v"]:
         return attend_streaming(
             q, k, v, pattern=self.pattern, rotate=self.rotate, query_positions=where, key_positions=held,
-            key_mask=key_mask,
+            key_mask=key_mask, softcap=self.softcap, alibi=self.alibi,
         )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Projections, rotary positions and grouped-query attention under any pattern."""
+"""Projections, positions by RoPE or ALiBi, and grouped-query attention under any pattern."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -8,6 +11,7 @@ from moe.dropout import HeadDropout, drop_connect
 from moe.noise import Source
 from moe.thresholded_linear import AttentionThresholds, ThresholdedLinear
 from sparse_attn import KVCache, Pattern, RaggedKVCache, StreamingKVCache, attend, causal
+from transformer.attention_dropout import drawn_from
 from transformer.norm import RMSNorm
 from transformer.rope import RopeScaling, frequencies
 
@@ -73,7 +77,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions: each query head h uses key-value head ``h // (H / H_kv)``.
+    """Multi-head attention with positions by RoPE or ALiBi: query head h uses key-value head ``h // (H / H_kv)``.
 
     dim: width in and out. num_heads, num_kv_heads, head_dim: as in :class:`AttentionConfig`. pattern: which keys a
     query sees. qk_norm: RMSNorm of queries and keys before they turn, over each head ("head", one weight for all heads;
@@ -82,6 +86,8 @@ class Attention(nn.Module):
     bias: whether the projections to queries, keys and values have one (Qwen2); the output projection has none.
     selection: a module of :mod:`sparse_attn.selection` that attends instead, to keys that it chooses; with causal().
     thresholds: up to which the projections' inputs count as zero (:class:`moe.ThresholdedLinear`); None leaves all.
+    softcap, dropout: of :func:`sparse_attn.attend`, the latter in training. alibi: slope of each query head, for
+    positions by ALiBi; None: by RoPE.
     Raises ValueError for another qk_norm, or a rate outside [0, 1).
     """
 
@@ -100,8 +106,13 @@ class Attention(nn.Module):
         drop_connect: float = 0.0,
         selection: nn.Module | None = None,
         thresholds: AttentionThresholds | None = None,
+        softcap: float | None = None,
+        dropout: float = 0.0,
+        alibi: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        # numbers, no buffer: slopes stay float32 in a bfloat16 model, and are in no checkpoint
+        self.softcap, self.dropout, self.alibi = softcap, dropout, None if alibi is None else tuple(alibi)
         self.head_dropout, self.drop_connect = HeadDropout(head_dropout), drop_connect
         self.num_heads, self.num_kv_heads, self.head_dim, self.pattern = num_heads, num_kv_heads, head_dim, pattern
         self.query = _linear(dim, num_heads * head_dim, bias, thresholds, "query")
@@ -122,7 +133,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B L D"],
-        angles: tuple[Tensor, Tensor],
+        angles: tuple[Tensor, Tensor] | None,
         *,
         token_mask: Bool[Tensor, "B L"] | None = None,
         cache: KVCache | RaggedKVCache | StreamingKVCache | None = None,
@@ -131,11 +142,11 @@ class Attention(nn.Module):
     ) -> tuple[Float[Tensor, "B L D"], dict[str, Float[Tensor, ""]]]:
         """x [B, L, dim] to the same shape, and the side losses of the selection, by name: none without one.
 
-        angles: from :func:`rotary_angles` for these positions; token_mask: False marks padding,
+        angles: from :func:`rotary_angles` for these positions, not read with ALiBi; token_mask: False marks padding,
         which no query sees. cache: earlier keys and values; it receives these. positions: where the rows stand, where
         they do not follow each other: ascending in each sequence, padding last (or first, with a cache); a cache is
         then a RaggedKVCache, or a StreamingKVCache of unequal rows. A StreamingKVCache turns queries and keys itself.
-        generator: draws the heads and weights that are dropped.
+        generator: draws the heads, weights and probabilities that are dropped.
         """
         losses: dict[str, Tensor] = {}
         q = self._heads(self._project(self.query, x, "query", generator), self.query_norm)
@@ -144,15 +155,18 @@ class Attention(nn.Module):
         if isinstance(cache, StreamingKVCache):
             mixed = cache.attend(q, k, v, key_mask=token_mask, positions=positions)
             return self._out(mixed, generator), losses
-        q, k = rotate(q, angles), rotate(k, angles)
+        if self.alibi is None:
+            if angles is None:
+                raise ValueError("angles must be given to an attention without ALiBi, got None")
+            q, k = rotate(q, angles), rotate(k, angles)
         if self.selection is not None:
             mixed, losses = _selected(self.selection, q, k, v, x, token_mask, cache, positions)
         elif positions is not None:
-            mixed = self._scattered(q, k, v, positions, token_mask, cache)
+            mixed = self._scattered(q, k, v, positions, token_mask, cache, generator)
         elif cache is None:
-            mixed = attend(q, k, v, pattern=self.pattern, key_mask=token_mask)
+            mixed = self._attend(q, k, v, generator, key_mask=token_mask)
         elif isinstance(cache, KVCache):
-            mixed = self._cached(q, k, v, token_mask, cache)
+            mixed = self._cached(q, k, v, token_mask, cache, generator)
         else:
             raise ValueError("positions must be given with a RaggedKVCache, got None")
         return self._out(mixed, generator), losses
@@ -161,12 +175,39 @@ class Attention(nn.Module):
         kept = self.head_dropout(mixed, generator=generator).transpose(1, 2).flatten(2)
         return self._project(self.output, kept, "output", generator)
 
-    def _cached(self, q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor | None, cache: KVCache) -> Tensor:
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        generator: Source | None,
+        *,
+        query_positions: Tensor | None = None,
+        key_positions: Tensor | None = None,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        rate = self.dropout if self.training else 0.0
+        slopes = None if self.alibi is None else torch.tensor(self.alibi, device=q.device)
+
+        def some(rows: slice | None) -> Tensor:
+            return attend(
+                *(_of(rows, x) for x in (q, k, v)), pattern=self.pattern, softcap=self.softcap, alibi=slopes,
+                dropout=rate, query_positions=_of(rows, query_positions), key_positions=_of(rows, key_positions),
+                key_mask=_of(rows, key_mask),
+            )  # fmt: skip
+
+        if not rate or generator is None:
+            return some(None)
+        return drawn_from(generator, some, rows=len(q), device=q.device)
+
+    def _cached(
+        self, q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor | None, cache: KVCache, generator: Source | None
+    ) -> Tensor:
         positions = torch.arange(cache.length, cache.length + q.shape[2], device=q.device)
         k, v, held = cache.append(k, v, key_mask=token_mask)
-        return attend(
-            q, k, v, pattern=self.pattern, query_positions=positions, key_positions=held, key_mask=cache.key_mask
-        )
+        return self._attend(
+            q, k, v, generator, query_positions=positions, key_positions=held, key_mask=cache.key_mask
+        )  # fmt: skip
 
     def _scattered(
         self,
@@ -176,6 +217,7 @@ class Attention(nn.Module):
         positions: Tensor,
         token_mask: Tensor | None,
         cache: KVCache | RaggedKVCache | None,
+        generator: Source | None,
     ) -> Tensor:
         seen = token_mask
         if isinstance(cache, RaggedKVCache):
@@ -185,10 +227,10 @@ class Attention(nn.Module):
             held = positions
         else:
             raise ValueError(f"cache must be a RaggedKVCache where positions are given, got {type(cache).__name__}")
-        if cache is None and self.pattern == causal():
+        if cache is None and self.pattern == causal() and self.alibi is None:
             # rows in ascending order with padding last: the order says all, and torch's own kernel needs no mask
-            return attend(q, k, v, pattern=self.pattern)
-        return attend(q, k, v, pattern=self.pattern, query_positions=positions, key_positions=held, key_mask=seen)
+            return self._attend(q, k, v, generator)
+        return self._attend(q, k, v, generator, query_positions=positions, key_positions=held, key_mask=seen)
 
     def _project(self, linear: nn.Module, x: Tensor, site: str, generator: Source | None) -> Tensor:
         return drop_connect(linear, x, self.drop_connect if self.training else 0.0, generator=generator, site=site)
@@ -201,13 +243,19 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         sizes = f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
-        return f"{sizes}, pattern={self.pattern}, qk_norm={self.qk_norm}"
+        scoring = f"softcap={self.softcap}, dropout={self.dropout}, alibi={self.alibi}"
+        return f"{sizes}, pattern={self.pattern}, qk_norm={self.qk_norm}, {scoring}"
 
 
 def _linear(inputs: int, outputs: int, bias: bool, thresholds: AttentionThresholds | None, part: str) -> nn.Linear:
     if thresholds is None:
         return nn.Linear(inputs, outputs, bias=bias)
     return ThresholdedLinear(inputs, outputs, bias=bias, threshold=getattr(thresholds, part))
+
+
+def _of(rows: slice | None, x: Tensor | None) -> Any:
+    """Those of some sequences, of a tensor that begins with them: positions [n] are of all."""
+    return x if x is None or rows is None or x.dim() == 1 else x[rows]
 
 
 def _split(x: Float[Tensor, "B L C"], head_dim: int) -> Float[Tensor, "B H L d"]:

@@ -153,8 +153,6 @@ class Block(nn.Module):
     ) -> tuple[Float[Tensor, "B L D"], Choices]:
         losses: dict[str, Tensor] = {}
         if self.attention is not None and self.attention_norm is not None:
-            if rows.angles is None:
-                raise ValueError("angles must be given to a block with attention, got None")
             normed = autocast_once(self.attention_norm(x))
             mixed, losses = self.attention(
                 normed, rows.angles, token_mask=rows.mask, cache=cache, positions=rows.positions, generator=rows.noise

@@ -14,7 +14,8 @@ def check_fields(record: Any) -> None:
 
 def _check_type(name: str, value: object, declared: Any) -> None:
     allowed = typing.get_args(declared) if isinstance(declared, types.UnionType) else (declared,)
-    plain = tuple(t for t in allowed if isinstance(t, type))
+    generic = (typing.get_origin(t) or t for t in allowed)
+    plain = tuple(t for t in generic if isinstance(t, type))
     if not plain or dataclasses.is_dataclass(plain[0]):
         return
     fits = isinstance(value, plain) or (float in plain and isinstance(value, int))

@@ -216,6 +216,8 @@ def _attention(record: dict[str, Any], where: str) -> AttentionConfig:
     if selection is not None:
         selection = _of_kind(SELECTIONS, _table(selection, f"{where}.selection"), f"{where}.selection")
     record = _with_thresholds(AttentionThresholds, record, where)
+    if isinstance(record.get("alibi_slopes"), list):
+        record = record | {"alibi_slopes": tuple(record["alibi_slopes"])}
     return _build(AttentionConfig, {**record, "selection": selection}, where)
 
 

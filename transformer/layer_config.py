@@ -53,8 +53,6 @@ class AttentionConfig:
     alibi_slopes: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.alibi_slopes, list):  # as JSON gives it
-            object.__setattr__(self, "alibi_slopes", tuple(self.alibi_slopes))
         check_fields(self)
         at_least("num_heads", self.num_heads, 1)
         at_least("num_kv_heads", self.num_kv_heads, 1)

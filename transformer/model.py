@@ -165,7 +165,7 @@ class Transformer(nn.Module):
         for index, layer in enumerate(self.layers):
             attention = self.config.layers[index].attention
             run = partial(
-                _run_block, layer, angles[attention.head_dim] if attention else None, token_mask, input_ids,
+                _run_block, layer, angles.get(attention.head_dim) if attention else None, token_mask, input_ids,
                 cache.layers[index] if cache else None, start, positions, again,
                 None if noise is None else noise.at(index),
             )  # fmt: skip
@@ -249,11 +249,15 @@ class Transformer(nn.Module):
         most, longest = sum(window_and_sinks(pattern)), self.config.max_length
         if most > longest:
             raise ValueError(f"layer {index}: window + sinks must be <= max_length={longest} to stream, got {most}")
+        attention = block.attention
+        if attention.alibi is not None:
+            slopes = torch.tensor(attention.alibi, device=self.embedding.weight.device)
+            return StreamingKVCache(pattern, None, softcap=attention.softcap, alibi=slopes, unequal=unequal)
         rotated = partial(turn, theta=self.config.rope_theta, scaling=self.config.rope_scaling)
-        return StreamingKVCache(pattern, rotated, unequal=unequal)
+        return StreamingKVCache(pattern, rotated, softcap=attention.softcap, unequal=unequal)
 
     def _angles(self, positions: Int[Tensor, "..."]) -> dict[int, tuple[Tensor, Tensor]]:
-        sizes = {layer.attention.head_dim for layer in self.config.layers if layer.attention}
+        sizes = {a.head_dim for layer in self.config.layers if (a := layer.attention) and not a.alibi}
         theta, scaling = self.config.rope_theta, self.config.rope_scaling
         return {size: rotary_angles(positions, size, theta=theta, scaling=scaling) for size in sizes}
 
