@@ -1,6 +1,6 @@
 """One MoE layer, forward and backward, against the dense layer of equal active FLOPs and against other MoE layers.
 
-python -m benchmarks.bench_moe [--dtype float32 bfloat16] [--rounds 10] [--fresh-memory]
+python -m benchmarks.bench_moe [--dtype float32 bfloat16] [--rounds 10] [--fresh-memory] [--new-tokens]
 python -m benchmarks.bench_moe --experts 64 --k 8 --hidden 256 [--tokens 4096] [--dim 512]
 
 T 4096 tokens, width 512, 16 experts of 1024, two for each token, SwiGLU, unless asked otherwise; the dense layer is
@@ -9,13 +9,15 @@ computes y and all gradients, into ``.grad`` of its input and its weights. The M
 they can; the gate compares outputs and gradients with HF Mixtral's plain loop over experts in float32. The dense layer
 is the fastest of three plain ways to write it; ``products`` is the time of the experts' matrix products alone, torch's
 own, without routing, gathering, activations and sums. Freed memory is kept in the heap for all alike (training does
-the same); ``--fresh-memory`` leaves the C library's default.
+the same); ``--fresh-memory`` leaves the C library's default. ``--new-tokens`` gives every round tokens of its own, as
+training does: experts then get other numbers of rows each time, and oneDNN prepares products for sizes not met lately.
 
 Run as a module: fairscale installs a top-level package that is also called ``benchmarks``.
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -26,6 +28,7 @@ from benchmarks.harness import interleaved, require_parity, row, spread
 from moe import MoE, TopKRouter
 from training.allocator import keep_freed_memory
 
+WARMUP = 2
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -129,10 +132,12 @@ def dropped_by_fairscale(contender: Contender, x: Tensor) -> float:
     return 1 - placed / (2 * len(x))
 
 
-def step(contender: Contender, x: Tensor, d_y: Tensor) -> Callable[[], None]:
-    """One forward and backward pass with fresh gradients."""
+def step(contender: Contender, xs: Sequence[Tensor], d_y: Tensor) -> Callable[[], None]:
+    """One forward and backward pass with fresh gradients, on the next of xs, over and over."""
+    turns = itertools.cycle(xs)
 
     def run() -> None:
+        x = next(turns)
         x.grad = None
         contender.module.zero_grad()
         contender.run(x).backward(d_y)
@@ -188,11 +193,13 @@ def gate(layer: MoE, contenders: dict[str, Contender], x: Tensor, d_y: Tensor, s
     return verdict
 
 
-def compare(dtype: torch.dtype, rounds: int, memory: str, sizes: Sizes) -> None:
+def compare(dtype: torch.dtype, rounds: int, memory: str, sizes: Sizes, *, new_tokens: bool = False) -> None:
     """Gate, then time all contenders in turns, then one row each."""
     torch.manual_seed(0)
     x, d_y = (torch.randn(sizes.tokens, sizes.dim).to(dtype) for _ in range(2))
-    x.requires_grad_()
+    xs = [x] + [torch.randn_like(x) for _ in range(WARMUP + rounds - 1 if new_tokens else 0)]
+    for some in xs:
+        some.requires_grad_()
     layer, moe = ours(dtype, sizes)
     contenders = {"moe": moe} | {f"hf_{name}": mixtral(layer, dtype, name, sizes) for name in ("grouped_mm", "eager")}
     if sizes.k == 2:
@@ -204,12 +211,13 @@ def compare(dtype: torch.dtype, rounds: int, memory: str, sizes: Sizes) -> None:
         "dense_transposed": Dense(sizes.dim, sizes.k * sizes.hidden, fused=True, transposed=True).to(dtype),
     }
     contenders |= {name: Contender(module, module, {}) for name, module in plain.items()}
-    runs = {name: step(c, x, d_y) for name, c in contenders.items()} | {"products": products(layer, x, d_y, sizes)}
-    seconds = interleaved(runs, rounds=rounds, warmup=2)
+    runs = {name: step(c, xs, d_y) for name, c in contenders.items()} | {"products": products(layer, x, d_y, sizes)}
+    seconds = interleaved(runs, rounds=rounds, warmup=WARMUP)
     fastest = min(plain, key=lambda name: spread(seconds[name])[0])
     seconds["dense"] = seconds[fastest]
     numbers = {"T": sizes.tokens, "D": sizes.dim, "F": sizes.hidden, "E": sizes.experts, "K": sizes.k}
     conditions = numbers | {"dtype": str(dtype).removeprefix("torch."), "memory": memory}
+    conditions |= {"tokens": "new"} if new_tokens else {}
     for name in verdict:
         others = [other for other in verdict if other != name and (name == "moe" or other == "dense")]
         row(name, conditions, seconds[name], versus={o: seconds[o] for o in others}, parity=verdict[name])
@@ -219,6 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--new-tokens", action="store_true", help="other tokens in every round")
     parser.add_argument("--fresh-memory", action="store_true", help="leave the C library's allocator as it is")
     for field in fields(Sizes):
         parser.add_argument(f"--{field.name}", type=int, default=field.default)
@@ -226,7 +235,9 @@ def main() -> None:
     sizes = Sizes(**{field.name: getattr(arguments, field.name) for field in fields(Sizes)})
     kept = not arguments.fresh_memory and keep_freed_memory()
     for name in arguments.dtype:
-        compare(getattr(torch, name), arguments.rounds, "kept" if kept else "fresh", sizes)
+        compare(
+            getattr(torch, name), arguments.rounds, "kept" if kept else "fresh", sizes, new_tokens=arguments.new_tokens
+        )
 
 
 if __name__ == "__main__":

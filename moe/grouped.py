@@ -34,6 +34,9 @@ from moe.nonlinearity import Activation, activate_into, differentiate_into
 CHUNK_ROWS = 1024
 # rows of one AMX tile step: products over half-precision rows are a fifth slower at other row counts
 TILE_ROWS = 32
+# without tiles, oneDNN prepares a half-precision product anew for each row count that it has not met lately
+# (a fifth of the product's time), and some odd counts are slower for good: a few counts serve all
+SHAPE_ROWS = 16
 HALVES = (torch.bfloat16, torch.float16)
 # multiply-adds of an expert's product below which calls cost more than filled rows
 SMALL_PRODUCT = 2**28
@@ -163,8 +166,10 @@ def _sharing(rows: int, up: Tensor, dtype: torch.dtype) -> tuple[int, int, int]:
     """
     half = dtype in HALVES
     small = rows * up[0].numel() < SMALL_PRODUCT * up.shape[0]
-    if up.device.type != "cpu" or (half and not small and not has_tiles()):
+    if up.device.type != "cpu":
         return 1, 1, 1
+    if half and not small and not has_tiles():
+        return 1, SHAPE_ROWS, 1
     threads = torch.get_num_threads()
     return (threads, TILE_ROWS, 8) if half else (threads, 1, 10 if small else 20)
 
