@@ -17,8 +17,9 @@ from sparse_attn.backends.thin import Thin
 from sparse_attn.backends.thinning import divide
 from sparse_attn.layout import BlockLayout
 
-# Query blocks of a strip that are read as one.
-TALL = 2
+# Query blocks of a strip that are read as one: torch's CPU kernel takes 32 queries at once, from 192 on 64 and a fifth
+# less time for a block. What they read in vain, as the window moves on, is at most a part in SPARE.
+TALL, SPARE = 3, 8
 
 
 @dataclass(frozen=True)
@@ -186,10 +187,10 @@ def _run(layout: BlockLayout, block: int, step: int, masks: list[int]) -> Run:
 
 
 def _taller(strip: Strip) -> list[Strip]:
-    """``TALL`` query blocks as one where they share most of their keys: fewer copies of a key's gradient."""
-    shared = sum(run.length - run.step for run in strip.runs)
+    """``TALL`` query blocks as one where their keys are nearly the same, as in wide windows."""
+    vain = (TALL - 1) * sum(run.step for run in strip.runs)
     count = strip.rows // TALL
-    if not count or shared * 2 < strip.width:
+    if not count or SPARE * vain > strip.width:
         return [strip]
     covered = count * TALL
     tall = Strip(strip.first, count, TALL * strip.height, tuple(_tall_run(run, strip.height) for run in strip.runs))
