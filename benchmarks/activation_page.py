@@ -1,7 +1,8 @@
 """The activation-sparsity guide's tables and figure, made from records and never typed.
 
-``python -m benchmarks.activation_page --collect`` first copies the newest records from runs/ into
-benchmarks/records/smollm2-activation.jsonl; without the option it only fills the page from the committed ones.
+``python -m benchmarks.activation_page --collect`` first puts the records of runs/ among those of
+benchmarks/records/smollm2-activation.jsonl, in place of older ones; without the option it only fills the page from the
+committed ones.
 """
 
 import argparse
@@ -15,6 +16,11 @@ from benchmarks.readme_tables import RECORDS, ROOT, Line, machine, read, table
 PAGE = ROOT / "docs" / "guides" / "activation-sparsity.md"
 FIGURE = PAGE.with_suffix(".svg")
 SOURCE = RECORDS / "smollm2-activation.jsonl"
+BLOCKS = {
+    "feed-forward uniform": "feed-forward alone",
+    "blocks uniform": "all seven maps, uniform",
+    "blocks greedy": "all seven maps, greedy",
+}
 ORDER = ("top-k", "CATS", "CETT", "TEAL uniform", "TEAL greedy")
 
 
@@ -53,6 +59,28 @@ def quality(lines: list[Line]) -> str:
         + f"\n\nPerplexity of {dense['evaluation_tokens']:,} held-out tokens; dense: {dense['dense_perplexity']:.2f}. "
         + "In brackets: the share of the feed-forward networks' weights that decoding need not read. "
         + f"Calibrated on {dense['calibration_tokens']:,} tokens of other documents. Commit {commits(rows)}."
+    )
+
+
+def blocks(lines: list[Line]) -> str:
+    """TEAL's perplexity at each sparsity for the feed-forward alone and for all seven maps, and what each saves."""
+    rows = named(lines, "blocks")
+    methods = [name for name in BLOCKS if any(line["method"] == name for line in rows)]
+    cells = [
+        [
+            f"{level:.0%}",
+            *(f"{at[m]['perplexity']:.2f} ({at[m]['reads_saved']:.0%})" if m in at else "" for m in methods),
+        ]
+        for level, at in by_level(rows).items()
+    ]
+    one = rows[0]
+    seen = {m: next(line["calibration_tokens"] for line in rows if line["method"] == m) for m in methods}
+    return (
+        table(["sparsity", *(BLOCKS[m] for m in methods)], cells)
+        + f"\n\nPerplexity of {one['evaluation_tokens']:,} held-out tokens in {one['dtype']}; dense: "
+        + f"{one['dense_perplexity']:.2f}. In brackets: the share of the weights of all seven maps that decoding need "
+        + f"not read. Calibrated on {', '.join(f'{tokens:,} tokens ({BLOCKS[m]})' for m, tokens in seen.items())}. "
+        + f"Commit {commits(rows)}."
     )
 
 
@@ -173,7 +201,8 @@ def place(lines: list[Line]) -> str:
 
 
 TABLES: dict[str, Callable[[list[Line]], str]] = {
-    "quality": quality, "decode": decode, "products": products, "layer": layer, "predictor": predictor,
+    "quality": quality, "blocks": blocks, "decode": decode, "products": products, "layer": layer,
+    "predictor": predictor,
 }  # fmt: skip
 
 
@@ -212,15 +241,17 @@ def draw(lines: list[Line]) -> str:
 
 
 def collect() -> None:
-    """Copy the newest record of each name and conditions from runs/.
+    """Put the records of runs/ among the committed ones: the newest of each name and conditions stays.
 
     Raises: FileNotFoundError if there are none; ValueError if one names a folder of this machine.
     """
     found = [*read(ROOT / "runs" / "smollm2-activation.jsonl"), *read(ROOT / "runs" / "benchmarks.jsonl")]
-    wanted = [line for line in found if line["name"] in ("quality", "predictor", "decode", "product", "thresholded")]
+    names = ("quality", "blocks", "predictor", "decode", "product", "thresholded")
+    wanted = [line for line in found if line["name"] in names]
     if not wanted:
         raise FileNotFoundError("runs/ must hold records: run python -m benchmarks.activation_smollm2")
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in newest(wanted))
+    lines = newest([*read(SOURCE), *wanted])
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if str(ROOT) in text:
         raise ValueError("records must name no folder of this machine: run the command from the project's root")
     SOURCE.write_text(text)

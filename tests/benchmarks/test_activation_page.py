@@ -3,10 +3,13 @@
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from benchmarks import activation_page
+from benchmarks.activation_blocks import calibrated, measured, weights_of_blocks
 from benchmarks.activation_page import FIGURE, PAGE, SOURCE, draw, fill, newest
 from benchmarks.readme_tables import read
+from moe.teal import TealThresholds
 
 PLACE = {"device": "cpu", "threads": 2, "torch": "2.13.0", "commit": "abc", "parity": "pass 1e-6"}
 QUALITY = {"name": "quality", "dense_perplexity": 10.0, "evaluation_tokens": 2560, "calibration_tokens": 4096,
@@ -28,6 +31,9 @@ LINES = [
     {"name": "product", "method": "CATS", "skips": "inputs", "in": 1536, "out": 576, "density": 0.5, "dense_s": 3.0,
      "sparse_s": 2.0},
     timing("thresholded", {"method": "TEAL", "sparsity": 0.5}, 0.01, {"dense": 0.625}),
+    {"name": "blocks", "method": "blocks greedy", "sparsity": 0.4, "perplexity": 11.5, "reads_saved": 0.41,
+     "dense_perplexity": 10.0, "evaluation_tokens": 2560, "calibration_tokens": 512, "dtype": "float32",
+     "commit": "abc"},
     {"name": "predictor", "recall_target": 0.9, "recall": 0.884, "active_share": 0.3, "computed_share": 0.61,
      "perplexity": 13.0, "perplexity_without": 11.0, "rank": 64, "sparsity": 0.7, "commit": "abc",
      "training_tokens": 3072, "evaluation_tokens": 1024},
@@ -38,6 +44,8 @@ def test_every_figure_of_the_records_reaches_the_page():
     text = fill("".join(f"<!-- table: {name} -->\nstale\n<!-- end -->\n" for name in activation_page.TABLES), LINES)
     assert "| sparsity | CATS | TEAL uniform |" in text and "| 50% | 14.00 (33%) | 12.35 (49%) |" in text
     assert "Perplexity of 2,560 held-out tokens; dense: 10.00." in text
+    assert "| sparsity | all seven maps, greedy |" in text and "| 40% | 11.50 (41%) |" in text
+    assert "Calibrated on 512 tokens (all seven maps, greedy)." in text
     assert "| 25% | 16.0 (0.80×) |" in text and "| 50% | 40.0 (2.00×) |" in text and "20.0 beside CATS" in text
     assert "Not faster than dense: CATS at 25%." in text
     assert "| skips inputs 1536 → 576 | 1.50× |" in text
@@ -72,3 +80,20 @@ def test_the_page_is_what_its_records_say():
     text, lines = PAGE.read_text(), read(SOURCE)
     assert all(f"<!-- table: {name} -->" in text for name in activation_page.TABLES)
     assert fill(text, lines) == text and draw(lines) == FIGURE.read_text(), "run python -m benchmarks.activation_page"
+
+
+def test_reads_saved_of_whole_blocks_counts_every_map():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=30, num_key_value_heads=2, eos_token_id=None, **sizes)
+    ).eval()
+    # query and output 32 · 32, key and value 32 · 16, the network 3 · 32 · 48
+    assert weights_of_blocks(model) == 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    rows = list(torch.randint(30, (4, 1, 64), generator=torch.Generator().manual_seed(0)))
+    for allocation in ("uniform", "greedy"):
+        found = measured(model, calibrated(model, rows, 0.4, allocation), rows)
+        assert found["reads_saved"] == pytest.approx(0.4, abs=0.04)
+    alone = calibrated(model, rows, 0.4, "uniform")
+    part = measured(model, TealThresholds(alone.feedforward, {}), rows)["reads_saved"]
+    assert part == pytest.approx(0.4 * 3 * 32 * 48 / (3 * 32 * 48 + 3 * 32 * 32), abs=0.04)
