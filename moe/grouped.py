@@ -16,7 +16,6 @@ skipped. They are custom operators: torch.compile keeps the graph whole around t
 host, which on CUDA waits for the device once in each pass.
 """
 
-from dataclasses import astuple
 from functools import cache
 from typing import cast
 
@@ -80,15 +79,14 @@ def mixture_forward(
     """
     blocks, source, place = _lay_out(token, expert, up, x.dtype)
     pre, out = x.new_empty(len(source), up.shape[2]), x.new_empty(len(source), x.shape[1])
-    most = max((b.experts * b.rows for b in blocks), default=0)
-    gathered, hidden = x.new_empty(most, x.shape[1]), x.new_empty(most, down.shape[2])
-    for block in blocks:
-        part, rows = _rows(block)
-        torch.index_select(x, 0, source[part], out=gathered[:rows])
-        _product(gathered[:rows], _weights(up, block, x), block, out=pre[part])
-        activate_into(pre[part], cast(Activation, activation), hidden[:rows])
-        _product(hidden[:rows], _weights(down, block, x).mT, block, out=out[part])
-    plan = torch.tensor([astuple(block) for block in blocks], dtype=torch.int64).reshape(-1, 4)
+    rooms = _rooms(blocks, x, x.shape[1], down.shape[2])
+    for block, index, a, y in zip(blocks, *_parts(blocks, source, pre, out), strict=True):
+        gathered, hidden = rooms[block.experts * block.rows]
+        torch.index_select(x, 0, index, out=gathered)
+        _product(gathered, _weights(up, block, x), block, out=a)
+        activate_into(a, cast(Activation, activation), hidden)
+        _product(hidden, _weights(down, block, x).mT, block, out=y)
+    plan = torch.tensor([(b.first, b.experts, b.rows, b.start) for b in blocks], dtype=torch.int64).reshape(-1, 4)
     return _combine(out, token, place, weight, x.shape[0]), pre, source, place, plan
 
 
@@ -113,26 +111,24 @@ def mixture_backward(
     scale[place] = weight.to(x.dtype)
     d_rows, dot = x.new_empty(len(source), x.shape[1]), weight.new_empty(len(source))
     d_up, d_down = (torch.empty_like(w) if experts_need_grad else w.new_empty(0) for w in (up, down))
-    most = max((b.experts * b.rows for b in blocks), default=0)
-    gathered, h, d_h, d_a = (x.new_empty(most, s) for s in (x.shape[1], down.shape[2], down.shape[2], up.shape[2]))
+    rooms = _rooms(blocks, x, x.shape[1], down.shape[2], down.shape[2], up.shape[2])
     done = 0
-    for block in blocks:
-        part, rows = _rows(block)
-        torch.index_select(d_y, 0, source[part], out=gathered[:rows])
-        _product(gathered[:rows], _weights(down, block, x), block, out=d_h[:rows])
-        differentiate_into(
-            pre[part], d_h[:rows], cast(Activation, activation), h=h[:rows], d_a=d_a[:rows], dot=dot[part]
-        )
-        _product(d_a[:rows], _weights(up, block, x).mT, block, out=d_rows[part])
+    parts = _parts(blocks, source, pre, d_rows, dot, scale[:, None])
+    for block, index, a, d_row, d_weight, factor in zip(blocks, *parts, strict=True):
+        gathered, h, d_h, d_a = rooms[block.experts * block.rows]
+        torch.index_select(d_y, 0, index, out=gathered)
+        _product(gathered, _weights(down, block, x), block, out=d_h)
+        differentiate_into(a, d_h, cast(Activation, activation), h=h, d_a=d_a, dot=d_weight)
+        _product(d_a, _weights(up, block, x).mT, block, out=d_row)
         if experts_need_grad:
             # the combine weight scales d_y and x, D wide, rather than dA and H, which are wider
             first = block.first >= done
-            weighted = gathered[:rows].mul_(scale[part, None])
-            _outer(weighted, h[:rows], block, out=d_down, first=first)
-            torch.index_select(x, 0, source[part], out=weighted)
-            _outer(weighted.mul_(scale[part, None]), d_a[:rows], block, out=d_up, first=first, turn=True)
-            d_up[done : block.first].zero_()
-            d_down[done : block.first].zero_()
+            _outer(gathered.mul_(factor), h, block, out=d_down, first=first)
+            torch.index_select(x, 0, index, out=gathered)
+            _outer(gathered.mul_(factor), d_a, block, out=d_up, first=first, turn=True)
+            if block.first > done:
+                d_up[done : block.first].zero_()
+                d_down[done : block.first].zero_()
             done = block.first + block.experts
     d_up[done:].zero_()
     d_down[done:].zero_()
@@ -190,19 +186,30 @@ def _expert_starts(blocks: list[Block], num_experts: int) -> list[int]:
     return [max(start, 0) for start in starts]
 
 
-def _rows(block: Block) -> tuple[slice, int]:
-    rows = block.experts * block.rows
-    return slice(block.start, block.start + rows), rows
+def _parts(blocks: list[Block], *rows: Tensor) -> list[tuple[Tensor, ...]]:
+    """The rows of each block, of each tensor."""
+    sizes = [block.experts * block.rows for block in blocks]
+    return [x.split(sizes) if sizes else () for x in rows]
+
+
+def _rooms(blocks: list[Block], like: Tensor, *widths: int) -> dict[int, list[Tensor]]:
+    """For blocks of so many rows a buffer of each width, all of the same memory."""
+    sizes = {block.experts * block.rows for block in blocks}
+    buffers = [like.new_empty(max(sizes, default=0), width) for width in widths]
+    return {rows: [buffer[:rows] for buffer in buffers] for rows in sizes}
 
 
 def _weights(stacked: Tensor, block: Block, x: Tensor) -> Tensor:
-    return stacked[block.first : block.first + block.experts].to(x.dtype)
+    """Those of the block's experts: [D, A] or [D, F] of one, stacked of several."""
+    alone = block.experts == 1
+    mine = stacked[block.first] if alone else stacked[block.first : block.first + block.experts]
+    return mine if mine.dtype == x.dtype else mine.to(x.dtype)
 
 
 def _product(rows: Tensor, weights: Tensor, block: Block, *, out: Tensor) -> None:
     """out ← rows · weights, expert by expert."""
     if block.experts == 1:
-        torch.mm(rows, weights[0], out=out)
+        torch.mm(rows, weights, out=out)
     else:
         shape = (block.experts, block.rows, -1)
         torch.bmm(rows.view(shape), weights, out=out.view(shape))
@@ -210,19 +217,20 @@ def _product(rows: Tensor, weights: Tensor, block: Block, *, out: Tensor) -> Non
 
 def _outer(a: Tensor, b: Tensor, block: Block, *, out: Tensor, first: bool, turn: bool = False) -> None:
     """out ← aᵀ · b for each expert of the block, added unless ``first``; a wider out (autocast) gets it converted."""
-    shape = (block.experts, block.rows, -1)
-    left, right = a.view(shape).mT, b.view(shape)
-    if turn and a.dtype in HALVES and block.experts > 1 and has_tiles():
+    alone = block.experts == 1
+    if alone:
+        left, right, out = a.mT, b, out[block.first]
+    else:
+        shape = (block.experts, block.rows, -1)
+        left, right, out = a.view(shape).mT, b.view(shape), out[block.first : block.first + block.experts]
+    if turn and a.dtype in HALVES and not alone and has_tiles():
         left = left.contiguous()
-    out = out[block.first : block.first + block.experts]
     if out.dtype != a.dtype:
         out.copy_(left @ right) if first else out.add_(left @ right)
-    elif not first:
-        out.baddbmm_(left, right)
-    elif block.experts == 1:
-        torch.mm(left[0], right[0], out=out[0])
+    elif first:
+        (torch.mm if alone else torch.bmm)(left, right, out=out)
     else:
-        torch.bmm(left, right, out=out)
+        (out.addmm_ if alone else out.baddbmm_)(left, right)
 
 
 def _combine(rows: Tensor, token: Tensor, place: Tensor, weight: Tensor, num_tokens: int) -> Tensor:
