@@ -167,7 +167,9 @@ def _sharing(rows: int, up: Tensor, dtype: torch.dtype) -> tuple[int, int, int]:
     if half and not small and not has_tiles():
         return 1, SHAPE_ROWS, 1
     threads = torch.get_num_threads()
-    return (threads, TILE_ROWS, 8) if half else (threads, 1, 10 if small else 20)
+    if half:
+        return threads, TILE_ROWS if has_tiles() else SHAPE_ROWS, 8
+    return threads, 1, 10 if small else 20
 
 
 @cache
