@@ -12,7 +12,7 @@ from moe.memory_values import MemoryValues
 from moe.meprop import MePropLinear, meprop_linear
 from moe.noise import Noise
 from moe.peer import PEER
-from moe.predictor import ActivePredictor, active_neurons, train_predictor
+from moe.predictor import ActivePredictor, Foresight, active_neurons, foresight, train_predictor, train_predictors
 from moe.product_key import ProductKeyMemory
 from moe.routers import (
     BalancedAssignmentRouter,
@@ -59,6 +59,7 @@ __all__ = [
     "DropConnect",
     "ExpertChoiceRouter",
     "FairscaleGate",
+    "Foresight",
     "GumbelTop2Router",
     "HashRouter",
     "HeadDropout",
@@ -100,6 +101,7 @@ __all__ = [
     "drop_connect",
     "drop_fractions",
     "entropy_loss",
+    "foresight",
     "from_fairscale",
     "gate_mass",
     "gather_experts",
@@ -118,5 +120,6 @@ __all__ = [
     "specialisation",
     "top_tokens",
     "train_predictor",
+    "train_predictors",
     "upcycle",
 ]

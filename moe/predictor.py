@@ -1,6 +1,8 @@
 """Which neurons a token will use, told before they are computed: labels, training and recall of small predictors."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from moe.calibration import CalibratedMethod, compared_magnitudes
-from moe.sparsified import FeedForwardSite
+from moe.sparsified import FeedForwardSite, feedforward_sites
 from moe.thresholded import Thresholds
 
 
@@ -103,3 +105,73 @@ def recall_threshold(logits: Float[Tensor, "N"], recall: float) -> float:
     least = logits.kthvalue(missed + 1).values
     # just under the least logit that must stay
     return float(torch.nextafter(least, least.new_tensor(-torch.inf)))
+
+
+def train_predictors(
+    model: nn.Module,
+    inputs: Mapping[str, Float[Tensor, "_ _"]],
+    *,
+    method: CalibratedMethod,
+    thresholds: Mapping[str, Thresholds],
+    rank: int,
+    recall: float = 0.99,
+    steps: int = 300,
+    generator: torch.Generator | None = None,
+) -> dict[str, ActivePredictor]:
+    """For each feed-forward network of the model a predictor of the neurons that its thresholds keep, by module name.
+
+    inputs: rows of each network's input, as :func:`moe.calibration.feedforward_inputs` gives them; thresholds: as
+    :func:`moe.calibrate_thresholds` finds them with that method. Other options: of :func:`train_predictor`; a rank
+    above the smaller side of a network is that side.
+    Raises: as :func:`train_predictor`; ValueError if inputs or thresholds name other networks than the model has.
+    """
+    sites = _sites(model, inputs, thresholds)
+    return {
+        name: train_predictor(
+            inputs[name], active_neurons(site, inputs[name], method=method, thresholds=thresholds[name]),
+            rank=min(rank, site.up.in_features, site.up.out_features), recall=recall, steps=steps, generator=generator,
+        )
+        for name, site in sites.items()
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """What the predictors of a model tell of some rows, over all networks and neurons.
+
+    recall: share of the active neurons that are predicted; predicted: share of all neurons that are, which is what
+    decoding computes; active: share of all neurons that the thresholds keep.
+    """
+
+    recall: float
+    predicted: float
+    active: float
+
+
+@torch.no_grad()
+def foresight(
+    model: nn.Module,
+    inputs: Mapping[str, Float[Tensor, "_ _"]],
+    predictors: Mapping[str, ActivePredictor],
+    *,
+    method: CalibratedMethod,
+    thresholds: Mapping[str, Thresholds],
+) -> Foresight:
+    """How well predictors tell the active neurons of these rows; options as of :func:`train_predictors`."""
+    found = predicted = active = neurons = 0
+    for name, site in _sites(model, inputs, thresholds).items():
+        wanted = active_neurons(site, inputs[name], method=method, thresholds=thresholds[name])
+        guess = predictors[name].active(inputs[name])
+        found += int((guess & wanted).sum())
+        predicted, active, neurons = predicted + int(guess.sum()), active + int(wanted.sum()), neurons + wanted.numel()
+    return Foresight(found / max(active, 1), predicted / neurons, active / neurons)
+
+
+def _sites(
+    model: nn.Module, inputs: Mapping[str, Tensor], thresholds: Mapping[str, Thresholds]
+) -> dict[str, FeedForwardSite]:
+    sites = feedforward_sites(model)
+    for kind, named in (("inputs", inputs), ("thresholds", thresholds)):
+        if named.keys() != sites.keys():
+            raise ValueError(f"{kind} must name {', '.join(sites)}, got {', '.join(named) or 'none'}")
+    return sites

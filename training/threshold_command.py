@@ -11,8 +11,17 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from moe import AttentionThresholds, Thresholds, calibrate_teal, calibrate_thresholds
-from moe.calibration import check_target
+from moe import (
+    ActivePredictor,
+    AttentionThresholds,
+    Foresight,
+    Thresholds,
+    calibrate_teal,
+    calibrate_thresholds,
+    foresight,
+    train_predictors,
+)
+from moe.calibration import CalibratedMethod, check_target, feedforward_inputs, thresholds_from_inputs
 from training.commands import PROGRAM, Source, data_config, require_at_least, require_free
 from training.data import Batches, Data
 from training.evaluation import Evaluation, evaluate
@@ -21,10 +30,13 @@ from training.run import load_data, model_folder
 from training.saved_model import open_model, save_made
 from transformer import Transformer, with_thresholds
 
+# rows of each network that thresholds are taken from; batches of held-out text that predictors are judged on
+SAMPLE, BATCHES_TOLD = 1024, 2
+
 
 @dataclass(frozen=True)
 class ThresholdArguments:
-    """Let a trained model leave out small activations, so that decoding reads fewer weights. Nothing is trained.
+    """Let a trained model leave out small activations, so that decoding reads fewer weights; its own stay as they are.
 
     Thresholds are found on training text, and the loss on held-out text before and after is shown.
     """
@@ -34,9 +46,10 @@ class ThresholdArguments:
     transformers (Llama and its kin)."""
     out: Path
     """Folder for the new model and its tokenizer."""
-    method: Literal["teal", "cats", "cett", "hard"] = "teal"
+    method: Literal["teal", "cats", "cett", "hard", "dejavu"] = "teal"
     """What is left out: small inputs of every matrix (teal), neurons with a small gate (cats), with a small effect on
-    the output (cett), or of small magnitude (hard)."""
+    the output (cett), or of small magnitude (hard). dejavu: cett's neurons, told beforehand by a small network of each
+    layer, which is trained here, so that the matrix of the gate need not be read whole either."""
     sparsity: float | None = None
     """Share that is left out, of inputs or neurons; 0.4 if neither this nor --error is given."""
     error: float | None = None
@@ -45,8 +58,14 @@ class ThresholdArguments:
     """How a sparsity is shared out: alike; where it costs least inside a block (teal); or with equal errors."""
     attention: bool = True
     """With teal and a sparsity, also for the projections of attention."""
+    rank: int = 64
+    """Rank of the networks that tell the neurons (dejavu), or a layer's smaller side if that is less."""
+    recall: float = 0.95
+    """Share of the neurons that are wanted which they shall tell (dejavu)."""
+    steps: int = 300
+    """Steps of their training (dejavu)."""
     batches: int = 2
-    """Batches of eight sequences of training text to calibrate on."""
+    """Batches of eight sequences of training text to calibrate, and train those networks, on."""
     corpus: str | None = None
     """Other text than the run's own, named as in data.corpus."""
     length: int | None = None
@@ -59,10 +78,11 @@ class ThresholdArguments:
 
 @dataclass(frozen=True)
 class Found:
-    """Thresholds by module name."""
+    """Thresholds by module name, and where neurons are told beforehand by what."""
 
     feedforward: Mapping[str, Thresholds]
     attention: Mapping[str, AttentionThresholds] | None = None
+    predictors: Mapping[str, ActivePredictor] | None = None
 
 
 def threshold_command(arguments: ThresholdArguments, console: Console) -> None:
@@ -79,8 +99,10 @@ def threshold_command(arguments: ThresholdArguments, console: Console) -> None:
     before = _held_out(model, data, config.length)
     found = _calibrated(model, _batches(data, arguments, config.length), arguments, sparsity)
     made = with_thresholds(
-        model, method=arguments.method, thresholds=found.feedforward or None, attention=found.attention
-    )
+        model, method=_method(arguments), thresholds=found.feedforward or None, attention=found.attention,
+        predictors=found.predictors,
+    )  # fmt: skip
+    told = None if found.predictors is None else _told(model, data, config.length, found, arguments.device)
     after = _held_out(made, data, config.length)
     with only_user(arguments.out):
         save_made(made, arguments.out, source=folder)
@@ -88,15 +110,21 @@ def threshold_command(arguments: ThresholdArguments, console: Console) -> None:
         f"{arguments.method}, {_target(sparsity, arguments.error)}, of {_where(found)}:"
         f" {before.bits_per_byte:.4f} -> {after.bits_per_byte:.4f} bits per byte,"
         f" perplexity {math.exp(before.loss):.2f} -> {math.exp(after.loss):.2f}"
-        f" ({after.tokens:,} held-out tokens), saved in {arguments.out}; decode with:\n"
+        f" ({after.tokens:,} held-out tokens), saved in {arguments.out}{_shown(told)}; decode with:\n"
         f"  {shlex.join([PROGRAM, 'generate', str(arguments.out)])}",
         highlight=False,
     )
 
 
 def _check(arguments: ThresholdArguments, sparsity: float | None) -> None:
-    check_target(sparsity, arguments.error, arguments.allocation, arguments.method)
-    require_at_least(1, {"--batches": arguments.batches, "--length": arguments.length})
+    check_target(sparsity, arguments.error, arguments.allocation, _method(arguments))
+    counts = {"--batches": arguments.batches, "--length": arguments.length}
+    require_at_least(1, counts | {"--rank": arguments.rank, "--steps": arguments.steps})
+    if not 0 < arguments.recall <= 1:
+        raise ValueError(f"--recall must be in (0, 1], got {arguments.recall:g}")
+    for name in ("rank", "recall", "steps"):
+        if arguments.method != "dejavu" and getattr(arguments, name) != getattr(ThresholdArguments, name):
+            raise ValueError(f"--{name} belongs to --method dejavu, got {arguments.method}")
     if _with_attention(arguments, sparsity) and arguments.allocation == "equal_error":
         raise ValueError("--allocation equal_error is of feed-forward layers alone: add --no-attention")
     require_free(arguments.out)
@@ -116,12 +144,58 @@ def _calibrated(
             model, batches, sparsity=cast(float, sparsity), allocation=allocation, generator=generator
         )
         return Found(both.feedforward, both.attention)
+    if arguments.method == "dejavu":
+        return _foretold(model, batches, arguments, sparsity, generator)
     return Found(
         calibrate_thresholds(
-            model, batches, method=arguments.method, sparsity=sparsity, error=arguments.error,
+            model, batches, method=_method(arguments), sparsity=sparsity, error=arguments.error,
             allocation=arguments.allocation, generator=generator,
         )
     )  # fmt: skip
+
+
+def _foretold(
+    model: Transformer,
+    batches: Sequence[Tensor],
+    arguments: ThresholdArguments,
+    sparsity: float | None,
+    generator: torch.Generator,
+) -> Found:
+    """Thresholds from a sample of the rows, as without predictors, which are trained on all of them."""
+    rows = sum(ids.numel() for ids in batches)
+    inputs = feedforward_inputs(model, batches, rows=rows, generator=generator)
+    # rows come in an order drawn at random: the first are a sample
+    thresholds = thresholds_from_inputs(
+        model, {name: x[:SAMPLE] for name, x in inputs.items()}, method=_method(arguments), sparsity=sparsity,
+        error=arguments.error, allocation=arguments.allocation,
+    )  # fmt: skip
+    predictors = train_predictors(
+        model, inputs, method=_method(arguments), thresholds=thresholds, rank=arguments.rank, recall=arguments.recall,
+        steps=arguments.steps, generator=generator,
+    )  # fmt: skip
+    return Found(thresholds, predictors=predictors)
+
+
+def _told(model: Transformer, data: Data, length: int, found: Found, device: str) -> Foresight:
+    """What the predictors tell of the first held-out sequences."""
+    rows = max(1, min(8 * BATCHES_TOLD, len(data.held_out) // length))
+    ids = torch.from_numpy(data.held_out[: rows * length].astype("int64")).view(rows, -1).to(device)
+    inputs = feedforward_inputs(model, ids.split(8), rows=ids.numel())
+    return foresight(model, inputs, found.predictors or {}, method="cett", thresholds=found.feedforward)
+
+
+def _shown(told: Foresight | None) -> str:
+    if told is None:
+        return ""
+    return (
+        f";\n  told beforehand on held-out text: {told.predicted:.1%} of the neurons, among them {told.recall:.1%} of"
+        f" the {told.active:.1%} that the thresholds keep"
+    )
+
+
+def _method(arguments: ThresholdArguments) -> CalibratedMethod:
+    """Whose thresholds decide."""
+    return "cett" if arguments.method == "dejavu" else arguments.method
 
 
 def _batches(data: Data, arguments: ThresholdArguments, length: int) -> list[Tensor]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe.predictor import active_neurons, recall_threshold, train_predictor
+from moe.predictor import active_neurons, foresight, recall_threshold, train_predictor, train_predictors
 from moe.sparsified import FeedForwardSite, sparsify_activations
 from moe.thresholded import Thresholds
 from tests.typecheck import unchecked
@@ -89,3 +89,34 @@ def test_errors(network):
             train_predictor(torch.randn(5, 2), torch.ones(5, 2).bool(), rank=1)
         with pytest.raises(ValueError, match="got no such entry"):
             train_predictor(torch.randn(20, 2), torch.zeros(20, 2).bool(), rank=1, steps=1)
+
+
+def test_what_predictors_of_a_model_tell_is_counted_over_all_its_networks():
+    class Network(nn.Module):
+        activation = "relu"
+
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 6, bias=False), nn.Linear(6, 4, bias=False)
+
+    model = nn.ModuleDict({"a": Network(), "b": Network()}).requires_grad_(False)
+    inputs = {name: torch.randn(40, 4, generator=torch.Generator().manual_seed(i)) for i, name in enumerate("ab")}
+    limits = dict.fromkeys("ab", Thresholds(down=0.1))
+    made = train_predictors(
+        model, inputs, method="hard", thresholds=limits, rank=64, steps=5, generator=torch.Generator().manual_seed(2)
+    )
+    assert {one.down.out_features for one in made.values()} == {4}
+    for one in made.values():
+        one.threshold = 0.05  # the trained one is a logit itself but for its last bit
+    told = foresight(model, inputs, made, method="hard", thresholds=limits)
+    found = wanted = computed = 0
+    for name, x in inputs.items():
+        for row in x:
+            h = torch.relu(model[name].up.weight @ row)
+            logits = made[name].up.weight @ (made[name].down.weight @ row) + made[name].up.bias
+            for i in range(6):
+                needed, guessed = bool(h[i] > 0.1), bool(logits[i] > made[name].threshold)
+                wanted, computed, found = wanted + needed, computed + guessed, found + (needed and guessed)
+    assert (told.recall, told.predicted, told.active) == pytest.approx((found / wanted, computed / 480, wanted / 480))
+    with pytest.raises(ValueError, match="thresholds must name a, b, got a"):
+        foresight(model, inputs, made, method="hard", thresholds={"a": Thresholds()})

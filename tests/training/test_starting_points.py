@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,7 @@ def test_a_plan_is_of_the_model_section() -> None:
         (["--sparsity", "0.3", "--allocation", "greedy"], "2 feed-forward and 2 attention"),
         (["--method", "cett", "--error", "0.2"], "2 feed-forward and 0 attention"),
         (["--no-attention", "--allocation", "equal_error"], "2 feed-forward and 0 attention"),
+        (["--method", "dejavu", "--rank", "4", "--recall", "0.9", "--steps", "20"], "2 feed-forward and 0 attention"),
     ],
 )
 def test_the_command_threshold(
@@ -167,6 +169,13 @@ def test_the_command_threshold(
     model = Transformer.from_pretrained(out)
     assert all(isinstance(layer.feedforward, ThresholdedConfig) for layer in model.config.layers)
     assert all((layer.attention.thresholds is not None) == ("2 attention" in layers) for layer in model.config.layers)
+    ranks = {layer.feedforward.predictor_rank for layer in model.config.layers}
+    assert ranks == ({4} if "dejavu" in options else {None})
+    if "dejavu" in options:
+        told = re.search(r"text: ([\d.]+)% of the neurons, among them ([\d.]+)% of the ([\d.]+)% that", shown)
+        computed, recall, kept = map(float, told.groups())
+        # 40% are left out; asked for 90% of the others
+        assert 50 < kept < 70 and 75 < recall <= 100 and recall * kept / 100 <= computed <= 100
     assert sparse_transformers("evaluate", str(out), "--corpus", str(dense.parent / "texts")) == 0
     assert math.isfinite(after) and "bits per byte" in capsys.readouterr().out
     assert sparse_transformers("generate", str(out), "--prompt", "the ", "--tokens", "3") == 0
@@ -181,6 +190,9 @@ def test_the_command_threshold(
         (["--allocation", "equal_error"], "is of feed-forward layers alone: add --no-attention"),
         (["--method", "cats", "--allocation", "greedy"], "allocation 'greedy' must come with method='teal'"),
         (["--out", "{run}"], "--out must hold no run or model"),
+        (["--rank", "3"], "--rank belongs to --method dejavu, got teal"),
+        (["--method", "dejavu", "--recall", "0"], "--recall must be in (0, 1], got 0"),
+        (["--method", "dejavu", "--allocation", "greedy"], "allocation 'greedy' must come with method='teal'"),
     ],
 )
 def test_threshold_refuses_before_it_reads(
