@@ -1,11 +1,12 @@
 """The [model] section of a run, and the transformer that it describes."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from moe import AttentionThresholds
+from training.model_owners import check_owners
 from transformer import (
     AttentionConfig,
     DenseConfig,
@@ -49,6 +50,12 @@ class LayerOverride:
     """Attention pattern of this layer."""
     selection: SelectionName | None = None
     """How this layer chooses the keys that a query sees; 'none': its pattern alone decides."""
+    softcap: float | None = None
+    """Scores of this layer are capped to softcap · tanh(score / softcap); 0: not capped."""
+    attention_dropout: float | None = None
+    """Rate at which attention probabilities of this layer are dropped, in training."""
+    alibi: bool | None = None
+    """Whether a bias by distance gives this layer's positions (ALiBi), in place of rotations."""
     feedforward: FeedForwardName | None = None
     """Kind of feed-forward of this layer."""
     hidden: int | None = None
@@ -97,6 +104,10 @@ class ModelConfig:
     """Channels of a head; dim / heads if left out."""
     pattern: str = "causal()"
     """Which keys a query sees, e.g. 'causal() & (sliding_window(256) | sinks(4))'."""
+    softcap: float = 0.0
+    """Attention scores become softcap · tanh(score / softcap) before the softmax (Gemma 2 takes 50); 0: as they are."""
+    alibi: bool = False
+    """Whether a bias by distance on each head's scores gives the positions (ALiBi), in place of rotations (RoPE)."""
     selection: SelectionName = "none"
     """How the keys that a query sees are chosen by content, with pattern 'causal()': blocks by their mean key (moba),
     the best keys (top_k), NSA's three branches (nsa), keys by a lightning indexer (dsa), keys of the same hash bucket
@@ -117,6 +128,28 @@ class ModelConfig:
     """Hash buckets of each round (lsh), or clusters (kmeans)."""
     select_rounds: int = 2
     """Rounds of hashing (lsh)."""
+    select_shared_qk: bool = False
+    """Whether queries are keys (lsh, kmeans), with as many key-value heads as heads and no projection to queries."""
+    select_initial: int = 1
+    """First blocks that every query sees (nsa)."""
+    select_local: int = 2
+    """Latest blocks that a query always sees, its own among them (nsa)."""
+    select_hidden: int | None = None
+    """Neurons of the network that compresses keys (nsa); twice the channels of a head if left out."""
+    select_rope_dim: int = 0
+    """Channels of each head of the lightning indexer that turn with their position (dsa)."""
+    select_warm_up: bool = False
+    """Attend to all keys while the lightning indexer learns (dsa)."""
+    select_decay: float = 0.999
+    """Decay of the moving average of the centroids (kmeans)."""
+    select_iterations: int = 8
+    """Iterations that balance the mix of blocks (sinkhorn)."""
+    select_temperature: float = 0.75
+    """Temperature of the mix of blocks (sinkhorn)."""
+    select_gumbel: bool = False
+    """Noise on the mix of blocks, in training (sinkhorn)."""
+    select_seed: int = 0
+    """Seed of rotations (lsh), first centroids (kmeans) or noise (sinkhorn)."""
     feedforward: FeedForwardName = "moe"
     """Mixture of experts; one dense feed-forward, or one that leaves out small activations (thresholded); Soft MoE;
     product-key memory; or PEER, a memory of one-neuron experts."""
@@ -190,6 +223,8 @@ class ModelConfig:
     """Factor on what a layer with a depth_capacity changes: sigmoid of its router's logit, or the logit."""
     dropout: float = 0.0
     """Dropout rate."""
+    attention_dropout: float = 0.0
+    """Rate at which attention probabilities are dropped, in training."""
     head_dropout: float = 0.0
     """Rate at which an attention head is dropped for a sequence, in training."""
     drop_connect: float = 0.0
@@ -221,7 +256,7 @@ def model_config(model: ModelConfig, *, vocab_size: int, length: int) -> Transfo
     Raises: ValueError if sizes do not fit together, an override names a layer that is not there, or an option belongs
     to a kind of feed-forward or selection that no layer has.
     """
-    _check_owners(model)
+    check_owners(model)
     overrides = {}
     for override in model.layer:
         if not 0 <= override.at < model.layers:
@@ -240,36 +275,6 @@ def model_config(model: ModelConfig, *, vocab_size: int, length: int) -> Transfo
     )
 
 
-def _check_owners(model: ModelConfig) -> None:
-    for word, owned in (("feedforward", _OWNERS), ("selection", _SELECTION_OWNERS)):
-        kinds = _kinds(model, word)
-        for field in dataclasses.fields(model):
-            owners, value = owned.get(field.name, kinds), getattr(model, field.name)
-            if value != field.default and not set(owners) & set(kinds):
-                raise ValueError(
-                    f"model.{field.name} belongs to {word} {' or '.join(owners)}, got {field.name}={value!r} with "
-                    f"{', '.join(kinds)}"
-                )
-    for override in model.layer:
-        kind = override.feedforward or model.feedforward
-        for name, owners in _OWNERS.items():
-            if getattr(override, name, None) is not None and kind not in owners:
-                raise ValueError(
-                    f"model.layer.{name} belongs to feedforward {' or '.join(owners)}, got {name}="
-                    f"{getattr(override, name)!r} in layer {override.at}, which is {kind}"
-                )
-    passing = model.depth_capacity is not None or any(layer.depth_capacity is not None for layer in model.layer)
-    if model.depth_weighting != "sigmoid" and not passing:
-        raise ValueError(f"model.depth_weighting needs a depth_capacity, got {model.depth_weighting!r} without one")
-
-
-def _kinds(model: ModelConfig, word: str) -> list[str]:
-    """What the layers have under ``word``."""
-    own = getattr(model, word)
-    changed = {override.at: getattr(override, word) or own for override in model.layer}
-    return sorted({changed.get(index, own) for index in range(model.layers)})
-
-
 def _layer(model: ModelConfig, index: int, override: LayerOverride | None, max_length: int) -> LayerConfig:
     if override is not None:
         changed = {k: v for k, v in dataclasses.asdict(override).items() if k != "at" and v is not None}
@@ -284,6 +289,7 @@ def _layer(model: ModelConfig, index: int, override: LayerOverride | None, max_l
     attention = AttentionConfig(
         model.heads, kv_heads, head_dim, model.pattern, head_dropout=model.head_dropout,
         drop_connect=model.drop_connect, selection=_selection(model, max_length), thresholds=limits,
+        softcap=model.softcap or None, dropout=model.attention_dropout, alibi=model.alibi,
     )  # fmt: skip
     depth = None if model.depth_capacity is None else DepthConfig(model.depth_capacity, model.depth_weighting)
     # p_l = l/L · p_L: Huang et al. 2016 (arXiv:1603.09382), eq. 4
@@ -346,13 +352,24 @@ _SELECTIONS: dict[SelectionName, Callable[[ModelConfig, int], SelectionConfig]] 
     "moba": lambda model, _: MoBAConfig(model.select_block, model.select_k),
     "top_k": lambda model, _: TopKKeysConfig(model.select_k),
     "nsa": lambda model, _: NSAConfig(
-        2 * model.select_stride, model.select_stride, model.select_block, model.select_k, window=model.select_window
+        2 * model.select_stride, model.select_stride, model.select_block, model.select_k, model.select_initial,
+        model.select_local, model.select_window, model.select_hidden,
     ),
-    "dsa": lambda model, _: DSAConfig(model.select_k, model.select_heads, model.select_dim),
-    "lsh": lambda model, _: LSHConfig(model.select_buckets, model.select_rounds, model.select_block),
-    "kmeans": lambda model, _: KMeansConfig(model.select_buckets, model.select_block),
-    "sinkhorn": lambda model, length: SinkhornConfig(model.select_block, -(-length // model.select_block)),
-}
+    "dsa": lambda model, _: DSAConfig(
+        model.select_k, model.select_heads, model.select_dim, model.select_warm_up, model.select_rope_dim,
+        model.rope_theta if model.select_rope_dim else DSAConfig.rope_theta,
+    ),
+    "lsh": lambda model, _: LSHConfig(
+        model.select_buckets, model.select_rounds, model.select_block, model.select_seed, model.select_shared_qk
+    ),
+    "kmeans": lambda model, _: KMeansConfig(
+        model.select_buckets, model.select_block, model.select_decay, model.select_seed, model.select_shared_qk
+    ),
+    "sinkhorn": lambda model, length: SinkhornConfig(
+        model.select_block, -(-length // model.select_block), model.select_iterations, model.select_temperature,
+        model.select_gumbel, model.select_seed,
+    ),
+}  # fmt: skip
 
 _KINDS: dict[FeedForwardName, Callable[[ModelConfig], FeedForwardConfig]] = {
     "moe": _moe,
@@ -365,29 +382,4 @@ _KINDS: dict[FeedForwardName, Callable[[ModelConfig], FeedForwardConfig]] = {
     "soft_moe": _soft_moe,
     "product_key": _product_key,
     "peer": _peer,
-}
-
-_MEMORIES: tuple[FeedForwardName, ...] = ("product_key", "peer")
-_OWNERS: dict[str, Sequence[str]] = {
-    "activation": ("moe", "dense", "thresholded", "soft_moe", "peer"),
-    **dict.fromkeys(
-        (
-            "router", "renormalize", "capacity_factor", "shared_hidden", "jitter", "num_groups", "top_groups",
-            "route_scale", "bias_update", "sinkhorn_iterations", "hash_seed", "drop_priority",
-        ), ("moe",)
-    ),
-    "allow_future": ("moe", "soft_moe"),
-    "slots_per_expert": ("soft_moe",),
-    **dict.fromkeys(("error_k", "error_unified"), ("dense",)),
-    **dict.fromkeys(("num_keys", "memory_heads", "memory_k", "key_dim", "query_norm"), _MEMORIES),
-    **dict.fromkeys(("gated", "memory_pool"), ("product_key",)),
-    **dict.fromkeys(("threshold_method", "threshold", "top_neurons"), ("thresholded",)),
-}  # fmt: skip
-_SELECTION_OWNERS: dict[str, Sequence[str]] = {
-    "select_block": ("moba", "nsa", "lsh", "kmeans", "sinkhorn"),
-    "select_k": ("moba", "top_k", "nsa", "dsa"),
-    **dict.fromkeys(("select_window", "select_stride"), ("nsa",)),
-    **dict.fromkeys(("select_heads", "select_dim"), ("dsa",)),
-    "select_buckets": ("lsh", "kmeans"),
-    "select_rounds": ("lsh",),
 }

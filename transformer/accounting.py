@@ -101,7 +101,7 @@ def _block_flops(dim: int, layer: LayerConfig, length: int, passing: int, *, act
     total = 0.0
     if layer.attention:
         a = layer.attention
-        total += 2 * dim * a.head_dim * 2 * (a.num_heads + a.num_kv_heads)
+        total += 2 * dim * a.head_dim * ((1 if a.shared_qk else 2) * a.num_heads + 2 * a.num_kv_heads)
         total += _attention_flops(dim, a, length, passing) / passing
     if layer.feedforward is not None:
         total += _FLOPS[type(layer.feedforward)](dim, layer.feedforward, passing, active)

@@ -12,6 +12,7 @@ from moe.noise import Source
 from moe.thresholded_linear import AttentionThresholds, ThresholdedLinear
 from sparse_attn import KVCache, Pattern, RaggedKVCache, StreamingKVCache, attend, causal
 from transformer.attention_dropout import drawn_from
+from transformer.attention_selection import attend_chosen
 from transformer.norm import RMSNorm
 from transformer.rope import RopeScaling, frequencies
 
@@ -85,6 +86,7 @@ class Attention(nn.Module):
     head_dropout, drop_connect: rates of dropping heads and projection weights in training.
     bias: whether the projections to queries, keys and values have one (Qwen2); the output projection has none.
     selection: a module of :mod:`sparse_attn.selection` that attends instead, to keys that it chooses; with causal().
+    Where its queries are keys (shared_qk) there is no projection to queries.
     thresholds: up to which the projections' inputs count as zero (:class:`moe.ThresholdedLinear`); None leaves all.
     softcap, dropout: of :func:`sparse_attn.attend`, the latter in training. alibi: slope of each query head, for
     positions by ALiBi; None: by RoPE.
@@ -115,11 +117,12 @@ class Attention(nn.Module):
         self.softcap, self.dropout, self.alibi = softcap, dropout, None if alibi is None else tuple(alibi)
         self.head_dropout, self.drop_connect = HeadDropout(head_dropout), drop_connect
         self.num_heads, self.num_kv_heads, self.head_dim, self.pattern = num_heads, num_kv_heads, head_dim, pattern
-        self.query = _linear(dim, num_heads * head_dim, bias, thresholds, "query")
+        shared = selection is not None and getattr(selection, "shared_qk", False)
+        self.query = None if shared else _linear(dim, num_heads * head_dim, bias, thresholds, "query")
         self.key = _linear(dim, num_kv_heads * head_dim, bias, thresholds, "key")
         self.value = _linear(dim, num_kv_heads * head_dim, bias, thresholds, "value")
         for linear in (self.query, self.key, self.value):
-            if linear.bias is not None:
+            if linear is not None and linear.bias is not None:
                 nn.init.zeros_(linear.bias)
         self.output = _linear(num_heads * head_dim, dim, False, thresholds, "output")
         self.selection = selection
@@ -127,7 +130,7 @@ class Attention(nn.Module):
             raise ValueError(f"qk_norm must be one of none, head, full, got {qk_norm!r}")
         self.qk_norm = qk_norm
         heads = (1, 1) if qk_norm == "head" else (num_heads, num_kv_heads)
-        self.query_norm = RMSNorm(heads[0] * head_dim, eps=norm_eps) if qk_norm != "none" else None
+        self.query_norm = RMSNorm(heads[0] * head_dim, eps=norm_eps) if qk_norm != "none" and not shared else None
         self.key_norm = RMSNorm(heads[1] * head_dim, eps=norm_eps) if qk_norm != "none" else None
 
     def forward(
@@ -149,8 +152,10 @@ class Attention(nn.Module):
         generator: draws the heads, weights and probabilities that are dropped.
         """
         losses: dict[str, Tensor] = {}
-        q = self._heads(self._project(self.query, x, "query", generator), self.query_norm)
         k = self._heads(self._project(self.key, x, "key", generator), self.key_norm)
+        q = k
+        if self.query is not None:
+            q = self._heads(self._project(self.query, x, "query", generator), self.query_norm)
         v = _split(self._project(self.value, x, "value", generator), self.head_dim)
         if isinstance(cache, StreamingKVCache):
             mixed = cache.attend(q, k, v, key_mask=token_mask, positions=positions)
@@ -160,7 +165,9 @@ class Attention(nn.Module):
                 raise ValueError("angles must be given to an attention without ALiBi, got None")
             q, k = rotate(q, angles), rotate(k, angles)
         if self.selection is not None:
-            mixed, losses = _selected(self.selection, q, k, v, x, token_mask, cache, positions)
+            mixed, losses = attend_chosen(
+                self.selection, q, k, v, x, token_mask=token_mask, cache=cache, positions=positions
+            )
         elif positions is not None:
             mixed = self._scattered(q, k, v, positions, token_mask, cache, generator)
         elif cache is None:
@@ -260,22 +267,3 @@ def _of(rows: slice | None, x: Tensor | None) -> Any:
 
 def _split(x: Float[Tensor, "B L C"], head_dim: int) -> Float[Tensor, "B H L d"]:
     return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
-
-
-def _selected(
-    selection: nn.Module,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    x: Tensor,
-    token_mask: Tensor | None,
-    cache: KVCache | RaggedKVCache | None,
-    positions: Tensor | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    if positions is not None or isinstance(cache, RaggedKVCache):
-        raise ValueError("positions must be None with a selection: its rows follow each other")
-    if cache is not None:
-        k, v, _ = cache.append(k, v, key_mask=token_mask)
-        token_mask = cache.key_mask
-    selected = selection(q, k, v, hidden=x, key_mask=token_mask)
-    return selected.out, selected.losses

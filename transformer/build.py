@@ -157,7 +157,7 @@ def _dsa(dim: int, config: AttentionConfig, s: DSAConfig) -> DSA:
     # index keys from the layer's own keys: decoding then needs no cache of layer inputs
     return DSA(
         dim, top_k=s.top_k, heads=s.heads, head_dim=s.head_dim, key_width=config.num_kv_heads * config.head_dim,
-        warm_up=s.warm_up,
+        warm_up=s.warm_up, rope_dim=s.rope_dim, rope_theta=s.rope_theta,
     )  # fmt: skip
 
 
@@ -172,20 +172,22 @@ def _lsh(dim: int, config: AttentionConfig, s: LSHConfig) -> LSH:
     # queries and keys have projections of their own
     return LSH(
         config.head_dim, config.num_kv_heads, num_buckets=s.num_buckets, rounds=s.rounds, chunk=s.chunk,
-        shared_qk=False, seed=s.seed,
+        shared_qk=s.shared_qk, seed=s.seed,
     )  # fmt: skip
 
 
 def _kmeans(dim: int, config: AttentionConfig, s: KMeansConfig) -> KMeansRouting:
     return KMeansRouting(
-        config.head_dim, config.num_kv_heads, num_clusters=s.num_clusters, window=s.window, decay=s.decay, seed=s.seed
-    )
+        config.head_dim, config.num_kv_heads, num_clusters=s.num_clusters, window=s.window, decay=s.decay, seed=s.seed,
+        shared_qk=s.shared_qk,
+    )  # fmt: skip
 
 
 def _sinkhorn(dim: int, config: AttentionConfig, s: SinkhornConfig) -> SinkhornSorting:
     return SinkhornSorting(
+        mlp_hidden=s.mlp_hidden,
         config.head_dim, config.num_kv_heads, block=s.block, max_blocks=s.max_blocks, iterations=s.iterations,
-        temperature=s.temperature, gumbel=s.gumbel, seed=s.seed,
+        temperature=s.temperature, gumbel=s.gumbel, seed=s.seed, causal=s.causal,
     )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ class TransformerConfig:
                     f"combine it with causal() or set causal=False"
                 )
             _check_blocks(index, layer, self.max_length)
-            if not self.causal and layer.attention and layer.attention.selection:
+            if not self.causal and layer.attention and _looks_back(layer.attention):
                 raise ValueError(f"layer {index}: a selection never looks ahead: set causal=True, or selection=None")
             if self.causal and isinstance(layer.feedforward, MoEConfig | SoftMoEConfig) and _leaks(layer.feedforward):
                 raise ValueError(
@@ -192,6 +192,12 @@ def _check_blocks(index: int, layer: LayerConfig, max_length: int) -> None:
 
 
 def _leaks(feedforward: MoEConfig | SoftMoEConfig) -> bool:
+def _looks_back(attention: AttentionConfig) -> bool:
+    """Whether a selection chooses among earlier keys only."""
+    selection = attention.selection
+    return selection is not None and not (isinstance(selection, SinkhornConfig) and not selection.causal)
+
+
     return feedforward.sees_future and not feedforward.allow_future
 
 

@@ -179,14 +179,8 @@ def _check(
 
 
 def _count_their_own(model: Transformer, mask: Tensor | None) -> bool:
-    """Whether some rows are shorter and some layer's pattern counts positions from the start, as sinks do."""
+    """Whether some rows are shorter and some layer counts positions from the start, as sinks and selections do."""
     if mask is None or bool(mask.all()):
         return False
     attentions = [layer.attention for layer in model.config.layers if layer.attention is not None]
-    for index, layer in enumerate(model.config.layers):
-        if layer.attention is not None and layer.attention.selection is not None:
-            raise ValueError(
-                f"prompts must be equally long for layer {index}, whose selection counts keys from the first: "
-                f"generate for each prompt by itself"
-            )
-    return not all(parse_pattern(attention.pattern).is_relative for attention in attentions)
+    return any(attention.selection or not parse_pattern(attention.pattern).is_relative for attention in attentions)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from moe import AttentionThresholds
-from sparse_attn import Pattern, PerHead, alibi_slopes, causal, parse_pattern
+from sparse_attn import Pattern, PerHead, alibi_slopes, causal, full, parse_pattern
 from transformer.checks import at_least, check_fields, check_rate, one_of
 from transformer.feedforward_config import FeedForwardConfig
-from transformer.selection_config import SELECTIONS, SelectionConfig
+from transformer.selection_config import SELECTIONS, SelectionConfig, SharedQK, SinkhornConfig
 
 QK_NORMS = ("none", "head", "full")
 
@@ -27,7 +27,7 @@ class AttentionConfig:
     head_dropout, drop_connect: rates in training at which a head of a sample, and a single weight of the four
     projections, are dropped (:class:`moe.HeadDropout`, :class:`moe.DropConnect`).
     selection: how the keys that a query sees are chosen by content, among those up to its own; the pattern is then
-    ``causal()``. None: the pattern alone decides.
+    ``causal()`` (``full()`` of a selection that is not causal). None: the pattern alone decides.
     thresholds: magnitudes up to which the inputs of the four projections are left out, in training too (TEAL;
     :class:`moe.ThresholdedLinear`). None: none is.
     softcap: scores become softcap · tanh(score / softcap) before the softmax (Gemma 2, arXiv:2408.00118). None: as they
@@ -77,6 +77,11 @@ class AttentionConfig:
         if self.selection is not None:
             self._check_selection(pattern)
 
+    @property
+    def shared_qk(self) -> bool:
+        """Whether queries are keys, without a projection of their own."""
+        return isinstance(self.selection, SharedQK) and self.selection.shared_qk
+
     def slopes(self) -> tuple[float, ...] | None:
         """ALiBi's slope of each query head, or None where RoPE gives the positions."""
         if not self.alibi or self.alibi_slopes is not None:
@@ -99,10 +104,15 @@ class AttentionConfig:
         if not isinstance(self.selection, tuple(SELECTIONS.values())):
             known = ", ".join(record.__name__ for record in SELECTIONS.values())
             raise ValueError(f"selection must be None or one of {known}, got {self.selection!r}")
-        if pattern != causal():
+        if isinstance(self.selection, SinkhornConfig) and not self.selection.causal:
+            if pattern != full():
+                raise ValueError(f"pattern must be full() with a selection of causal=False, got {self.pattern!r}")
+        elif pattern != causal():
             raise ValueError(
                 f"a selection chooses among all earlier keys: pattern must be causal(), got {self.pattern!r}"
             )
+        if self.shared_qk and self.num_kv_heads != self.num_heads:
+            raise ValueError(f"num_kv_heads must be num_heads={self.num_heads} with shared_qk, got {self.num_kv_heads}")
         for name, off in (("softcap", None), ("dropout", 0.0), ("alibi", False)):
             if getattr(self, name) != off:
                 kind = type(self.selection).__name__

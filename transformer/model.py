@@ -257,7 +257,8 @@ class Transformer(nn.Module):
         return StreamingKVCache(pattern, rotated, softcap=attention.softcap, unequal=unequal)
 
     def _angles(self, positions: Int[Tensor, "..."]) -> dict[int, tuple[Tensor, Tensor]]:
-        sizes = {a.head_dim for layer in self.config.layers if (a := layer.attention) and not a.alibi}
+        attentions = (layer.attention for layer in self.config.layers)
+        sizes = {attention.head_dim for attention in attentions if attention and not attention.alibi}
         theta, scaling = self.config.rope_theta, self.config.rope_scaling
         return {size: rotary_angles(positions, size, theta=theta, scaling=scaling) for size in sizes}
 

@@ -1,7 +1,7 @@
 """Learned selection as a layer choice: how an attention layer picks the keys that each query sees, by content.
 
-Every choice looks at the query's own and earlier keys only. The modules are those of :mod:`sparse_attn.selection`,
-which hold the formulas and say where they differ from the papers.
+Every choice looks at the query's own and earlier keys only, but for Sinkhorn sorting with causal=False. The modules are
+those of :mod:`sparse_attn.selection`, which hold the formulas and say where they differ from the papers.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class NSAConfig:
 
     compress, stride: keys that one compressed key stands for, and from one to the next. block, top_n: size and number
     of the blocks that a query selects, of which the first ``initial`` and last ``local`` always. window: of the third
-    branch.
+    branch. mlp_hidden: neurons of the network that compresses; None: twice the channels of a head.
     """
 
     compress: int = 32
@@ -48,9 +48,10 @@ class NSAConfig:
     initial: int = 1
     local: int = 2
     window: int = 512
+    mlp_hidden: int | None = None
 
     def __post_init__(self) -> None:
-        _positive(self, "window")
+        _positive(self, "window", *([] if self.mlp_hidden is None else ["mlp_hidden"]))
         self.geometry()
 
     def geometry(self) -> Geometry:
@@ -63,27 +64,36 @@ class DSAConfig:
     """Each query sees the ``top_k`` keys that a lightning indexer scores highest (DeepSeek-V3.2).
 
     heads, head_dim: of the indexer. It reads the layer's keys, which a cache holds, and learns from a side loss of its
-    own. warm_up: attend to all keys while it learns.
+    own. warm_up: attend to all keys while it learns. rope_dim: its first channels that turn with their position, at
+    frequencies of base rope_theta.
     """
 
     top_k: int = 64
     heads: int = 4
     head_dim: int = 32
     warm_up: bool = False
+    rope_dim: int = 0
+    rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
         _positive(self, "top_k", "heads", "head_dim")
+        if self.rope_dim % 2 or not 0 <= self.rope_dim <= self.head_dim:
+            raise ValueError(f"rope_dim must be even and in [0, head_dim={self.head_dim}], got {self.rope_dim}")
+        if not self.rope_theta > 0:
+            raise ValueError(f"rope_theta must be > 0, got {self.rope_theta}")
 
 
 @dataclass(frozen=True)
 class LSHConfig:
     """Queries see keys of their own hash bucket, the latest ``chunk`` to 2 · ``chunk`` of them in each of ``rounds``
-    (Reformer, arXiv:2001.04451). seed: of the random rotations."""
+    (Reformer, arXiv:2001.04451). seed: of the random rotations. shared_qk: queries are keys, as in the paper: the layer
+    has no projection to queries, and as many key-value heads as heads."""
 
     num_buckets: int = 16
     rounds: int = 2
     chunk: int = 32
     seed: int = 0
+    shared_qk: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "num_buckets", "rounds", "chunk")
@@ -94,12 +104,17 @@ class LSHConfig:
 @dataclass(frozen=True)
 class KMeansConfig:
     """Queries see keys of the cluster that they are nearest to, the latest ``window`` to 2 · ``window`` of them
-    (Routing Transformer, arXiv:2003.05997). decay: of the centroids' moving average; seed: of their first values."""
+    (Routing Transformer, arXiv:2003.05997). decay: of the centroids' moving average; seed: of their first values.
+    shared_qk: queries are keys: the layer has no projection to queries, and as many key-value heads as heads.
+
+    The paper's algorithm 1 (``KMeansRouting(members="top")``) is no word here: what it chooses depends on later tokens,
+    which decoding has not seen."""
 
     num_clusters: int = 8
     window: int = 32
     decay: float = 0.999
     seed: int = 0
+    shared_qk: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "num_clusters", "window")
@@ -113,7 +128,7 @@ class SinkhornConfig:
     arXiv:2002.11296).
 
     max_blocks: blocks of the longest sequence. iterations, temperature: of the balancing of the mix. gumbel: noise on
-    it in training, from ``seed``.
+    it in training, from ``seed``. causal: False mixes later blocks too, for an encoder, whose pattern is ``full()``.
     """
 
     block: int = 64
@@ -122,6 +137,7 @@ class SinkhornConfig:
     temperature: float = 0.75
     gumbel: bool = False
     seed: int = 0
+    causal: bool = True
 
     def __post_init__(self) -> None:
         _positive(self, "block", "max_blocks")
@@ -141,6 +157,9 @@ SELECTIONS: dict[str, type[SelectionConfig]] = {
     "kmeans": KMeansConfig,
     "sinkhorn": SinkhornConfig,
 }
+
+# those that leave the choice of queries being keys
+SharedQK = LSHConfig | KMeansConfig
 
 # the side loss that a kind has in training
 SIDE_LOSSES: dict[type[SelectionConfig], str] = {DSAConfig: "indexer_kl", KMeansConfig: "kmeans_commitment"}

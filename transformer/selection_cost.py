@@ -59,7 +59,7 @@ def _top_k(dim: int, a: AttentionConfig, s: TopKKeysConfig, length: int) -> floa
 
 
 def _nsa(dim: int, a: AttentionConfig, s: NSAConfig, length: int) -> float:
-    geometry, hidden = s.geometry(), 2 * a.head_dim
+    geometry, hidden = s.geometry(), s.mlp_hidden or 2 * a.head_dim
     once = 2 * (s.compress * a.head_dim * hidden + hidden * a.head_dim)
     compressing = 2 * a.num_kv_heads * geometry.compressed(length) * once
     gates = 2 * dim * 3 * a.num_heads * length
@@ -76,13 +76,17 @@ def _dsa(dim: int, a: AttentionConfig, s: DSAConfig, length: int) -> float:
 
 
 def _lsh(dim: int, a: AttentionConfig, s: LSHConfig, length: int) -> float:
-    hashing = 2 * (a.num_heads + a.num_kv_heads) * s.rounds * a.head_dim * s.num_buckets // 2 * length
+    hashing = 2 * _hashed_heads(a, s) * s.rounds * a.head_dim * s.num_buckets // 2 * length
     return hashing + _attended(a, s.rounds * _even_buckets(length, s.num_buckets, s.chunk))
 
 
 def _kmeans(dim: int, a: AttentionConfig, s: KMeansConfig, length: int) -> float:
-    nearest = 2 * (a.num_heads + a.num_kv_heads) * a.head_dim * s.num_clusters * length
+    nearest = 2 * _hashed_heads(a, s) * a.head_dim * s.num_clusters * length
     return nearest + _attended(a, _even_buckets(length, s.num_clusters, s.window))
+
+
+def _hashed_heads(a: AttentionConfig, s: LSHConfig | KMeansConfig) -> int:
+    return a.num_kv_heads if s.shared_qk else a.num_heads + a.num_kv_heads
 
 
 def _even_buckets(length: int, buckets: int, chunk: int) -> float:
@@ -94,6 +98,8 @@ def _sinkhorn(dim: int, a: AttentionConfig, s: SinkhornConfig, length: int) -> f
     blocks = -(-length // s.block)
     sorting = 2 * a.num_kv_heads * a.head_dim * blocks * blocks
     mixing = 2 * 2 * a.num_kv_heads * a.head_dim * s.block * blocks * blocks
+    if not s.causal:
+        return sorting + mixing + _attended(a, 2 * length * s.block)
     mixed = (length - min(length, s.block)) * s.block
     return sorting + mixing + _attended(a, block_pairs(length, s.block, 1) + mixed)
 

@@ -14,17 +14,25 @@ from sparse_attn.selection.record import Selected
 ABSENT = -1e30
 
 
-def balance(logits: Float[Tensor, "*batch R R"], *, iterations: int, causal: bool) -> Float[Tensor, "*batch R R"]:
+def balance(
+    logits: Float[Tensor, "*batch R R"],
+    *,
+    iterations: int,
+    causal: bool,
+    real: Bool[Tensor, "*#batch R"] | None = None,
+) -> Float[Tensor, "*batch R R"]:
     """The softmax of each row, scaled towards a doubly stochastic matrix: ``iterations`` times columns, then rows.
 
     Sinkhorn 1964, in logarithms, as in Tay et al. 2020 (arXiv:2002.11296), section 3.1. Rows come last, so that each
     sums to one. causal: row r keeps the columns c < r only, row 0 nothing; a column is summed down to the row that is
     scaled and no further, so that no entry depends on a later row, and is scaled where that sum exceeds one. To scale
     it up as well, to exactly one, would leave a single solution whatever the logits: every row its own predecessor.
+    real: False for rows and columns that are not there: they keep nothing, and count in no sum.
     """
     size = logits.shape[-1]
     kept = torch.ones(size, size, dtype=torch.bool, device=logits.device)
     kept = kept.tril(-1) if causal else kept
+    kept = kept if real is None else kept & real[..., :, None] & real[..., None, :]
     scaled = logits.masked_fill(~kept, ABSENT).log_softmax(-1).masked_fill(~kept, ABSENT)
     for _ in range(iterations):
         columns = scaled.logcumsumexp(-2).clamp(min=0) if causal else scaled.logsumexp(-2, keepdim=True)
@@ -102,14 +110,18 @@ class SinkhornSorting(nn.Module):
             out = self._attend(q.to(work), k.to(work), v.to(work), real)
         return Selected(out.to(q.dtype), {}, None)
 
-    def sorting(self, blocks: Float[Tensor, "B Hkv R n d"]) -> Float[Tensor, "B Hkv R R"]:
-        """P [place, block] from the keys of the blocks, in which padding is zero."""
+    def sorting(
+        self, blocks: Float[Tensor, "B Hkv R n d"], real: Bool[Tensor, "B R"] | None = None
+    ) -> Float[Tensor, "B Hkv R R"]:
+        """P [place, block] from the keys of the blocks, in which padding is zero. real: False for a block of padding,
+        which takes no place among the others (where P is causal, none before it would know)."""
         count = blocks.shape[2]
         logits = torch.einsum("bhcd,hdr->bhrc", blocks.sum(3), self.weight[..., :count].to(blocks.dtype))
         logits = logits + self.bias[:, :count, None].to(blocks.dtype)
         if self.gumbel and self.training:
             logits = logits + self._noise()[:, :count, :count].to(blocks)
-        return balance(logits / self.temperature, iterations=self.iterations, causal=self.causal)
+        there = None if real is None else real[:, None]
+        return balance(logits / self.temperature, iterations=self.iterations, causal=self.causal, real=there)
 
     def _noise(self) -> Float[Tensor, "Hkv R R"]:
         draws = torch.Generator().manual_seed(self.seed + int(self.steps))
@@ -126,7 +138,9 @@ class SinkhornSorting(nn.Module):
         first, skipped = divmod(offset, self.block)
         seen = _blocks(real[:, None, :, None], self.block)
         keys, values = (_blocks(x.masked_fill(~real[:, None, :, None], 0), self.block) for x in (k, v))
-        places = self.sorting(keys)[:, :, first:]
+        # a causal P does not know of later blocks: padding at the end changes nothing before it
+        there = None if self.causal else seen[:, 0, ..., 0].any(-1)
+        places = self.sorting(keys, there)[:, :, first:]
         share = torch.einsum("bhrc,bcn->bhrn", places, seen[:, 0, ..., 0].to(k.dtype))
         # padding takes no part in the mix
         whole = share.where(share > 0, 1)[..., None]

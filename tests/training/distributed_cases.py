@@ -42,10 +42,16 @@ STEPS = 5
 PLAIN = LayerConfig(AttentionConfig(2, 2, 8), None)
 # every kind of dropout that all processes must draw alike
 DROPPING = LayerConfig(
-    AttentionConfig(2, 2, 8, head_dropout=0.2, drop_connect=0.1), None, path_dropout=0.2, layer_drop=0.3
+    AttentionConfig(2, 2, 8, head_dropout=0.2, drop_connect=0.1, dropout=0.1), None, path_dropout=0.2, layer_drop=0.3
 )
-# groups of two query heads that 2 and 3 ranks can share out, with what is whole on each of them and split beside them
-HEADS = LayerConfig(AttentionConfig(12, 6, 4, qk_norm="head", bias=True), None, path_dropout=0.2, layer_drop=0.2)
+# groups of two query heads that 2 and 3 ranks can share out, with what is whole on each of them and split beside them;
+# each rank has ALiBi's slopes of its own heads
+HEADS = LayerConfig(
+    AttentionConfig(12, 6, 4, qk_norm="head", bias=True, alibi=True, softcap=2.0),
+    None,
+    path_dropout=0.2,
+    layer_drop=0.2,
+)
 # half of the tokens pass
 PASSED = LayerConfig(AttentionConfig(2, 2, 8), None, depth=DepthConfig(0.5))
 GLOBAL = {"aux_scope": "global", "aux": 0.1}

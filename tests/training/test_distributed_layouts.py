@@ -42,6 +42,7 @@ def model(attention: AttentionConfig | None, **layer: Any) -> Transformer:
         ),
         ({"qk_norm": "full"}, 3, "layers.1.attention: qk_norm must be 'none' or 'head' with .*, got full"),
         ({"head_dropout": 0.1}, 3, "layers.1.attention: head_dropout must be 0 with .*, got 0.1"),
+        ({"dropout": 0.1}, 3, "layers.1.attention: dropout must be 0 with .*, got 0.1"),
         ({"drop_connect": 0.1}, 3, "layers.1.attention: drop_connect must be 0 with .*, got 0.1"),
         ({"selection": TopKKeysConfig(4)}, 3, "layers.1.attention: selection must be none with .*, got TopKKeys"),
     ],

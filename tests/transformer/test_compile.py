@@ -11,15 +11,25 @@ from pathlib import Path
 
 # In its own interpreter: dynamo would trace the type checker that the import hook of conftest.py puts around functions.
 PROGRAM = """
+from dataclasses import replace
 import torch
+from moe import Noise
 from transformer import DenseConfig, MoEConfig, Transformer, TransformerConfig
 
-def compare(fullgraph, **options):
+def compare(fullgraph, words={}, **options):
     config = TransformerConfig.uniform(vocab_size=13, dim=16, num_layers=2, num_heads=4, num_kv_heads=2, **options)
-    model = Transformer(config)
+    layer = replace(config.layers[0], attention=replace(config.layers[0].attention, **words))
+    model = Transformer(replace(config, layers=(layer,) * 2))
     ids = torch.randint(13, (2, 24))
     torch._dynamo.reset()
     results = []
+    if "dropout" in words:
+        noise = Noise("a step", sequences=2)
+        plain = model.hidden_states(ids, noise=noise)[0]
+        for block in model.layers:
+            block.compile(backend="aot_eager")
+        torch.testing.assert_close(model.hidden_states(ids, noise=noise)[0], plain)
+        return
     for run in (model, torch.compile(model, fullgraph=fullgraph, backend="aot_eager")):
         loss = run(ids, labels=ids).loss
         loss.backward()
@@ -32,6 +42,8 @@ torch.manual_seed(0)
 compare(True, feedforward=DenseConfig(10))
 compare(True, feedforward=MoEConfig(10, 4))
 compare(False, feedforward=MoEConfig(10, 4), pattern="causal() & sliding_window(5)")
+compare(False, {"softcap": 2.0, "alibi": True}, feedforward=DenseConfig(10))
+compare(False, {"softcap": 2.0, "alibi": True, "dropout": 0.3}, feedforward=DenseConfig(10))
 print("equal")
 """
 

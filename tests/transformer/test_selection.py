@@ -26,6 +26,7 @@ from transformer import (
     TransformerConfig,
     generate,
 )
+from transformer.accounting import flops_per_token
 from transformer.selection_config import SELECTIONS
 from transformer.selection_cost import selection_flops
 
@@ -39,12 +40,19 @@ CHOICES = {
     "kmeans": KMeansConfig(num_clusters=3, window=4),
     "sinkhorn": SinkhornConfig(block=4, max_blocks=6),
 }
+VARIANTS = CHOICES | {
+    "nsa narrow": dataclasses.replace(CHOICES["nsa"], mlp_hidden=3, initial=0, local=2),
+    "dsa turned": dataclasses.replace(CHOICES["dsa"], rope_dim=2, rope_theta=50.0),
+    "lsh shared": dataclasses.replace(CHOICES["lsh"], shared_qk=True),
+    "kmeans shared": dataclasses.replace(CHOICES["kmeans"], shared_qk=True),
+}
 PAIRS = ("moba", "top_k", "dsa")  # those whose record says which keys every query sees
 
 
 def config(selection, **options):
     options = {"max_length": LENGTH, **options}
-    layer = LayerConfig(AttentionConfig(4, 2, 8, selection=selection), DenseConfig(16))
+    kv_heads = 4 if getattr(selection, "shared_qk", False) else 2
+    layer = LayerConfig(AttentionConfig(4, kv_heads, 8, selection=selection), DenseConfig(16))
     return TransformerConfig(vocab_size=19, dim=16, layers=(layer,) * 2, **options)
 
 
@@ -75,9 +83,9 @@ def test_every_kind_is_here():
     assert all(isinstance(choice, SELECTIONS[kind]) for kind, choice in CHOICES.items())
 
 
-@pytest.mark.parametrize("kind", CHOICES)
+@pytest.mark.parametrize("kind", VARIANTS)
 def test_a_step_reaches_every_parameter_and_the_config_survives(kind, tmp_path):
-    built = model(CHOICES[kind])
+    built = model(VARIANTS[kind])
     loss_of(built).backward()
     assert [name for name, p in built.named_parameters() if p.grad is None] == []
     built.save_pretrained(tmp_path)
@@ -101,19 +109,19 @@ def test_it_trains(kind):
     assert losses[-1] < losses[0] - 0.3
 
 
-@pytest.mark.parametrize("kind", CHOICES)
+@pytest.mark.parametrize("kind", VARIANTS)
 def test_no_token_sees_a_later_one(kind):
-    built, one, other = model(CHOICES[kind]).eval(), ids(), ids()
+    built, one, other = model(VARIANTS[kind]).eval(), ids(), ids()
     other[:, 13:] = (other[:, 13:] + 7) % 19
     with torch.no_grad():
         close(built(other).logits[:, :13], built(one).logits[:, :13])
 
 
 @pytest.mark.parametrize("chunk", [1, 5])
-@pytest.mark.parametrize("kind", CHOICES)
+@pytest.mark.parametrize("kind", VARIANTS)
 def test_cached_decoding_equals_the_full_forward(kind, chunk):
     # float64: in float32 a near tie between two blocks may fall either way
-    built = model(CHOICES[kind]).eval().double()
+    built = model(VARIANTS[kind]).eval().double()
     with torch.no_grad():
         whole = built(ids()).logits
         cache = built.new_cache()
@@ -121,20 +129,20 @@ def test_cached_decoding_equals_the_full_forward(kind, chunk):
     close(torch.cat(parts, 1), whole)
 
 
-@pytest.mark.parametrize("kind", CHOICES)
+@pytest.mark.parametrize("kind", VARIANTS)
 def test_padding_on_the_right_changes_nothing_before_it(kind):
-    built = model(CHOICES[kind]).eval()
+    built = model(VARIANTS[kind]).eval()
     mask = torch.ones(2, LENGTH, dtype=torch.bool)
     mask[1, 14:] = False
     with torch.no_grad():
         close(built(ids(), attention_mask=mask).logits[1, :14], built(ids()[1:, :14]).logits[0])
 
 
-@pytest.mark.parametrize("kind", CHOICES)
+@pytest.mark.parametrize("kind", VARIANTS)
 def test_checkpointing_chooses_nothing_anew(kind):
     losses, gradients = [], []
     for checkpointing in (False, True):
-        built = model(CHOICES[kind]).train()
+        built = model(VARIANTS[kind]).train()
         built.gradient_checkpointing(checkpointing)
         loss = loss_of(built)
         loss.backward()
@@ -213,7 +221,10 @@ def test_what_an_attention_refuses(options, message):
         (NSAConfig, {"stride": 12}, "stride must divide compress=32, got 12"),
         (NSAConfig, {"top_n": 2}, "top_n must be >= initial \\+ local = 3, got 2"),
         (NSAConfig, {"window": 0}, "window must be >= 1, got 0"),
+        (NSAConfig, {"mlp_hidden": 0}, "mlp_hidden must be >= 1, got 0"),
         (DSAConfig, {"heads": 0}, "heads must be >= 1, got 0"),
+        (DSAConfig, {"rope_dim": 3}, r"rope_dim must be even and in \[0, head_dim=32\], got 3"),
+        (DSAConfig, {"rope_theta": 0.0}, "rope_theta must be > 0, got 0.0"),
         (LSHConfig, {"num_buckets": 5}, "num_buckets must be even, got 5"),
         (KMeansConfig, {"decay": 1.0}, r"decay must be in \[0, 1\), got 1.0"),
         (SinkhornConfig, {"temperature": 0.0}, "temperature must be > 0, got 0.0"),
@@ -247,12 +258,76 @@ def test_an_encoder_and_a_layer_with_depth_take_no_selection():
         dataclasses.replace(layer, depth=DepthConfig())
 
 
-def test_unequal_prompts_are_refused_and_equal_ones_generate():
-    built, mask = model(CHOICES["moba"]), torch.ones(2, 7, dtype=torch.bool)
-    assert generate(built, ids()[:, :7], max_new_tokens=3, attention_mask=mask).shape == (2, 10)
-    mask[1, :2] = False
-    with pytest.raises(ValueError, match="prompts must be equally long for layer 0, whose selection counts keys"):
-        generate(built, ids()[:, :7], max_new_tokens=3, attention_mask=mask)
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_prompts_of_unequal_length_are_each_as_if_alone(kind):
+    built, lengths = model(VARIANTS[kind]).eval().double(), [3, 9, 6, 9]
+    tokens = torch.randint(19, (4, 14), generator=torch.Generator().manual_seed(2))
+    mask = torch.arange(9) >= 9 - torch.tensor(lengths)[:, None]
+    cache = built.new_cache(unequal_rows=4)
+    with torch.no_grad():
+        # in chunks, of which the first holds nothing of the first prompt; then token by token
+        parts = [built(tokens[:, a:b], attention_mask=mask[:, a:b], cache=cache).logits for a, b in ((0, 5), (5, 9))]
+        parts += [built(tokens[:, at : at + 1], cache=cache).logits for at in range(9, 14)]
+        for row, length in enumerate(lengths):
+            close(torch.cat(parts, 1)[row, 9 - length :], built(tokens[row : row + 1, 9 - length :]).logits[0])
+    options = {"max_new_tokens": 4, "prefill_chunk": 4}
+    both = generate(built, tokens[:, :9], attention_mask=mask, **options)
+    for row, length in enumerate(lengths):
+        alone = generate(built, tokens[row : row + 1, 9 - length : 9], **options)
+        assert both[row : row + 1, 9 - length :].equal(alone)
+
+
+def test_a_cache_of_unequal_rows_is_for_evaluation():
+    built = model(CHOICES["moba"]).train()
+    with pytest.raises(ValueError, match="needs positions, and a selection in evaluation mode"):
+        built(ids(), cache=built.new_cache(unequal_rows=2))
+
+
+@pytest.mark.parametrize("kind", ["lsh shared", "kmeans shared"])
+def test_shared_queries_and_keys_have_one_projection(kind):
+    built, apart = model(VARIANTS[kind]), model(dataclasses.replace(VARIANTS[kind], shared_qk=False))
+    assert built.layers[0].attention.query is None
+    assert "layers.0.attention.query.weight" not in built.state_dict()
+    apart_config = TransformerConfig(
+        vocab_size=19, dim=16, max_length=LENGTH,
+        layers=tuple(
+            dataclasses.replace(
+                layer, attention=dataclasses.replace(layer.attention, num_kv_heads=4, selection=dataclasses.replace(
+                    layer.attention.selection, shared_qk=False)),
+            )
+            for layer in built.config.layers
+        ),
+    )  # fmt: skip
+    assert Transformer(apart_config).num_parameters() - built.num_parameters() == 2 * 16 * 32
+    hashed = 2 * 4 * 8 * (2 * 2 if kind == "lsh shared" else 3)
+    saved = flops(apart_config) - flops(built.config)
+    assert saved == pytest.approx(2 * (2 * 16 * 32 + hashed))
+    assert apart.layers[0].attention.query is not None
+    with pytest.raises(ValueError, match="num_kv_heads must be num_heads=4 with shared_qk, got 2"):
+        AttentionConfig(4, 2, 8, selection=VARIANTS[kind])
+
+
+def flops(config):
+    return flops_per_token(config, LENGTH)
+
+
+def test_an_encoder_sorts_its_blocks_both_ways():
+    both = dataclasses.replace(CHOICES["sinkhorn"], causal=False)
+    layer = LayerConfig(AttentionConfig(4, 2, 8, "full()", selection=both), DenseConfig(16))
+    encoder = TransformerConfig(vocab_size=19, dim=16, layers=(layer,) * 2, max_length=LENGTH, causal=False)
+    assert TransformerConfig.from_dict(json.loads(json.dumps(encoder.to_dict()))) == encoder
+    built, other, mask = Transformer(encoder).eval(), ids(), torch.ones(2, LENGTH, dtype=torch.bool)
+    other[:, -1] = (other[:, -1] + 7) % 19
+    assert (built(other).logits - built(ids()).logits)[:, 0].abs().max() > 1e-5
+    mask[1, 14:] = False
+    close(built(ids(), attention_mask=mask).logits[1, :14], built(ids()[1:, :14]).logits[0])
+    assert selection_flops(16, layer.attention, 24) > selection_flops(
+        16, config(CHOICES["sinkhorn"]).layers[0].attention, 24
+    )
+    with pytest.raises(ValueError, match=r"pattern must be full\(\) with a selection of causal=False, got 'causal"):
+        AttentionConfig(4, 2, 8, selection=both)
+    with pytest.raises(ValueError, match="sees the future"):
+        dataclasses.replace(encoder, causal=True)
 
 
 def test_heads_that_choose_their_keys_are_no_prunable_axis():

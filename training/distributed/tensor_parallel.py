@@ -26,7 +26,8 @@ def split_attention(model: Transformer, mesh: DeviceMesh) -> tuple[list[str], li
     Queries, keys and values are split by outputs, the output projection by inputs (Shoeybi et al. 2019,
     arXiv:1909.08053, section 3): one all-reduce of [B, L, dim] in each pass. Every rank must hold the same weights and
     feed the same rows. Returns the names of the parameters that are now DTensors, and of those that every rank keeps
-    whole but whose gradients are sums over its own heads, to be added up: the norms of queries and keys.
+    whole but whose gradients are sums over its own heads, to be added up: the norms of queries and keys. Each rank
+    keeps ALiBi's slopes of its own heads.
     Raises: ValueError as :func:`check_attention`.
     """
     check_attention(model, mesh.size())
@@ -38,6 +39,10 @@ def split_attention(model: Transformer, mesh: DeviceMesh) -> tuple[list[str], li
     partial: list[str] = []
     for prefix, block, attention in attentions(model):
         parallelize_module(block, mesh, plan)
+        if attention.alibi is not None:
+            share = len(attention.alibi) // mesh.size()
+            first = mesh.get_local_rank() * share
+            attention.alibi = attention.alibi[first : first + share]
         for name, _ in attention.named_parameters():
             (partial if name.partition(".")[0] in NORMS else split).append(f"{prefix}.{name}")
     return split, partial
@@ -59,6 +64,7 @@ def check_attention(model: Transformer, tensor_parallel: int) -> None:
             "selection": ("none", attention.selection and type(attention.selection).__name__),
             "qk_norm": ("'none' or 'head'", attention.qk_norm if attention.qk_norm == "full" else None),
             "head_dropout": ("0", attention.head_dropout.p),
+            "dropout": ("0", attention.dropout),
             "drop_connect": ("0", attention.drop_connect),
         }
         for name, (bound, value) in unfit.items():
