@@ -165,11 +165,11 @@ def _nsa(dim: int, config: AttentionConfig, s: NSAConfig) -> NSA:
     return NSA(
         dim, config.num_heads, config.num_kv_heads, config.head_dim, compress=s.compress, stride=s.stride,
         block=s.block, top_n=s.top_n, initial=s.initial, local=s.local, window=s.window,
+        mlp_hidden=s.mlp_hidden,
     )  # fmt: skip
 
 
 def _lsh(dim: int, config: AttentionConfig, s: LSHConfig) -> LSH:
-    # queries and keys have projections of their own
     return LSH(
         config.head_dim, config.num_kv_heads, num_buckets=s.num_buckets, rounds=s.rounds, chunk=s.chunk,
         shared_qk=s.shared_qk, seed=s.seed,
@@ -185,7 +185,6 @@ def _kmeans(dim: int, config: AttentionConfig, s: KMeansConfig) -> KMeansRouting
 
 def _sinkhorn(dim: int, config: AttentionConfig, s: SinkhornConfig) -> SinkhornSorting:
     return SinkhornSorting(
-        mlp_hidden=s.mlp_hidden,
         config.head_dim, config.num_kv_heads, block=s.block, max_blocks=s.max_blocks, iterations=s.iterations,
         temperature=s.temperature, gumbel=s.gumbel, seed=s.seed, causal=s.causal,
     )  # fmt: skip

@@ -191,13 +191,13 @@ def _check_blocks(index: int, layer: LayerConfig, max_length: int) -> None:
         )
 
 
-def _leaks(feedforward: MoEConfig | SoftMoEConfig) -> bool:
 def _looks_back(attention: AttentionConfig) -> bool:
     """Whether a selection chooses among earlier keys only."""
     selection = attention.selection
     return selection is not None and not (isinstance(selection, SinkhornConfig) and not selection.causal)
 
 
+def _leaks(feedforward: MoEConfig | SoftMoEConfig) -> bool:
     return feedforward.sees_future and not feedforward.allow_future
 
 
