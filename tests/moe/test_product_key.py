@@ -303,3 +303,9 @@ def test_huge_pages_are_asked_for_large_tables_alone_and_change_no_value():
     table = torch.arange(1 << 21, dtype=torch.float32)
     assert isinstance(advise_huge_pages(table), bool)
     assert table.equal(torch.arange(1 << 21, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("slot", [-1, 12])
+def test_a_slot_outside_the_table_is_an_error_not_what_lies_there_in_memory(slot):
+    with pytest.raises(IndexError, match=rf"slots must be in \[0, 12\), got {slot}"):
+        dot_rows(torch.ones(12, 4), torch.tensor([[0, slot]]), torch.ones(1, 4))
