@@ -127,10 +127,12 @@ class LayerDrop(nn.Module):
         generator: Source | None = None,
     ) -> Float[Tensor, "*shape"]:
         """layer(x), or x itself where the layer is skipped."""
-        if self.skips(generator=generator):
-            return x
+        return x if self.skips(generator=generator) else self.rescaled(x, layer(x))
+
+    def rescaled(self, x: Float[Tensor, "*shape"], y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """What y = layer(x) becomes where the layer runs: y itself unless ``rescale``, and in evaluation."""
         scaled = self.rescale and self.training and self.p > 0
-        return x + (layer(x) - x) / (1 - self.p) if scaled else layer(x)
+        return x + (y - x) / (1 - self.p) if scaled else y
 
     def skips(self, *, generator: Source | None = None) -> bool:
         """Draw whether the layer is skipped this time, for a layer that returns more than one tensor."""

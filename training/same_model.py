@@ -6,10 +6,11 @@ from typing import Any
 
 from transformer import Transformer, TransformerConfig
 
-# what a model does in training alone, how long its sequences may be, and leave to look ahead
+# what a model does in training alone, how fast it decodes, how long its sequences may be, and leave to look ahead
 MAY_CHANGE = frozenset(
-    {"dropout", "head_dropout", "drop_connect", "path_dropout", "layer_drop", "jitter", "bias_update",
-     "sinkhorn_iterations", "error_k", "error_unified", "max_length", "allow_future"}
+    {"dropout", "head_dropout", "drop_connect", "path_dropout", "layer_drop", "layer_drop_rescale", "jitter",
+     "bias_update", "second_expert", "sinkhorn_iterations", "sinkhorn_temperature", "auction_rounds", "auction_epsilon",
+     "execution", "error_k", "error_unified", "max_length", "allow_future"}
 )  # fmt: skip
 
 

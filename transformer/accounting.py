@@ -152,8 +152,9 @@ def _soft_experts(dim: int, f: SoftMoEConfig, length: int, active: bool) -> floa
 
 
 def _memory(dim: int, f: ProductKeyConfig, length: int, active: bool) -> float:
-    read = 2 * f.heads * (f.k if active else f.num_keys**2) * dim
-    return _search_flops(dim, f) + read + (2 * 2 * dim * dim if f.gated else 0)
+    width = dim if f.value_dim is None else f.value_dim
+    read = 2 * f.heads * (f.k if active else f.num_keys**2) * width
+    return _search_flops(dim, f) + read + (2 * 2 * dim * width if f.gated else 0)
 
 
 def _neurons(dim: int, f: PEERConfig, length: int, active: bool) -> float:

@@ -73,8 +73,8 @@ def _picked(angles: Float[Tensor, "*#B L P"], places: Int[Tensor, "B C"]) -> Flo
 class Block(nn.Module):
     """Attention and feed-forward with their norms; either may be absent, and then the stream passes unchanged.
 
-    dim: width; layer: its config; norm_eps, dropout: as in :class:`TransformerConfig`; name: for errors; pools: as in
-    :func:`transformer.build.build_feedforward`.
+    dim: width; layer: its config; norm_eps, dropout: as in :class:`TransformerConfig`; name: for errors; pools,
+    vocab_size: as in :func:`transformer.build.build_feedforward`.
     """
 
     def __init__(
@@ -86,20 +86,21 @@ class Block(nn.Module):
         dropout: float = 0.0,
         name: str = "block",
         pools: dict[str, MemoryValues] | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(dim, eps=norm_eps) if layer.attention else None
         self.attention = build_attention(dim, layer.attention, norm_eps=norm_eps) if layer.attention else None
         self.feedforward_norm = RMSNorm(dim, eps=norm_eps) if layer.feedforward else None
         self.feedforward = (
-            build_feedforward(dim, layer.feedforward, name=f"{name}.feedforward", pools=pools)
+            build_feedforward(dim, layer.feedforward, name=f"{name}.feedforward", pools=pools, vocab_size=vocab_size)
             if layer.feedforward
             else None
         )
         self.depth = build_depth(dim, layer.depth, name=f"{name}.depth") if layer.depth else None
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.path = PathDropout(layer.path_dropout) if layer.path_dropout else nn.Identity()
-        self.layer_drop = LayerDrop(layer.layer_drop)
+        self.layer_drop = LayerDrop(layer.layer_drop, rescale=layer.layer_drop_rescale)
 
     def forward(
         self,
@@ -128,7 +129,8 @@ class Block(nn.Module):
         if self.layer_drop.skips(generator=noise):
             return x, self._no_choices(x)
         if self.depth is None:
-            return self._run(x, rows, cache, replay, choose_first)
+            y, choices = self._run(x, rows, cache, replay, choose_first)
+            return self.layer_drop.rescaled(x, y), choices
         depth = self.depth.route(
             x, padding_mask=token_mask, choose="predictor" if cache is not None else "auto", replay=replay.depth
         )
@@ -140,7 +142,7 @@ class Block(nn.Module):
             routings.append(choices.routing)
             return y
 
-        y = self.depth.through(x, run, depth)
+        y = self.layer_drop.rescaled(x, self.depth.through(x, run, depth))
         return y, Choices(routings[0] if routings else self._no_choices(x).routing, depth)
 
     def _run(

@@ -1,7 +1,7 @@
 """From the record of a layer to its modules."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -73,12 +73,21 @@ def build_selection(dim: int, config: AttentionConfig) -> nn.Module:
 
 
 def build_feedforward(
-    dim: int, config: FeedForwardConfig, *, name: str = "feedforward", pools: dict[str, MemoryValues] | None = None
+    dim: int,
+    config: FeedForwardConfig,
+    *,
+    name: str = "feedforward",
+    pools: dict[str, MemoryValues] | None = None,
+    vocab_size: int | None = None,
 ) -> nn.Module:
     """The module that a feed-forward config describes; ``name`` appears in its errors.
 
     pools: tables of values by name; a memory that names a pool takes it from here, or adds it if it is the first.
+    vocab_size: of the table of a hash router that has one.
+    Raises: ValueError for such a router without a vocab_size.
     """
+    if isinstance(config, MoEConfig):
+        return _moe(dim, config, name, vocab_size)
     if isinstance(config, ProductKeyConfig):
         return _product_key(dim, config, name, {} if pools is None else pools)
     return _BUILDERS[type(config)](dim, config, name)
@@ -104,18 +113,28 @@ def _thresholded(dim: int, config: ThresholdedConfig, name: str) -> ThresholdedF
     return ThresholdedFeedForward(
         dim, config.hidden, activation=cast(Any, config.activation), method=cast(Any, config.method),
         threshold=config.threshold if config.thresholds is None else config.thresholds, top_k=config.top_k,
-        predictor=predictor,
+        predictor=predictor, execution=cast(Any, config.execution),
     )  # fmt: skip
 
 
-def _moe(dim: int, config: MoEConfig, name: str) -> MoE:
+def _moe(dim: int, config: MoEConfig, name: str, vocab_size: int | None) -> MoE:
+    router = _hash(dim, config, vocab_size) if config.router == "hash" else _ROUTERS[config.router](dim, config)
     # expert choice has its capacity in the router: nothing can exceed it
     return MoE(
-        dim=dim, hidden=config.hidden, num_experts=config.num_experts, router=_ROUTERS[config.router](dim, config),
+        dim=dim, hidden=config.hidden, num_experts=config.num_experts, router=router,
         activation=cast(Any, config.activation), capacity_factor=config.capacity_factor,
         drop_priority=cast(Any, config.drop_priority), drop_in_eval=False,
         shared_hidden=config.shared_hidden, name=name,
     )  # fmt: skip
+
+
+def _hash(dim: int, c: MoEConfig, vocab_size: int | None) -> HashRouter:
+    if c.hash_table == "none":
+        return HashRouter(dim, c.num_experts, k=c.k, seed=c.hash_seed)
+    if vocab_size is None:
+        raise ValueError(f"vocab_size must be given for hash_table={c.hash_table!r}, got None")
+    frequencies: Literal["later"] | None = "later" if c.hash_table == "balanced" else None
+    return HashRouter(dim, c.num_experts, k=c.k, vocab_size=vocab_size, seed=c.hash_seed, frequencies=frequencies)
 
 
 def _soft(dim: int, config: SoftMoEConfig, name: str) -> SoftMoE:
@@ -128,12 +147,13 @@ def _soft(dim: int, config: SoftMoEConfig, name: str) -> SoftMoE:
 def _product_key(dim: int, config: ProductKeyConfig, name: str, pools: dict[str, MemoryValues]) -> ProductKeyMemory:
     values = None if config.pool is None else pools.get(config.pool)
     if values is None:
-        values = MemoryValues(config.num_keys**2, dim, sparse=False)
+        values = MemoryValues(config.num_keys**2, config.value_dim or dim, sparse=False)
     if config.pool is not None:
         pools[config.pool] = values
     return ProductKeyMemory(
         dim, num_keys=config.num_keys, heads=config.heads, k=config.k, key_dim=config.key_dim,
-        query_norm=cast(Any, config.query_norm), gated=config.gated, values=values, name=name,
+        value_dim=config.value_dim, query_norm=cast(Any, config.query_norm), gated=config.gated, values=values,
+        name=name,
     )  # fmt: skip
 
 
@@ -147,7 +167,6 @@ def _peer(dim: int, config: PEERConfig, name: str) -> PEER:
 _BUILDERS: dict[type, Callable[[int, Any, str], nn.Module]] = {
     DenseConfig: _dense,
     ThresholdedConfig: _thresholded,
-    MoEConfig: _moe,
     SoftMoEConfig: _soft,
     PEERConfig: _peer,
 }
@@ -204,7 +223,7 @@ _ROUTERS: dict[str, Callable[[int, MoEConfig], nn.Module]] = {
     "top_k": lambda dim, c: TopKRouter(dim, c.num_experts, k=c.k, renormalize=c.renormalize),
     "switch": lambda dim, c: SwitchRouter(dim, c.num_experts, jitter=c.jitter),
     "noisy_top_k": lambda dim, c: NoisyTopKRouter(dim, c.num_experts, k=c.k),
-    "top_2": lambda dim, c: Top2Router(dim, c.num_experts),
+    "top_2": lambda dim, c: Top2Router(dim, c.num_experts, second=cast(Any, c.second_expert)),
     "sigmoid": lambda dim, c: SigmoidRouter(
         dim, c.num_experts, k=c.k, num_groups=c.num_groups, top_groups=c.top_groups, scale=c.route_scale,
         bias_update=c.bias_update, renormalize=c.renormalize,
@@ -212,7 +231,10 @@ _ROUTERS: dict[str, Callable[[int, MoEConfig], nn.Module]] = {
     "expert_choice": lambda dim, c: ExpertChoiceRouter(
         dim, c.num_experts, capacity_factor=c.k, allow_future=c.allow_future
     ),
-    "hash": lambda dim, c: HashRouter(dim, c.num_experts, k=c.k, seed=c.hash_seed),
-    "sinkhorn": lambda dim, c: SinkhornRouter(dim, c.num_experts, k=c.k, iterations=c.sinkhorn_iterations),
-    "base": lambda dim, c: BalancedAssignmentRouter(dim, c.num_experts),
+    "sinkhorn": lambda dim, c: SinkhornRouter(
+        dim, c.num_experts, k=c.k, iterations=c.sinkhorn_iterations, temperature=c.sinkhorn_temperature
+    ),
+    "base": lambda dim, c: BalancedAssignmentRouter(
+        dim, c.num_experts, rounds=c.auction_rounds, epsilon=c.auction_epsilon
+    ),
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """What the config records ask of their fields."""
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -27,6 +28,12 @@ def at_least(name: str, value: int, bound: int) -> None:
     """Raises: ValueError if value < bound."""
     if value < bound:
         raise ValueError(f"{name} must be >= {bound}, got {value}")
+
+
+def above_zero(name: str, value: float) -> None:
+    """Raises: ValueError unless value is a finite number > 0."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number > 0, got {value}")
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

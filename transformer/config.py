@@ -169,16 +169,17 @@ _FEEDFORWARDS: dict[str, type[FeedForwardConfig]] = {
 
 def _check_pools(layers: tuple[LayerConfig, ...]) -> None:
     """Layers that share a pool of values agree on its size."""
-    pools: dict[str, tuple[int, int]] = {}
+    pools: dict[str, tuple[int, ProductKeyConfig]] = {}
     for index, layer in enumerate(layers):
         memory = layer.feedforward
         if isinstance(memory, ProductKeyConfig) and memory.pool is not None:
-            first, num_keys = pools.setdefault(memory.pool, (index, memory.num_keys))
-            if memory.num_keys != num_keys:
-                raise ValueError(
-                    f"layer {index}: num_keys must be {num_keys} as in layer {first}, "
-                    f"which shares pool {memory.pool!r}, got {memory.num_keys}"
-                )
+            first, other = pools.setdefault(memory.pool, (index, memory))
+            for name in ("num_keys", "value_dim"):
+                if getattr(memory, name) != getattr(other, name):
+                    raise ValueError(
+                        f"layer {index}: {name} must be {getattr(other, name)} as in layer {first}, "
+                        f"which shares pool {memory.pool!r}, got {getattr(memory, name)}"
+                    )
 
 
 def _check_blocks(index: int, layer: LayerConfig, max_length: int) -> None:

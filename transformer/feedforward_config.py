@@ -5,10 +5,20 @@ from dataclasses import dataclass
 
 from moe import Thresholds
 from moe.thresholded import GATED
-from transformer.checks import at_least, check_fields, check_rate, one_of
+from transformer.checks import above_zero, at_least, check_fields, check_rate, one_of
 
 ACTIVATIONS = ("swiglu", "gelu", "relu2")
 ROUTERS = ("top_k", "switch", "noisy_top_k", "top_2", "sigmoid", "expert_choice", "hash", "sinkhorn", "base")
+# options of MoEConfig that only some routers have
+ROUTER_OPTIONS = {
+    "jitter": ("switch",),
+    "second_expert": ("top_2",),
+    "renormalize": ("top_k", "sigmoid"),
+    **dict.fromkeys(("num_groups", "top_groups", "route_scale", "bias_update"), ("sigmoid",)),
+    **dict.fromkeys(("sinkhorn_iterations", "sinkhorn_temperature"), ("sinkhorn",)),
+    **dict.fromkeys(("auction_rounds", "auction_epsilon"), ("base",)),
+    **dict.fromkeys(("hash_seed", "hash_table"), ("hash",)),
+}
 DROP_PRIORITIES = ("first_come", "gate", "choice")
 
 
@@ -47,8 +57,13 @@ class MoEConfig:
     the gates of the chosen k sum to 1 (top_k, sigmoid). jitter: multiplicative input noise of the switch router in
     training.
     num_groups, top_groups: the sigmoid router chooses inside the best ``top_groups`` of ``num_groups`` groups of
-    experts; route_scale: factor on its gates; bias_update: step of its balancing bias. sinkhorn_iterations: of the
-    sinkhorn router in training. hash_seed: which of the hash functions the hash router takes.
+    experts; route_scale: factor on its gates; bias_update: step of its balancing bias.
+    second_expert: whether top_2 uses it at "random", in proportion to its gate, or "always".
+    sinkhorn_iterations, sinkhorn_temperature: of the sinkhorn router's plan, in training. auction_rounds: at most, and
+    auction_epsilon: the least that a bid rises by, of the base router's auction, in training.
+    hash_table: "none", the hash router hashes every id; "even", it has a table in which the ids of the vocabulary are
+    spread evenly; "balanced", their frequencies are (:meth:`moe.HashRouter.balance` makes it, from the training text in
+    a run). hash_seed: which of the hash functions.
     capacity_factor: None keeps every assignment; a number c lets an expert take ``ceil(k·T/E·c)`` of them and drops the
     rest; drop_priority: the latest ("first_come"), the lowest gates ("gate") or second choices ("choice") go first.
     shared_hidden: neurons of a dense expert that every token uses.
@@ -72,16 +87,26 @@ class MoEConfig:
     allow_future: bool = False
     sinkhorn_iterations: int = 8
     hash_seed: int = 0
+    second_expert: str = "random"
+    sinkhorn_temperature: float = 1.0
+    auction_rounds: int = 500
+    auction_epsilon: float = 0.01
+    hash_table: str = "none"
 
     def __post_init__(self) -> None:
         check_fields(self)
         at_least("hidden", self.hidden, 1)
         at_least("num_experts", self.num_experts, 1)
-        at_least("sinkhorn_iterations", self.sinkhorn_iterations, 1)
+        for name in ("sinkhorn_iterations", "auction_rounds"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("sinkhorn_temperature", "auction_epsilon"):
+            above_zero(name, getattr(self, name))
         at_least("shared_hidden", self.shared_hidden, 0)
         one_of("activation", self.activation, ACTIVATIONS)
         one_of("router", self.router, ROUTERS)
         one_of("drop_priority", self.drop_priority, DROP_PRIORITIES)
+        one_of("second_expert", self.second_expert, ("random", "always"))
+        one_of("hash_table", self.hash_table, ("none", "even", "balanced"))
         if not 1 <= self.k <= self.num_experts:
             raise ValueError(f"k must be in [1, num_experts={self.num_experts}], got {self.k}")
         fixed = {"switch": 1, "top_2": 2, "base": 1}.get(self.router, self.k)
@@ -102,15 +127,16 @@ class MoEConfig:
         return self.router == "expert_choice"
 
     def _check_owners(self) -> None:
-        owners = {"jitter": ("switch",), "renormalize": ("top_k", "sigmoid"), "num_groups": ("sigmoid",),
-                  "top_groups": ("sigmoid",), "route_scale": ("sigmoid",), "bias_update": ("sigmoid",),
-                  "sinkhorn_iterations": ("sinkhorn",), "hash_seed": ("hash",)}  # fmt: skip
-        for name, routers in owners.items():
+        for name, routers in ROUTER_OPTIONS.items():
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             if value != default and self.router not in routers:
                 raise ValueError(
                     f"{name} belongs to the {' or '.join(routers)} router, got {name}={value} with {self.router!r}"
                 )
+        if self.hash_table == "balanced" and self.hash_seed:
+            raise ValueError(
+                f"hash_seed must be 0 with hash_table='balanced', which hashes nothing, got {self.hash_seed}"
+            )
         if self.capacity_factor is None and self.drop_priority != "first_come":
             raise ValueError(f"drop_priority needs a capacity_factor, got {self.drop_priority!r} with None")
         if self.capacity_factor is not None and self.router == "expert_choice":
@@ -137,7 +163,8 @@ class ThresholdedConfig:
     dropped; thresholds: instead, one for each place, as calibration finds them; top_k: neurons kept instead, under
     "hard". predictor_rank, predictor_threshold: a :class:`moe.ActivePredictor` of that rank tells the neurons
     beforehand, those with a logit above the threshold; it is trained apart (:func:`moe.train_predictor`), not with the
-    model. None: no predictor.
+    model. None: no predictor. execution: "auto" measures, for each shape and density, whether decoding is faster where
+    it reads the needed weights alone; "sparse" and "dense" force one way: what is measured may differ from run to run.
     """
 
     hidden: int
@@ -148,12 +175,14 @@ class ThresholdedConfig:
     thresholds: Thresholds | None = None
     predictor_rank: int | None = None
     predictor_threshold: float = 0.0
+    execution: str = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self)
         at_least("hidden", self.hidden, 1)
         one_of("activation", self.activation, ("swiglu", "reglu", "drelu", "relu", "relu2", "gelu"))
         one_of("method", self.method, ("hard", "cett", "cats", "teal"))
+        one_of("execution", self.execution, ("auto", "dense", "sparse"))
         if not self.threshold >= 0:
             raise ValueError(f"threshold must be >= 0, got {self.threshold}")
         if self.method == "cats" and self.activation not in GATED:
@@ -207,7 +236,8 @@ class ProductKeyConfig:
 
     key_dim: width of a head's query. query_norm: "layer", "batch" (lets tokens see each other while training) or
     "none". gated: Memory+ (arXiv:2412.09764). pool: layers that name the same pool share one table of values, as in
-    Memory+; their num_keys must agree. None: a table of the layer's own.
+    Memory+; their num_keys and value_dim must agree. None: a table of the layer's own. value_dim: width of the values,
+    which the gate brings back to the layer's; None: the layer's width.
     """
 
     num_keys: int
@@ -217,12 +247,17 @@ class ProductKeyConfig:
     query_norm: str = "layer"
     gated: bool = False
     pool: str | None = None
+    value_dim: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
         _check_keys(self)
         if self.pool == "":
             raise ValueError("pool must be a name, or None for a table of the layer's own, got ''")
+        if self.value_dim is not None:
+            at_least("value_dim", self.value_dim, 1)
+            if not self.gated:
+                raise ValueError(f"value_dim needs gated=True, whose matrices have its width, got {self.value_dim}")
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,8 @@ class LayerConfig:
 
     depth: which tokens pass the block; None: all. In training path_dropout is the rate at which each of the two
     branches is dropped for a sample (:class:`moe.PathDropout`), layer_drop that of skipping the layer for a batch
-    (:class:`moe.LayerDrop`); a ramp over the layers is made by giving each its own rate.
+    (:class:`moe.LayerDrop`); a ramp over the layers is made by giving each its own rate. layer_drop_rescale: a layer
+    that runs changes the stream by 1 / (1 − layer_drop) times as much, so that the mean is that of evaluation.
     """
 
     attention: AttentionConfig | None
@@ -151,11 +152,14 @@ class LayerConfig:
     depth: DepthConfig | None = None
     path_dropout: float = 0.0
     layer_drop: float = 0.0
+    layer_drop_rescale: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_rate("path_dropout", self.path_dropout)
         check_rate("layer_drop", self.layer_drop)
+        if self.layer_drop_rescale and not self.layer_drop:
+            raise ValueError("layer_drop_rescale needs a layer_drop > 0, got layer_drop=0.0")
         if self.depth is not None and self.attention is not None and self.attention.selection is not None:
             raise ValueError(
                 "selection must be None in a layer with depth, whose tokens stand at scattered positions, "

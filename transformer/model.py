@@ -81,7 +81,13 @@ class Transformer(nn.Module):
         pools: dict[str, MemoryValues] = {}
         self.layers = nn.ModuleList(
             Block(
-                config.dim, layer, norm_eps=config.norm_eps, dropout=config.dropout, name=f"layers.{index}", pools=pools
+                config.dim,
+                layer,
+                norm_eps=config.norm_eps,
+                dropout=config.dropout,
+                name=f"layers.{index}",
+                pools=pools,
+                vocab_size=config.vocab_size,
             )
             for index, layer in enumerate(config.layers)
         )

@@ -1,6 +1,7 @@
 """Hash routing: the expert is a fixed function of the token's id."""
 
 import heapq
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +14,8 @@ from moe.routers.top_k import choose_top_k
 from moe.routing import Routing
 
 _BITS = 0xFFFFFFFF
+# in place of an expert, in a table that is not made yet
+UNKNOWN = -1
 
 
 class HashRouter(nn.Module):
@@ -23,13 +26,15 @@ class HashRouter(nn.Module):
     over many ids, uneven over few. With vocab_size they come from a fixed table (buffer ``table`` [vocab_size, k]) in
     which each of the k choices spreads the vocabulary over the experts evenly, to within one id. With frequencies
     [vocab_size] as well, the table evens out their sums instead: frequent ids come first, each to the k experts that
-    carry least so far (the paper's balanced assignment). All of it is the same in every process and version.
+    carry least so far (the paper's balanced assignment). frequencies "later": the table waits for :meth:`balance`, or
+    for a state dict that holds one. All of it is the same in every process and version.
 
     scores: 1/k on the chosen experts and 0 elsewhere; logits: their logarithms, with the lowest finite number for the
     logarithm of 0. So softmax(logits) = scores, the entropy is ln k and the z-loss 0; no loss gets a gradient.
     A replay keeps the recorded choices.
     Raises: ValueError for k outside [1, num_experts], for frequencies without vocab_size or of another length or sign,
-    without token_ids, and for ids that are no integers, or of real tokens negative or not below vocab_size.
+    without token_ids or before :meth:`balance`, and for ids that are no integers, or of real tokens negative or not
+    below vocab_size.
 
     >>> routing = HashRouter(8, 4, k=2)(torch.randn(3, 8), token_ids=torch.tensor([7, 8, 7]))
     >>> routing.expert[:2].equal(routing.expert[4:]), routing.weight.tolist()
@@ -46,7 +51,7 @@ class HashRouter(nn.Module):
         k: int = 1,
         vocab_size: int | None = None,
         seed: int = 0,
-        frequencies: Float[Tensor, "V"] | Int[Tensor, "V"] | None = None,
+        frequencies: Float[Tensor, "V"] | Int[Tensor, "V"] | Literal["later"] | None = None,
     ) -> None:
         super().__init__()
         check_sizes(dim=dim, num_experts=num_experts, k=k)
@@ -54,11 +59,26 @@ class HashRouter(nn.Module):
             at_least("vocab_size", vocab_size, 1)
         self.dim, self.num_experts, self.k, self.vocab_size, self.seed = dim, num_experts, k, vocab_size, seed
         table = None
-        if frequencies is not None:
-            table = balanced_table(_checked(frequencies, vocab_size).tolist(), num_experts, k)
-        elif vocab_size is not None:
-            table = even_table(vocab_size, num_experts, k, seed)
-        self.register_buffer("table", table)
+        # counted on the CPU, wherever the table lies
+        with torch.device("cpu"):
+            if isinstance(frequencies, Tensor):
+                table = balanced_table(_checked(frequencies, vocab_size).tolist(), num_experts, k)
+            elif frequencies is not None:
+                table = torch.full((_size_of_table(vocab_size), k), UNKNOWN)
+            elif vocab_size is not None:
+                table = even_table(vocab_size, num_experts, k, seed)
+        self.register_buffer("table", None if table is None else table.to(torch.get_default_device()))
+
+    def balance(self, frequencies: Float[Tensor, "V"] | Int[Tensor, "V"]) -> None:
+        """Make the table anew so that these frequencies of the ids fall on the experts evenly.
+
+        Raises: ValueError for a router without a table, and as the constructor.
+        """
+        if self.table is None:
+            raise ValueError("a HashRouter must have a table to balance: give it vocab_size")
+        with torch.device("cpu"):
+            table = balanced_table(_checked(frequencies, self.vocab_size).tolist(), self.num_experts, self.k)
+        self.table.copy_(table)
 
     def forward(
         self,
@@ -92,7 +112,10 @@ class HashRouter(nn.Module):
     def _look_up(self, ids: Int[Tensor, "T"]) -> Int[Tensor, "T K"]:
         if self.table is None:
             return distinct_experts(ids, self.num_experts, self.k, self.seed)
-        return self.table[ids]
+        expert = self.table[ids]
+        if len(ids) and int(expert[0, 0]) == UNKNOWN:
+            raise ValueError("the table of frequencies='later' must be made before routing: call balance(frequencies)")
+        return expert
 
     def _checked_ids(
         self, x: Float[Tensor, "T D"], ids: Int[Tensor, "T"] | None, real: Bool[Tensor, "T"] | None
@@ -167,6 +190,12 @@ def balanced_table(frequencies: list[float], num_experts: int, k: int) -> Int[Te
         for total, expert in lightest:
             heapq.heappush(totals, (total + frequencies[token], expert))
     return table
+
+
+def _size_of_table(vocab_size: int | None) -> int:
+    if vocab_size is None:
+        raise ValueError("vocab_size must be given with frequencies='later', got None")
+    return vocab_size
 
 
 def _checked(frequencies: Tensor, vocab_size: int | None) -> Tensor:

@@ -32,6 +32,7 @@ CAUSAL = {
     "top_2": MoEConfig(16, 4, router="top_2"),
     "sigmoid": MoEConfig(16, 4, router="sigmoid", num_groups=2, route_scale=2.5),
     "hash": MoEConfig(16, 4, router="hash"),
+    "hash_even": MoEConfig(16, 4, router="hash", hash_table="even"),
     "sinkhorn": MoEConfig(16, 4, router="sinkhorn", sinkhorn_iterations=3),
     "base": MoEConfig(16, 4, k=1, router="base"),
     "errors": DenseConfig(16, error_k=3),
@@ -41,6 +42,7 @@ CAUSAL = {
     "drelu": ThresholdedConfig(16, "drelu", "cett"),
     "teal": ThresholdedConfig(16, "swiglu", "teal", thresholds=Thresholds(0.1, 0.2, 0.001)),
     "product_key": ProductKeyConfig(8, heads=2, k=4, key_dim=8, gated=True),
+    "product_key_wide": ProductKeyConfig(8, heads=2, k=4, key_dim=8, gated=True, value_dim=24),
     "peer": PEERConfig(8, heads=2, k=4, key_dim=8),
 }
 LEAKING = {
@@ -111,7 +113,11 @@ def test_a_causal_model_refuses_what_sees_later_tokens(kind):
     assert config(refused, causal=False).layers[0].feedforward == refused
 
 
-READS = {"product_key": 2 * 2 * 4 * 16, "peer": 2 * 2 * 2 * 4 * 16}  # gathers, which torch's counter leaves out
+READS = {
+    "product_key": 2 * 2 * 4 * 16,
+    "product_key_wide": 2 * 2 * 4 * 24,
+    "peer": 2 * 2 * 2 * 4 * 16,
+}  # gathers, which torch's counter leaves out
 
 
 @pytest.mark.parametrize("kind", CAUSAL | LEAKING)
