@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe import AttentionThresholds
-from training.model_owners import check_owners
+from training.layer_override import (
+    Activation,
+    Execution,
+    FeedForwardName,
+    HashTable,
+    RouterName,
+    SecondExpert,
+    SelectionName,
+    ThresholdMethod,
+)
+from training.layer_override import LayerOverride as LayerOverride
+from training.model_owners import check_owners, owned_by_router
 from transformer import (
     AttentionConfig,
     DenseConfig,
@@ -28,60 +39,6 @@ from transformer import (
     TopKKeysConfig,
     TransformerConfig,
 )
-
-Activation = Literal["swiglu", "gelu", "relu2", "reglu", "drelu", "relu"]
-FeedForwardName = Literal["moe", "dense", "thresholded", "soft_moe", "product_key", "peer"]
-SelectionName = Literal["none", "moba", "top_k", "nsa", "dsa", "lsh", "kmeans", "sinkhorn"]
-ThresholdMethod = Literal["hard", "cett", "cats", "teal"]
-RouterName = Literal["top_k", "switch", "noisy_top_k", "top_2", "sigmoid", "expert_choice", "hash", "sinkhorn", "base"]
-
-
-@dataclass(frozen=True)
-class LayerOverride:
-    """One layer that differs from the others: every field but 'at' may be left out."""
-
-    at: int
-    """Index of the layer, from 0."""
-    heads: int | None = None
-    """Query heads of this layer."""
-    kv_heads: int | None = None
-    """Key-value heads of this layer."""
-    pattern: str | None = None
-    """Attention pattern of this layer."""
-    selection: SelectionName | None = None
-    """How this layer chooses the keys that a query sees; 'none': its pattern alone decides."""
-    softcap: float | None = None
-    """Scores of this layer are capped to softcap · tanh(score / softcap); 0: not capped."""
-    attention_dropout: float | None = None
-    """Rate at which attention probabilities of this layer are dropped, in training."""
-    alibi: bool | None = None
-    """Whether a bias by distance gives this layer's positions (ALiBi), in place of rotations."""
-    feedforward: FeedForwardName | None = None
-    """Kind of feed-forward of this layer."""
-    hidden: int | None = None
-    """Neurons of each expert, or of the dense feed-forward."""
-    num_experts: int | None = None
-    """Experts of this layer."""
-    k: int | None = None
-    """Experts that a token uses in this layer."""
-    router: RouterName | None = None
-    """How experts of this layer are chosen."""
-    capacity_factor: float | None = None
-    """Tokens that an expert of this layer takes, as a multiple of an equal share."""
-    shared_hidden: int | None = None
-    """Neurons of an expert that every token uses in this layer."""
-    activation: Activation | None = None
-    """Activation of this layer's feed-forward."""
-    num_keys: int | None = None
-    """Sub-keys of each half of this layer's memory."""
-    threshold_method: ThresholdMethod | None = None
-    """What this layer's thresholded feed-forward compares with its threshold."""
-    threshold: float | None = None
-    """Magnitude up to which this layer's thresholded feed-forward leaves activations out."""
-    attention_threshold: float | None = None
-    """Magnitude up to which the inputs of this layer's attention projections are left out."""
-    depth_capacity: float | None = None
-    """Share of each sequence that passes this layer (Mixture-of-Depths)."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +129,8 @@ class ModelConfig:
     """Neurons of an expert that every token uses, beside the routed ones."""
     jitter: float = 0.0
     """Multiplicative noise on the input of a switch router, in training."""
+    second_expert: SecondExpert = "random"
+    """Whether the top_2 router uses a token's second expert at random, in proportion to its gate, or always."""
     num_groups: int = 1
     """Groups that the sigmoid router divides the experts into."""
     top_groups: int = 1
@@ -182,6 +141,15 @@ class ModelConfig:
     """Step of the sigmoid router's balancing bias after each optimiser step."""
     sinkhorn_iterations: int = 8
     """Iterations that balance the sinkhorn router in training."""
+    sinkhorn_temperature: float = 1.0
+    """Temperature of the sinkhorn router's plan in training: the lower, the nearer to the best balanced assignment."""
+    auction_rounds: int = 500
+    """Rounds that the base router's auction may take in training; who has no place then goes where there is room."""
+    auction_epsilon: float = 0.01
+    """Least rise of a bid in the base router's auction, which is what each token may lose."""
+    hash_table: HashTable = "none"
+    """Whether the hash router has a table that spreads the vocabulary over the experts evenly (even), or the training
+    text's tokens (balanced); without one it hashes each id."""
     hash_seed: int = 0
     """Which hash function the hash router takes."""
     drop_priority: Literal["first_come", "gate", "choice"] = "first_come"
@@ -204,6 +172,8 @@ class ModelConfig:
     """Whether a product-key memory's answer passes a gate (Memory+)."""
     memory_pool: str | None = None
     """Product-key layers that name the same pool share one table of values (Memory+); each its own if left out."""
+    value_dim: int | None = None
+    """Width of a gated product-key memory's rows; the model's if left out."""
     threshold_method: ThresholdMethod = "hard"
     """What a thresholded feed-forward compares with its threshold: a neuron's value (hard), what it adds to the output
     (cett), its gate (cats), or each input of a matrix (teal)."""
@@ -211,6 +181,9 @@ class ModelConfig:
     """Magnitude up to which a thresholded feed-forward leaves activations out."""
     top_neurons: int | None = None
     """Neurons that a thresholded feed-forward keeps for each token, the largest; by threshold if left out."""
+    threshold_execution: Execution = "auto"
+    """How a thresholded feed-forward decodes on the CPU: whichever is measured to be faster, always by reading what is
+    left alone (sparse), or always whole (dense)."""
     attention_threshold: float = 0.0
     """Magnitude up to which entries of the inputs of attention's four projections are left out, in training too
     (TEAL)."""
@@ -240,6 +213,8 @@ class ModelConfig:
     layer (stochastic depth)."""
     layer_drop: float = 0.0
     """Rate at which a layer is skipped for a batch, in training."""
+    layer_drop_rescale: bool = False
+    """Whether a layer that is not skipped changes the stream by 1 / (1 - layer_drop) times as much, in training."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     norm_eps: float = 1e-6
@@ -294,7 +269,10 @@ def _layer(model: ModelConfig, index: int, override: LayerOverride | None, max_l
     depth = None if model.depth_capacity is None else DepthConfig(model.depth_capacity, model.depth_weighting)
     # p_l = l/L · p_L: Huang et al. 2016 (arXiv:1603.09382), eq. 4
     path_dropout = model.path_dropout * (index + 1) / model.layers
-    return LayerConfig(attention, _feedforward(model), depth, path_dropout=path_dropout, layer_drop=model.layer_drop)
+    return LayerConfig(
+        attention, _feedforward(model), depth, path_dropout=path_dropout, layer_drop=model.layer_drop,
+        layer_drop_rescale=model.layer_drop_rescale and model.layer_drop > 0,
+    )  # fmt: skip
 
 
 def _selection(model: ModelConfig, max_length: int) -> SelectionConfig | None:
@@ -311,19 +289,12 @@ def _moe(model: ModelConfig) -> MoEConfig:
         num_experts=model.num_experts,
         k=model.k,
         router=model.router,
-        renormalize=model.renormalize,
         capacity_factor=model.capacity_factor,
         shared_hidden=model.shared_hidden,
-        jitter=model.jitter,
         activation=model.activation or "swiglu",
-        num_groups=model.num_groups,
-        top_groups=model.top_groups,
-        route_scale=model.route_scale,
-        bias_update=model.bias_update,
         drop_priority=model.drop_priority,
         allow_future=model.allow_future,
-        sinkhorn_iterations=model.sinkhorn_iterations,
-        hash_seed=model.hash_seed,
+        **{name: getattr(model, name) for name in owned_by_router(model.router)},
     )
 
 
@@ -337,7 +308,7 @@ def _soft_moe(model: ModelConfig) -> SoftMoEConfig:
 def _product_key(model: ModelConfig) -> ProductKeyConfig:
     return ProductKeyConfig(
         model.num_keys, model.memory_heads, model.memory_k, model.key_dim, query_norm=model.query_norm,
-        gated=model.gated, pool=model.memory_pool,
+        gated=model.gated, pool=model.memory_pool, value_dim=model.value_dim,
     )  # fmt: skip
 
 
@@ -377,7 +348,12 @@ _KINDS: dict[FeedForwardName, Callable[[ModelConfig], FeedForwardConfig]] = {
         model.hidden, model.activation or "swiglu", model.drop_connect, model.error_k, model.error_unified
     ),
     "thresholded": lambda model: ThresholdedConfig(
-        model.hidden, model.activation or "relu2", model.threshold_method, model.threshold, model.top_neurons
+        model.hidden,
+        model.activation or "relu2",
+        model.threshold_method,
+        model.threshold,
+        model.top_neurons,
+        execution=model.threshold_execution,
     ),
     "soft_moe": _soft_moe,
     "product_key": _product_key,

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from transformer.feedforward_config import ROUTER_OPTIONS
+
 if TYPE_CHECKING:
     from training.model_config import ModelConfig
 
@@ -12,16 +14,15 @@ OWNERS: dict[str, Sequence[str]] = {
     "activation": ("moe", "dense", "thresholded", "soft_moe", "peer"),
     **dict.fromkeys(
         (
-            "router", "renormalize", "capacity_factor", "shared_hidden", "jitter", "num_groups", "top_groups",
-            "route_scale", "bias_update", "sinkhorn_iterations", "hash_seed", "drop_priority",
+            "router", "capacity_factor", "shared_hidden", "drop_priority", *ROUTER_OPTIONS,
         ), ("moe",)
     ),
     "allow_future": ("moe", "soft_moe"),
     "slots_per_expert": ("soft_moe",),
     **dict.fromkeys(("error_k", "error_unified"), ("dense",)),
     **dict.fromkeys(("num_keys", "memory_heads", "memory_k", "key_dim", "query_norm"), MEMORIES),
-    **dict.fromkeys(("gated", "memory_pool"), ("product_key",)),
-    **dict.fromkeys(("threshold_method", "threshold", "top_neurons"), ("thresholded",)),
+    **dict.fromkeys(("gated", "memory_pool", "value_dim"), ("product_key",)),
+    **dict.fromkeys(("threshold_method", "threshold", "top_neurons", "threshold_execution"), ("thresholded",)),
 }  # fmt: skip
 SELECTION_OWNERS: dict[str, Sequence[str]] = {
     "select_block": ("moba", "nsa", "lsh", "kmeans", "sinkhorn"),
@@ -58,9 +59,50 @@ def check_owners(model: "ModelConfig") -> None:
                     f"model.layer.{name} belongs to feedforward {' or '.join(owners)}, got {name}="
                     f"{getattr(override, name)!r} in layer {override.at}, which is {kind}"
                 )
+    _check_routers(model)
+    _check_layer_drop(model)
     passing = model.depth_capacity is not None or any(layer.depth_capacity is not None for layer in model.layer)
     if model.depth_weighting != "sigmoid" and not passing:
         raise ValueError(f"model.depth_weighting needs a depth_capacity, got {model.depth_weighting!r} without one")
+
+
+def owned_by_router(router: str) -> list[str]:
+    """The options that this router has and not every one."""
+    return [name for name, routers in ROUTER_OPTIONS.items() if router in routers]
+
+
+def _check_routers(model: "ModelConfig") -> None:
+    """Raises: ValueError for an option of a router that no mixture has, or in a layer of another."""
+    changed = {layer.at: layer for layer in model.layer}
+    layers = [changed.get(index) for index in range(model.layers)]
+    mixtures = [layer for layer in layers if ((layer and layer.feedforward) or model.feedforward) == "moe"]
+    routers = sorted({(layer and layer.router) or model.router for layer in mixtures})
+    defaults = {field.name: field.default for field in dataclasses.fields(model)}
+    for name, owners in ROUTER_OPTIONS.items():
+        if getattr(model, name) != defaults[name] and not set(owners) & set(routers):
+            raise ValueError(
+                f"model.{name} belongs to router {' or '.join(owners)}, got {name}={getattr(model, name)!r} with "
+                f"{', '.join(routers)}"
+            )
+        for layer in model.layer:
+            router = layer.router or model.router
+            if getattr(layer, name) is not None and router not in owners:
+                raise ValueError(
+                    f"model.layer.{name} belongs to router {' or '.join(owners)}, got {name}={getattr(layer, name)!r} "
+                    f"in layer {layer.at}, whose router is {router}"
+                )
+
+
+def _check_layer_drop(model: "ModelConfig") -> None:
+    """Raises: ValueError for a rescaling where no layer is dropped, or a weighting where every token passes."""
+    if model.layer_drop_rescale and not (model.layer_drop or any(layer.layer_drop for layer in model.layer)):
+        raise ValueError("model.layer_drop_rescale needs a layer_drop, got none")
+    for layer in model.layer:
+        rate = model.layer_drop if layer.layer_drop is None else layer.layer_drop
+        if layer.layer_drop_rescale and not rate:
+            raise ValueError(f"model.layer.layer_drop_rescale needs a layer_drop, got none in layer {layer.at}")
+        if layer.depth_weighting is not None and layer.depth_capacity is None and model.depth_capacity is None:
+            raise ValueError(f"model.layer.depth_weighting needs a depth_capacity, got none in layer {layer.at}")
 
 
 def _kinds(model: "ModelConfig", word: str) -> list[str]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from moe import HashRouter
 from training.allocator import keep_freed_memory
 from training.checkpoint import LATEST, checkpoints, latest_checkpoint
 from training.config import DataConfig, RunConfig, to_dict
@@ -138,7 +139,9 @@ def make_trainer(config: RunConfig, *, parallel: Parallel | None = None) -> Trai
         data_config = _with_tokenizer_of(data_config, model_folder(config.init))
     data = load_data(data_config)
     seed_everything(config.seed)
-    model = make_model(config, vocab_size=data.tokenizer.vocab_size).to(choose_device(config.train.device))
+    model = make_model(config, vocab_size=data.tokenizer.vocab_size)
+    balance_hash_tables(model, data.train)
+    model = model.to(choose_device(config.train.device))
     if config.train.dtype == "float64":
         model.double()
     calibration = partial(
@@ -180,6 +183,15 @@ def make_model(config: RunConfig, *, vocab_size: int) -> Transformer:
     if model.config.max_length < config.data.length:
         raise ValueError(f"data.length must be at most {model.config.max_length} for {config.init}")
     return upcycled(model, config.upcycle, seed=config.seed)
+
+
+def balance_hash_tables(model: Transformer, tokens: np.ndarray) -> None:
+    """Make the tables of hash routers that wait for frequencies, from those of the ids in this text."""
+    waiting = [module for module in model.modules() if isinstance(module, HashRouter) and module.waits]
+    if waiting:
+        frequencies = torch.from_numpy(np.bincount(tokens, minlength=model.config.vocab_size))
+        for router in waiting:
+            router.balance(frequencies)
 
 
 def load_data(config: DataConfig) -> Data:

@@ -69,6 +69,11 @@ class HashRouter(nn.Module):
                 table = even_table(vocab_size, num_experts, k, seed)
         self.register_buffer("table", None if table is None else table.to(torch.get_default_device()))
 
+    @property
+    def waits(self) -> bool:
+        """Whether the table is still to be made, by :meth:`balance`."""
+        return self.table is not None and int(self.table[0, 0]) == UNKNOWN
+
     def balance(self, frequencies: Float[Tensor, "V"] | Int[Tensor, "V"]) -> None:
         """Make the table anew so that these frequencies of the ids fall on the experts evenly.
 
@@ -112,10 +117,9 @@ class HashRouter(nn.Module):
     def _look_up(self, ids: Int[Tensor, "T"]) -> Int[Tensor, "T K"]:
         if self.table is None:
             return distinct_experts(ids, self.num_experts, self.k, self.seed)
-        expert = self.table[ids]
-        if len(ids) and int(expert[0, 0]) == UNKNOWN:
+        if self.waits:
             raise ValueError("the table of frequencies='later' must be made before routing: call balance(frequencies)")
-        return expert
+        return self.table[ids]
 
     def _checked_ids(
         self, x: Float[Tensor, "T D"], ids: Int[Tensor, "T"] | None, real: Bool[Tensor, "T"] | None

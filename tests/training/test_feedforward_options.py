@@ -1,0 +1,132 @@
+"""Options of [model] and [[model.layer]] that feed-forwards have: each reaches its layer, none is set in vain."""
+
+import collections
+import dataclasses
+import math
+
+import pytest
+
+from training.config import RunConfig, from_dict
+from training.model_config import LayerOverride, ModelConfig, model_config
+from training.run import make_trainer
+
+# what is chosen first, then the option and its value
+MOE = {"feedforward": "moe", "num_experts": 4, "k": 1, "hidden": 16}
+MEMORY = {"feedforward": "product_key", "num_keys": 8, "memory_k": 4}
+OPTIONS = [
+    (MOE | {"router": "switch"}, "jitter", 0.1),
+    (MOE | {"router": "top_2", "k": 2}, "second_expert", "always"),
+    (MOE | {"router": "top_k"}, "renormalize", False),
+    (MOE | {"router": "sigmoid"}, "num_groups", 2),
+    (MOE | {"router": "sigmoid", "num_groups": 2}, "top_groups", 2),
+    (MOE | {"router": "sigmoid"}, "route_scale", 2.5),
+    (MOE | {"router": "sigmoid"}, "bias_update", 0.1),
+    (MOE | {"router": "sinkhorn"}, "sinkhorn_iterations", 3),
+    (MOE | {"router": "sinkhorn"}, "sinkhorn_temperature", 0.5),
+    (MOE | {"router": "base"}, "auction_rounds", 9),
+    (MOE | {"router": "base"}, "auction_epsilon", 0.5),
+    (MOE | {"router": "hash"}, "hash_table", "balanced"),
+    (MOE | {"router": "hash"}, "hash_seed", 3),
+    (MOE | {"capacity_factor": 1.5}, "drop_priority", "gate"),
+    ({"feedforward": "soft_moe", "allow_future": True}, "slots_per_expert", 3),
+    (MEMORY, "memory_heads", 2),
+    (MEMORY, "memory_k", 3),
+    (MEMORY, "key_dim", 6),
+    (MEMORY, "query_norm", "none"),
+    (MEMORY, "gated", True),
+    (MEMORY, "memory_pool", "facts"),
+    (MEMORY | {"gated": True}, "value_dim", 24),
+    ({"feedforward": "thresholded"}, "top_neurons", 5),
+    ({"feedforward": "thresholded"}, "threshold_execution", "dense"),
+    ({"feedforward": "dense"}, "error_k", 3),
+    ({"feedforward": "dense", "error_k": 3}, "error_unified", True),
+    ({"feedforward": "dense"}, "drop_connect", 0.1),
+    ({}, "layer_drop", 0.2),
+    ({"layer_drop": 0.2}, "layer_drop_rescale", True),
+    ({"depth_capacity": 0.5}, "depth_weighting", "raw"),
+]
+NAMES = {"memory_heads": "heads", "memory_k": "k", "memory_pool": "pool", "top_neurons": "top_k",
+         "threshold_execution": "execution", "depth_weighting": "weighting"}  # fmt: skip
+PLAIN = {"dim": 16, "layers": 2, "heads": 2}
+
+
+def layers(**options):
+    return model_config(ModelConfig(**PLAIN | options), vocab_size=31, length=8).layers
+
+
+def value(layer, option):
+    part = layer if option.startswith("layer_drop") else layer.depth if "depth" in option else layer.feedforward
+    return getattr(part, NAMES.get(option, option))
+
+
+@pytest.mark.parametrize(("chosen", "option", "wanted"), OPTIONS, ids=[option for _, option, _ in OPTIONS])
+def test_an_option_reaches_every_layer_or_the_one_that_names_it(chosen, option, wanted):
+    plain = value(layers(**chosen)[0], option)
+    assert plain != wanted
+    assert [value(layer, option) for layer in layers(**chosen | {option: wanted})] == [wanted, wanted]
+    one = layers(**chosen, layer=(LayerOverride(at=1, **{option: wanted}),))
+    assert [value(layer, option) for layer in one] == [plain, wanted]
+
+
+def test_every_option_of_a_feedforward_can_differ_in_one_layer():
+    of_a_layer = {field.name for field in dataclasses.fields(LayerOverride)} - {"at"}
+    of_the_model = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert of_a_layer <= of_the_model
+    assert {option for _, option, _ in OPTIONS} <= of_a_layer
+
+
+def test_layers_of_several_routers_take_each_their_own_options():
+    first, second = layers(
+        **MOE | {"router": "switch"},
+        jitter=0.1,
+        layer=(LayerOverride(at=1, router="top_2", k=2, second_expert="always"),),
+    )
+    assert (first.feedforward.jitter, first.feedforward.second_expert) == (0.1, "random")
+    assert (second.feedforward.jitter, second.feedforward.second_expert) == (0.0, "always")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"jitter": 0.1}, r"model\.jitter belongs to router switch, got jitter=0\.1 with top_k"),
+        ({"auction_rounds": 3, "layer": (LayerOverride(at=0, router="hash", k=1),)},
+         r"model\.auction_rounds belongs to router base, got auction_rounds=3 with hash, top_k"),
+        ({"router": "switch", "k": 1, "layer": (LayerOverride(at=1, router="base", jitter=0.1),)},
+         r"model\.layer\.jitter belongs to router switch, got jitter=0\.1 in layer 1, whose router is base"),
+        ({"feedforward": "dense", "hash_table": "even"}, r"model\.hash_table belongs to feedforward moe"),
+        ({"layer": (LayerOverride(at=0, value_dim=8),)}, r"model\.layer\.value_dim belongs to feedforward product_key"),
+        ({"layer_drop_rescale": True}, r"model\.layer_drop_rescale needs a layer_drop, got none"),
+        ({"layer": (LayerOverride(at=1, layer_drop_rescale=True),)}, r"needs a layer_drop, got none in layer 1"),
+        ({"layer": (LayerOverride(at=1, depth_weighting="raw"),)}, r"needs a depth_capacity, got none in layer 1"),
+    ],
+)  # fmt: skip
+def test_what_is_set_in_vain_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        layers(**options)
+
+
+def test_a_rescaled_layer_drop_may_be_of_some_layers_alone():
+    found = layers(layer_drop_rescale=True, layer=(LayerOverride(at=1, layer_drop=0.3),))
+    assert [(layer.layer_drop, layer.layer_drop_rescale) for layer in found] == [(0.0, False), (0.3, True)]
+
+
+def test_a_run_balances_its_hash_tables_over_the_training_text(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(12):
+        (texts / f"{number}.txt").write_text(f"the number is {number}\n" * 20)
+    run = from_dict(RunConfig, {
+        "out": str(tmp_path / "run"), "data": {"corpus": str(texts), "tokenizer": "bytes", "length": 16, "cache": None},
+        "model": {**PLAIN, **MOE, "router": "hash", "hash_table": "balanced"}, "train": {"steps": 1, "batch": 2},
+    }, where="test")  # fmt: skip
+    trainer = make_trainer(run)
+    counts = collections.Counter(trainer.data.train.tolist())
+    carried, expected = [0] * 4, {}
+    for token in sorted(range(257), key=lambda token: -counts[token]):
+        lightest = min(range(4), key=lambda expert: (carried[expert], expert))
+        expected[token], carried[lightest] = lightest, carried[lightest] + counts[token]
+    for layer in trainer.model.layers:
+        assert layer.feedforward.router.table[:, 0].tolist() == [expected[token] for token in range(257)]
+    assert max(carried) < 1.5 * min(carried)
+    trainer.model.train()
+    assert math.isfinite(trainer.train_step()["loss"])
