@@ -10,7 +10,7 @@ from transformer import Transformer, TransformerConfig
 MAY_CHANGE = frozenset(
     {"dropout", "head_dropout", "drop_connect", "path_dropout", "layer_drop", "layer_drop_rescale", "jitter",
      "bias_update", "second_expert", "sinkhorn_iterations", "sinkhorn_temperature", "auction_rounds", "auction_epsilon",
-     "execution", "error_k", "error_unified", "max_length", "allow_future"}
+     "execution", "warm_up", "error_k", "error_unified", "max_length", "allow_future"}
 )  # fmt: skip
 
 

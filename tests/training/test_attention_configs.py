@@ -14,7 +14,8 @@ from transformer import Transformer
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 NAMES = (
-    "window", "bigbird", "strided", "global", "moba", "top-k-keys", "nsa", "dsa", "lsh", "kmeans", "sinkhorn-attention"
+    "window", "bigbird", "strided", "global", "moba", "top-k-keys", "nsa", "dsa", "lsh", "kmeans", "sinkhorn-attention",
+    "shared-qk", "alibi",
 )  # fmt: skip
 
 

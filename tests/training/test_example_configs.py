@@ -15,7 +15,8 @@ CONFIGS = {path.stem: load_config(path) for path in sorted(FOLDER.glob("*.toml")
 WORDS = ("router", "feedforward", "selection", "threshold_method", "drop_priority")
 # numbers that are a method of their own when they are set
 METHODS = ("jitter", "shared_hidden", "num_groups", "top_neurons", "attention_threshold", "memory_pool", "gated",
-           "error_k", "dropout", "head_dropout", "drop_connect", "path_dropout", "layer_drop")  # fmt: skip
+           "error_k", "dropout", "head_dropout", "drop_connect", "path_dropout", "layer_drop", "softcap",
+           "attention_dropout", "alibi", "select_shared_qk")  # fmt: skip
 SMALLER = {"stdlib-product-key", "stdlib-memory-plus", "stdlib-peer"}
 
 
@@ -71,6 +72,8 @@ def test_what_the_comments_of_the_files_say_of_their_layers():
     pools = {layer.feedforward.pool for layer in layers["stdlib-memory-plus"]
              if isinstance(layer.feedforward, ProductKeyConfig)}  # fmt: skip
     assert len(pools) == 1 and None not in pools, "Memory+ shares one table"
+    scored = [(a.alibi, a.softcap, a.dropout) for a in (layer.attention for layer in layers["stdlib-alibi"])]
+    assert scored == [(True, 50.0, 0.1)] * 3 + [(False, None, 0.1)]
     assert [layer.depth for layer in layers["stdlib-mod"]] == [None, DepthConfig(0.5), None, DepthConfig(0.5)]
     assert CONFIGS["stdlib-noisy-top-k"].train.importance > 0 and CONFIGS["stdlib-noisy-top-k"].train.load > 0
     assert CONFIGS["stdlib-sigmoid"].train.aux < TrainConfig.aux, "the bias balances"

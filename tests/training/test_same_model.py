@@ -10,8 +10,10 @@ from training.same_model import MAY_CHANGE, check_same_model
 from transformer import (
     AttentionConfig,
     DenseConfig,
+    DSAConfig,
     LayerConfig,
     MoEConfig,
+    ThresholdedConfig,
     Transformer,
     TransformerConfig,
 )
@@ -38,6 +40,8 @@ def saved(folder: Path, **changes: Any) -> Path:
             {"attention": dataclasses.replace(ATTENTION, pattern="causal() & sliding_window(3)")},
             "attention.pattern is 'causal",
         ),
+        ({"attention": dataclasses.replace(ATTENTION, softcap=2.0)}, "attention.softcap is None there and 2.0"),
+        ({"attention": dataclasses.replace(ATTENTION, alibi=True)}, "attention.alibi is False there and True"),
         ({"experts": dataclasses.replace(EXPERTS, k=1)}, "layers.0.feedforward.k is 2 there and 1"),
         ({"experts": dataclasses.replace(EXPERTS, router="sigmoid")}, "router is 'top_k' there and 'sigmoid'"),
         ({"experts": dataclasses.replace(EXPERTS, renormalize=False)}, "renormalize is True there and False"),
@@ -54,9 +58,12 @@ def test_another_function_is_named(tmp_path: Path, changes: dict[str, Any], mess
 
 
 def test_what_is_of_training_alone_may_change(tmp_path: Path) -> None:
-    noisy = dataclasses.replace(ATTENTION, head_dropout=0.1, drop_connect=0.1)
+    noisy = dataclasses.replace(ATTENTION, head_dropout=0.1, drop_connect=0.1, dropout=0.1)
     model = Transformer(config(noisy, layer={"path_dropout": 0.1, "layer_drop": 0.1}, dropout=0.1, max_length=32))
     check_same_model(saved(tmp_path), model)
+    warming = dataclasses.replace(ATTENTION, selection=DSAConfig(4, warm_up=True))
+    sparse = dataclasses.replace(ATTENTION, selection=DSAConfig(4))
+    check_same_model(saved(tmp_path, attention=warming), Transformer(config(sparse)))
     jitter = MoEConfig(hidden=8, num_experts=4, k=1, router="switch", jitter=0.1)
     check_same_model(
         saved(tmp_path, experts=dataclasses.replace(jitter, jitter=0.3)), Transformer(config(experts=jitter))
@@ -64,6 +71,6 @@ def test_what_is_of_training_alone_may_change(tmp_path: Path) -> None:
 
 
 def test_every_setting_that_may_change_is_one() -> None:
-    records = (TransformerConfig, LayerConfig, AttentionConfig, DenseConfig, MoEConfig)
+    records = (TransformerConfig, LayerConfig, AttentionConfig, DSAConfig, DenseConfig, MoEConfig, ThresholdedConfig)
     known = {field.name for record in records for field in dataclasses.fields(record)}
     assert known >= MAY_CHANGE
