@@ -1,4 +1,4 @@
-"""What each rank of test_expert_parallel runs: python -m tests.moe.expert_parallel_ranks RANK WORLD STORE."""
+"""What each rank of test_expert_parallel runs: python -m tests.moe.expert_parallel_ranks RANK WORLD FOLDER."""
 
 import copy
 import sys
@@ -167,9 +167,9 @@ def models(rank, world):
 
 
 def main() -> None:
-    rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     for case in (layers, skewed, overlap, half_precision, models):
         case(rank, world)
     expert_parallel_fault_ranks.run(rank, world)

@@ -1,8 +1,4 @@
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,24 +7,13 @@ from torch import nn
 
 from moe import MoE, TopKRouter, shard_experts
 from moe.expert_parallel import shares
-
-ROOT = Path(__file__).parents[2]
+from tests.training.spawning import spawn
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_together_are_one_process(world, tmp_path):
     """Outputs, all gradients, rows on the wire and the next optimiser step: see expert_parallel_ranks.py."""
-    command = [sys.executable, "-m", "tests.moe.expert_parallel_ranks"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen([*command, str(rank), str(world), str(tmp_path / "store")], env=environment, cwd=ROOT)
-        for rank in range(world)
-    ]
-    try:
-        assert [process.wait(170) for process in running] == [0] * world
-    finally:
-        for process in running:
-            process.kill()
+    spawn("tests.moe.expert_parallel_ranks", world, tmp_path)
 
 
 @given(st.integers(1, 600), st.integers(1, 64))

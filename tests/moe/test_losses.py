@@ -1,10 +1,6 @@
 """Side losses and statistics by hand, under padding and under drops."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +10,8 @@ from moe.dispatch import limit_capacity
 from moe.losses import entropy_loss, importance_loss
 from moe.routers.top_k import choose_top_k
 from tests.tolerances import close
+from tests.training.spawning import spawn
 from tests.typecheck import unchecked
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
@@ -120,40 +115,11 @@ def test_global_scope_alone_is_the_micro_batch():
     assert torch.equal(load_balancing_loss(routing, scope="global"), load_balancing_loss(routing))
 
 
-# In their own interpreters: two processes of one gloo group, with unequal numbers of real tokens.
-PROCESS = """
-import sys
-import torch
-import torch.distributed as dist
-from moe.losses import load_balancing_loss
-from moe.routers.sigmoid import SigmoidRouter
-from moe.routers.top_k import choose_top_k
-rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-logits, real = torch.load(f"{out}/in.pt")
-mine = logits[10 * rank : 10 * rank + 10].requires_grad_()
-loss = load_balancing_loss(choose_top_k(mine, 2, renormalize=True, real=real[10 * rank :][:10]), scope="global")
-loss.backward()
-router = SigmoidRouter(4, 4, k=1)
-router.load_state_dict({"weight": torch.eye(4), "bias": torch.zeros(4)})
-router(torch.eye(4)[[[0, 0, 1], [1, 1, 1, 2, 3]][rank]])
-router.after_step()
-torch.save((loss.detach(), mine.grad, router.bias), f"{out}/{rank}.pt")
-dist.destroy_process_group()
-"""
-
-
 def test_two_processes_average_to_the_global_batch(tmp_path):
     logits = torch.randn(20, 3, dtype=torch.float64)
     real = torch.tensor([True] * 10 + [True] * 4 + [False] * 6)
     torch.save((logits, real), tmp_path / "in.pt")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PROCESS]
-    running = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store"), str(tmp_path)], env=environment, cwd=ROOT)
-        for rank in range(2)
-    ]
-    assert [process.wait(120) for process in running] == [0, 0]
+    spawn("tests.moe.loss_ranks", 2, tmp_path)
     (loss, grad, bias), (other_loss, other_grad, other_bias) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     whole = logits.requires_grad_()
     expected = load_balancing_loss(choose_top_k(whole, 2, renormalize=True, real=real))

@@ -1,4 +1,4 @@
-"""What each rank of test_compression runs: python -m tests.training.compression_ranks RANK WORLD STORE."""
+"""What each rank of test_compression runs: python -m tests.training.compression_ranks RANK WORLD FOLDER."""
 
 import copy
 import math
@@ -232,7 +232,8 @@ def by_loops(trainer, world, density, clip):
             for n, g in gradients.items():
                 if n in compressed:
                     a = rest[rank][n] + g * min(1.0, clip / math.sqrt(world) / norm)
-                    places = sorted(range(a.numel()), key=lambda i, a=a: -abs(float(a.flatten()[i])))
+                    sizes = a.abs().flatten().tolist()
+                    places = sorted(range(a.numel()), key=lambda i, sizes=sizes: -sizes[i])
                     g = torch.zeros_like(a)
                     for i in places[: math.ceil(density * a.numel())]:
                         g.view(-1)[i] = a.view(-1)[i]
@@ -329,12 +330,11 @@ def forgetting(rank, world):
 
 
 def main() -> None:
-    rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
     for case in (methods, nothing_is_lost, clipping, clipped_by_hand, many_buckets, forgetting):
         case(rank, world)
-    folder = Path(store).parent
     sharded_compression_ranks.run(rank, world, folder, net, data, METHODS, by_hand, watched)
     trainers(rank, world, folder)
     compression_fault_ranks.run(rank, world, folder)

@@ -1,8 +1,8 @@
-"""The command, with faults of rank 1: FAULT=kill python -m tests.training.faulty_rank train …
+"""The command, with faults of rank 1, or of FAULTY: FAULT=kill python -m tests.training.faulty_rank train …
 
-kill: it is slow in one step and dies in mid-step in its first life, in mid-checkpoint in its second. stop, halt: it
-hangs in a step, in its first checkpoint. nan: its loss is not a number. full: its disk has no room for the second
-checkpoint. behind: it dies while it writes that one in the background.
+die: it dies in mid-step in its first life, in mid-checkpoint in its second. kill: as that, and it is slow in one step.
+stop, halt: it hangs in a step, in its first checkpoint. nan: its loss is not a number. full: its disk has no room for
+the second checkpoint. behind: it dies while it writes that one in the background.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ def rows(self, batch):
     steps += 1
     if steps == SLOW and fault == "kill":
         time.sleep(3)
-    if steps == STEP and life == 0 and fault in ("kill", "stop"):
-        os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+    if steps == STEP and life == 0 and fault in ("die", "kill", "stop"):
+        os.kill(os.getpid(), signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
     return take_rows(self, batch)
 
 
 def own_file(rank):
     """Die, or stop for ever, when the tensors of this rank are on the disk, and the rest is not."""
-    if life == 1 and fault == "kill":
+    if life == 1 and fault in ("die", "kill"):
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "halt":
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -64,7 +64,7 @@ def forward(self, model, batch, side):
 
 if __name__ == "__main__":
     life = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    fault = os.environ["FAULT"] if os.environ["RANK"] == "1" else ""
+    fault = os.environ["FAULT"] if os.environ["RANK"] == os.environ.get("FAULTY", "1") else ""
     Ranks.rows, Ranks.forward, checkpoint.own_file = rows, forward, own_file
     FileSystem.create_stream = create_stream
     main(sys.argv[1:])

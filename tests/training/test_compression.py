@@ -1,36 +1,21 @@
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from tests.tolerances import close
+from tests.training.spawning import spawn
 from tests.typecheck import unchecked
 from training import compress_gradients
 from training.compression import GradientCompressor, draw_seed, promise
 from training.unsent import return_unsent
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_reduce_what_the_loops_say(world, tmp_path):
     """Every method against loops over ranks and entries, six steps of training: see compression_ranks.py."""
-    command = [sys.executable, "-m", "tests.training.compression_ranks"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen([*command, str(rank), str(world), str(tmp_path / "store")], env=environment, cwd=ROOT)
-        for rank in range(world)
-    ]
-    try:
-        assert [process.wait(170) for process in running] == [0] * world
-    finally:
-        for process in running:
-            process.kill()
+    spawn("tests.training.compression_ranks", world, tmp_path)
 
 
 def compressor(method, **options):

@@ -107,9 +107,9 @@ def errors_of(config: Path, out: Path, fault: str, *flags: str, world: int = 2) 
     command += flags or ["--expert-parallel", "2"]
     with launched("tests.training.faulty_rank", world, *command, FAULT=fault) as running:
         failing = [process for rank, process in enumerate(running) if rank != 1 or fault in ("nan", "full")]
-        said = [process.communicate(timeout=PATIENCE)[1] for process in failing]
+        said = [process.said() for process in failing]
         assert [process.returncode for process in failing] == [1] * len(said), said
-        assert fault not in ("stop", "halt") or running[1].poll() is None
+        assert fault not in ("stop", "halt") or running[1].returncode is None
     return [" ".join(line for line in text.splitlines() if line.startswith("error: ")) for text in said]
 
 
@@ -146,6 +146,32 @@ def test_torchrun_restarts_after_kills_and_the_losses_are_those_of_one_process(c
     data = dataclasses.replace(alone.data, cache=tmp_path / "cache")
     train(dataclasses.replace(alone, out=tmp_path / "one", data=data))
     close(losses(tmp_path / "two"), losses(tmp_path / "one"))
+
+
+@pytest.mark.parametrize(
+    ("world", "faulty", "flags"), [(3, 0, ()), (4, 3, ("--expert-parallel", "2", "--shard", "fsdp"))]
+)
+def test_a_rank_of_more_killed_in_a_step_and_in_a_checkpoint_and_the_losses_are_those_of_one_process(
+    config: Path, tmp_path: Path, world: int, faulty: int, flags: tuple[str, ...]
+) -> None:
+    """Three lives as torchrun counts them: in replicas, the rank that completes checkpoints; experts over 2 of 4."""
+    config.write_text(config.read_text().replace("batch = 4", "batch = 12"))
+    command = ["train", str(config), "--out", str(tmp_path / "many"), "--data.cache", str(tmp_path / "cache"), *flags]
+    for life in range(3):
+        variables = {"FAULT": "die", "FAULTY": str(faulty), "TORCHELASTIC_RESTART_COUNT": str(life)}
+        with launched("tests.training.faulty_rank", world, *command, **variables) as running:
+            said = [rank.said() for rank in running]
+            ends = [rank.returncode for rank in running]
+        assert ends == [0 if life == 2 else -9 if rank == faulty else 1 for rank in range(world)], said
+        for rank, text in enumerate(said):
+            stopped = f"error: rank {rank} stops: another of the {world} processes died"
+            assert text.count("error: ") == text.count(stopped) == (ends[rank] == 1), text
+        if life < 2:
+            whole_at_step_5(tmp_path / "many")
+    alone = load_config(config)
+    data = dataclasses.replace(alone.data, cache=tmp_path / "cache")
+    train(dataclasses.replace(alone, out=tmp_path / "one", data=data))
+    close(losses(tmp_path / "many"), losses(tmp_path / "one"))
 
 
 def test_nan_on_one_rank_is_named_on_every_rank(config: Path, tmp_path: Path) -> None:
@@ -210,7 +236,7 @@ def test_what_does_not_fit_is_one_error_on_every_rank(config: Path, tmp_path: Pa
     config.write_text(config.read_text().replace(str(tmp_path / "corpus"), "corpus"))
     (tmp_path / "unread.toml").write_text('[model]\nnum_experts = "four"\n')
     with launched("tests.training.misfit_ranks", 2, str(tmp_path), str(config)) as running:
-        ends = [(process.communicate(timeout=PATIENCE)[1], process.returncode) for process in running]
+        ends = [(process.said(), process.returncode) for process in running]
     assert [code for _, code in ends] == [0, 0], ends
     zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert zero == one
