@@ -21,14 +21,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from jaxtyping import install_import_hook
 
-import tests.typecheck  # noqa: F401  the hook looks it up as an attribute of tests
+import tests.typecheck
 
 PACKAGES = ("moe", "sparse_attn", "pruning", "transformer", "training")
 
 # Installed at import, before any test module imports a package.
-install_import_hook(list(PACKAGES), "tests.typecheck.checked")
+tests.typecheck.install(PACKAGES)
 torch.set_num_threads(1)
 # A shell starts what it puts in the background with Ctrl-C ignored, and so would every process that a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -46,3 +45,15 @@ def _same_seed_for_every_test() -> Iterator[None]:
     yield
     torch.set_default_dtype(torch.float32)
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start processes or load trained models go first: they take longest, and were one of them last, one of
+    two workers would wait for the other."""
+    starts = ("subprocess", "spawn", "launched")
+    long = {
+        item.path
+        for item in items
+        if item.get_closest_marker("trained") or any(hasattr(getattr(item, "module", None), name) for name in starts)
+    }
+    items.sort(key=lambda item: item.path not in long)
