@@ -8,9 +8,9 @@ import torch
 
 from training.config import load_config
 from training.data import Batch
-from training.model_config import model_config
+from training.model_config import LayerOverride, ModelConfig, model_config
 from training.step import accumulate
-from transformer import Transformer
+from transformer import DSAConfig, KMeansConfig, LSHConfig, NSAConfig, SinkhornConfig, Transformer
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 NAMES = (
@@ -39,3 +39,38 @@ def test_three_steps(name):
         losses.append(output.loss.item())
     assert losses[2] < losses[0]
     assert output.side.keys() == {"dsa": {"indexer_kl"}, "kmeans": {"kmeans_commitment"}}.get(name, set())
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "expected"),
+    [
+        ("nsa", {"initial": 2, "local": 3, "hidden": 9}, NSAConfig(32, 16, 64, 8, 2, 3, 128, 9)),
+        ("dsa", {"warm_up": True, "rope_dim": 6}, DSAConfig(8, 4, 32, True, 6, 500.0)),
+        ("dsa", {}, DSAConfig(8, 4, 32)),
+        ("lsh", {"shared_qk": True, "seed": 5}, LSHConfig(8, 2, 64, 5, True)),
+        ("kmeans", {"shared_qk": True, "seed": 5, "decay": 0.5}, KMeansConfig(8, 64, 0.5, 5, True)),
+        (
+            "sinkhorn", {"iterations": 3, "temperature": 0.5, "gumbel": True, "seed": 5},
+            SinkhornConfig(64, 2, 3, 0.5, True, 5),
+        ),
+    ],
+)  # fmt: skip
+def test_every_option_of_a_selection_has_a_word(kind, words, expected):
+    options = {f"select_{name}": value for name, value in words.items()}
+    model = ModelConfig(feedforward="dense", rope_theta=500.0, selection=kind, **options)
+    assert model_config(model, vocab_size=16, length=96).layers[0].attention.selection == expected
+    other = ModelConfig(feedforward="dense", selection="moba", **options)
+    if options:
+        with pytest.raises(ValueError, match=r"model.select_\w+ belongs to selection"):
+            model_config(other, vocab_size=16, length=96)
+
+
+def test_a_layer_may_leave_the_scores_alone():
+    plain = LayerOverride(1, softcap=0.0, attention_dropout=0.0, alibi=False)
+    capped = {"softcap": 3.0, "attention_dropout": 0.1, "alibi": True}
+    layers = model_config(ModelConfig(layers=2, layer=(plain,), **capped), vocab_size=16, length=96).layers
+    found = [(a.softcap, a.dropout, a.alibi) for a in (layer.attention for layer in layers)]
+    assert found == [(3.0, 0.1, True), (None, 0.0, False)]
+    chosen = LayerOverride(1, selection="moba")
+    with pytest.raises(ValueError, match=r"softcap must be None with a selection \(MoBAConfig\), got 3.0"):
+        model_config(ModelConfig(layers=2, layer=(chosen,), **capped), vocab_size=16, length=96)

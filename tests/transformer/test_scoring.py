@@ -66,13 +66,13 @@ def turned(x, theta=10000.0):
     return torch.cat([pairs.real, pairs.imag], -1)
 
 
-def plain_attention(x, weights, counts, *, visible, softcap, slopes, keep):
+def plain_attention(x, weights, counts, *, visible, softcap, slopes, keep, at=None):
     """[L, D] → [L, D], one head at a time over the whole L × L. counts: of query and of key heads; keep [H, L, L]:
-    factors on the probabilities."""
+    factors on the probabilities; at: positions."""
     heads, kv_heads = counts
     query, key, value, output = weights
     width = key.shape[0] // kv_heads
-    at = torch.arange(len(x))
+    at = torch.arange(len(x)) if at is None else at
     mixed = []
     for h in range(heads):
         own, shared = (slice(i * width, (i + 1) * width) for i in (h, h * kv_heads // heads))
@@ -210,11 +210,25 @@ def test_streaming_equals_exact_until_the_cache_is_full_and_chunks_change_nothin
 
 
 def test_tokens_that_pass_a_layer_keep_their_distances():
+    attention = build_attention(12, AttentionConfig(4, 2, 6, "causal()", **CAP)).double()
+    x = torch.randn(2, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 2
+    places = torch.tensor([[0, 1, 5, 9, 10], [2, 3, 4, 8, 20]])
+    weights = [p.weight for p in (attention.query, attention.key, attention.value, attention.output)]
+    scoring = {"softcap": 0.7, "slopes": alibi_slopes(4).tolist(), "keep": torch.ones(4, 1, 1)}
+    seen = torch.ones(5, 5).tril()
+    expected = [
+        plain_attention(row, weights, (4, 2), visible=seen, at=at, **scoring) for row, at in zip(x, places, strict=True)
+    ]
+    close(attention(x, None, positions=places)[0], torch.stack(expected))
     model = sharp(config_of(CAP, "causal()", depth=DepthConfig(0.5)))
     with torch.no_grad():
-        whole, cache = model(ids(2, 17)).logits, model.new_cache()
+        for layer in model.layers:  # a predictor that lets some pass
+            for parameter in layer.depth.parameters():
+                parameter.normal_(generator=torch.Generator().manual_seed(6))
+        out, cache = model(ids(2, 17)), model.new_cache()
         parts = [model(part, cache=cache).logits for part in ids(2, 17).split([6, 1, 10], 1)]
-    close(torch.cat(parts, 1), whole)
+    assert all(0 < depth.selected.sum() < 34 for depth in out.depths)
+    close(torch.cat(parts, 1), out.logits)
 
 
 def test_dropout_is_drawn_for_each_sequence_and_again_when_recomputed():
