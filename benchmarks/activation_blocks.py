@@ -1,9 +1,9 @@
 """TEAL over all seven maps of every block of SmolLM2-135M-Instruct, beside its feed-forward networks alone.
 
-python -m benchmarks.activation_blocks [--sparsity 0.25 0.4 0.5 0.6] [--greedy 0.4 0.5] [--dtype float32]
+python -m benchmarks.activation_blocks [--sparsity 0.25 0.4 0.5 0.6] [--greedy 0.4] [--dtype float32]
 
 Weights, texts and records are those of :mod:`benchmarks.activation_smollm2`. The greedy allocation runs each block some
-hundred times, and so sees GREEDY_DOCUMENTS of the calibration documents, in steps of GREEDY_STEP.
+hundred times, and so sees GREEDY_DOCUMENTS of the calibration documents alone, in steps of GREEDY_STEP.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from moe.calibration import feedforward_inputs, thresholds_from_inputs
 from moe.sparsified import SparsifiedActivations, attention_sites, feedforward_sites, sparsify_activations
 from moe.teal import TealThresholds
 
-GREEDY_DOCUMENTS, GREEDY_STEP = 2, 0.1
+GREEDY_DOCUMENTS, GREEDY_STEP = 1, 0.1
 Allocation = Literal["uniform", "greedy"]
 
 
@@ -102,8 +102,8 @@ def blocks(
 def main() -> None:
     """Measure what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.25, 0.4, 0.5, 0.6])
-    parser.add_argument("--greedy", nargs="*", type=float, default=[0.4, 0.5])
+    parser.add_argument("--sparsity", nargs="*", type=float, default=[0.25, 0.4, 0.5, 0.6])
+    parser.add_argument("--greedy", nargs="*", type=float, default=[0.4])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     arguments = parser.parse_args()
