@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_attn import attend, causal, explain_backend, full, parse_pattern, sinks, sliding_window
-from sparse_attn.backends.plan import make_plan
 from tests.sparse_attn.expressions import cases
 from tests.tolerances import close
 
@@ -139,24 +138,6 @@ def test_folded_equals_the_reference_over_many_blocks(text, q_len, kv_len, heads
         close(actual, expected)
 
 
-@pytest.mark.parametrize(
-    "text", ["causal() & sliding_window(140)", "sliding_window(75)", "causal() & sliding_window(136)"]
-)
-@pytest.mark.parametrize(("heads", "padded"), [((2, 2), False), ((4, 2), True)])
-def test_wide_windows_read_several_query_blocks_as_one(text, heads, padded):
-    layout = parse_pattern(text).layout(333, block=8)
-    assert any(strip.height > 8 for strip in make_plan(layout).strips)
-    inputs = tensors(1, *heads, 333, 333, 3)
-    key_mask = torch.rand(1, 333) > 0.2 if padded else None
-    weight = torch.randn_like(inputs[0])
-    results = []
-    for seen in ({"layout": layout}, {"pattern": parse_pattern(text), "backend": "reference"}):
-        out = attend(*inputs, key_mask=key_mask, **seen)
-        results.append((out, *grads(out, None, inputs, weight, None)))
-    for actual, expected in zip(*results, strict=True):
-        close(actual, expected)
-
-
 @pytest.mark.parametrize("budget", [1, 1 << 13, 1 << 30])
 def test_pieces_of_any_size_give_the_same(budget, monkeypatch):
     from sparse_attn.backends import pieces
@@ -177,8 +158,6 @@ def test_pieces_of_any_size_give_the_same(budget, monkeypatch):
 def test_many_scattered_blocks_are_gathered():
     """A layout with more runs than a strip takes, different in every row, as random blocks and selection give."""
     from dataclasses import replace
-
-    from sparse_attn.backends.plan import make_plan
 
     base = full().layout(160, 144, block=16)
     keep = torch.rand(base.visited_blocks) > 0.5
@@ -284,7 +263,6 @@ def test_dropout_gradient_is_that_of_the_sampled_function():
 
 def test_no_two_tiles_drop_the_same():
     from sparse_attn.backends.pieces import pieces, tiles_of
-    from sparse_attn.backends.plan import make_plan
 
     plan = make_plan(parse_pattern("causal() & bigbird(70, 9, 1)").layout(1024))
     assert plan.strips and plan.gathers and plan.late and plan.thin
