@@ -85,7 +85,7 @@ MOVED = {"movement": Layout("moe"), "str": Layout("moe"), "l0_units": SHARDS._re
 def trainer_of(method: str, run: str, out: Path, **options: Any) -> Trainer:
     """A short run with a method of [sparsify], evaluated on the way; micro-batches where there are no experts."""
     config = METHODS[method]
-    options |= {"steps": LENGTH, "eval_every": 3, "eval_batches": 1, "save_every": SAVED, "keep": 9}
+    options = {"steps": LENGTH, "eval_every": 3, "eval_batches": 1, "save_every": SAVED, "keep": 9} | options
     if run == "dense" and method != "robust_rewiring":  # an attack is as large as the rows of its pass say
         options["accumulation"] = 2
     return make_trainer(
@@ -122,7 +122,8 @@ def main() -> None:
         out = folder / name_of(method, layout)
         if out.name not in sys.argv[4:]:
             continue
-        trainer = trainer_of(method, layout.run, out, parallel=placed(layout))
+        saves = {"save_every": 100} if layout == REPLICAS else {}
+        trainer = trainer_of(method, layout.run, out, parallel=placed(layout), **saves)
         trainer.run()
         ends = {"last": found(trainer)}
         if layout == BOTH and method in MOVED:
