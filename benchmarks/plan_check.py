@@ -11,6 +11,7 @@ from steps of 1 and of 16 sequences. Records go to benchmarks/records/plan-check
 """
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -103,6 +104,7 @@ def observe(config: RunConfig, parallel: Alone | Ranks, *, experts: int, steps: 
     ranks = parallel.ranks
     machine = calibrate(ranks)
     warm_up(config)
+    ctypes.CDLL(None).malloc_trim(0)  # what the machine's figures took and the heap kept would hide the model's
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest size counts from here
     trainer = make_trainer(config, parallel=parallel)
