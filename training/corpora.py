@@ -110,8 +110,10 @@ def split_documents(documents: list[str], *, held_out: float) -> tuple[tuple[str
     text = documents[0]
     cut = text.rfind("\n", 0, int(len(text) * (1 - held_out))) + 1
     if cut == 0:
-        raise ValueError(f"the corpus is one document of {len(text)} characters with no line end to "
-                         "split it at: give more files, or a longer text")
+        raise ValueError(
+            f"the corpus is one document of {len(text)} characters with no line end to "
+            "split it at: give more files, or a longer text"
+        )
     return (text[:cut],), (text[cut:],)
 
 
