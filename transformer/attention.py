@@ -152,10 +152,13 @@ class Attention(nn.Module):
         generator: draws the heads, weights and probabilities that are dropped.
         """
         losses: dict[str, Tensor] = {}
+        q = (
+            None
+            if self.query is None
+            else self._heads(self._project(self.query, x, "query", generator), self.query_norm)
+        )
         k = self._heads(self._project(self.key, x, "key", generator), self.key_norm)
-        q = k
-        if self.query is not None:
-            q = self._heads(self._project(self.query, x, "query", generator), self.query_norm)
+        q = k if q is None else q
         v = _split(self._project(self.value, x, "value", generator), self.head_dim)
         if isinstance(cache, StreamingKVCache):
             mixed = cache.attend(q, k, v, key_mask=token_mask, positions=positions)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_attn import attend, causal, explain_backend, full, parse_pattern, sinks, sliding_window
+from sparse_attn.backends.plan import make_plan
 from tests.sparse_attn.expressions import cases
 from tests.tolerances import close
 
