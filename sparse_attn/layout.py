@@ -20,6 +20,8 @@ from sparse_attn.arrays import clamp, combined, distinct, occurring, spans, star
 HIDDEN, FULL = -2, -1
 # Elements up to which torch computes on the calling thread, and never waits for others.
 SERIAL = 1 << 15
+# Pairs that are looked at together where only their number is wanted.
+STRIP = 1 << 20
 
 
 @runtime_checkable
@@ -165,11 +167,7 @@ def count_pairs(
     frame = _Frame(q_len, kv_len, block, offset, 0)
     row, column, classes, some = _touched(pattern, frame, by_distance)
     first, index = _alike(pattern, row[some], column[some], frame)
-    rows, columns = row[some][first], column[some][first]
-    step = max(1, SERIAL // block**2)
-    parts = [slice(start, start + step) for start in range(0, len(rows), step)]
-    sums = [_evaluate(pattern, rows[part], columns[part], frame).sum((1, 2)) for part in parts]
-    pairs = np.concatenate([np.zeros(0, np.int64), *sums])[index]
+    pairs = _counted(pattern, row[some][first], column[some][first], frame)[index]
     pairs = pairs if classes is None else pairs[classes]
     keep = pairs > 0
     return row[keep], column[keep], pairs[keep]
@@ -278,6 +276,24 @@ def _sizes(
     """Queries and keys of each block."""
     height, width = frame.q_len - row * frame.block, frame.kv_len - column * frame.block
     return np.minimum(height, frame.block), np.minimum(width, frame.block)
+
+
+def _counted(
+    pattern: Geometry, row: Int[np.ndarray, "U"], column: Int[np.ndarray, "U"], frame: _Frame
+) -> Int[np.ndarray, "U"]:
+    """Visible pairs of these blocks; of a large block, some rows at a time."""
+    if frame.block**2 <= STRIP:
+        step = max(1, SERIAL // frame.block**2)
+        parts = [slice(start, start + step) for start in range(0, len(row), step)]
+        sums = [_evaluate(pattern, row[part], column[part], frame).sum((1, 2)) for part in parts]
+        return np.concatenate([np.zeros(0, np.int64), *sums])
+    found = np.zeros(len(row), np.int64)
+    for place, (height, width) in enumerate(zip(*_sizes(row, column, frame), strict=True)):
+        query, key = (int(x[place]) * frame.block for x in (row, column))
+        keys = torch.arange(key, key + int(width)) + frame.key_offset
+        for queries in torch.arange(query, query + int(height)).split(max(1, STRIP // frame.block)):
+            found[place] += int(pattern.visible(queries[:, None] + frame.offset, keys).sum())
+    return found
 
 
 def _evaluate(

@@ -93,7 +93,7 @@ class Pattern(ABC):
         """A size of blocks, at most ``most``, and of every block that shows anything its row, column and visible pairs.
 
         Blocks of about √L keep both their number and the size of a mask near L; those of a pattern that is made of
-        blocks are its own, since larger ones would differ from each other. Memory is that of the counts.
+        blocks are its own, since others would differ from each other. Memory is that of the counts.
         Raises: ValueError on a negative length.
         """
         keys = q_len if kv_len is None else kv_len
@@ -105,6 +105,7 @@ class Pattern(ABC):
             small = self.grain * -(-16 // self.grain)
             while small > block and not small % 2:
                 small //= 2
+            small = min(small, max(block, q_len, keys))
             while small < block and touched_blocks(self, q_len, keys, block=small, offset=keys - q_len) > COUNTED:
                 small *= 2
             block = small

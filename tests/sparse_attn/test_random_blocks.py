@@ -1,10 +1,12 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_attn import bigbird, global_tokens, parse_pattern, random_blocks, sliding_window
+from sparse_attn import bigbird, causal, global_tokens, layout, parse_pattern, random_blocks, sliding_window
 from tests.typecheck import unchecked
 
 
@@ -35,6 +37,31 @@ def test_layout_holds_what_visible_says(count, size, seed, block, offset):
     pattern = random_blocks(count, size, seed)
     truth = pattern.visible(torch.arange(30)[:, None] + offset, torch.arange(40))
     assert pattern.layout(30, 40, block=block, offset=offset).to_mask().equal(truth)
+
+
+@pytest.mark.parametrize("length", [100, 10_000])
+def test_blocks_of_a_large_prime_are_counted_in_little_memory(length):
+    size, pattern = 4099, random_blocks(1, 4099)
+    sizes = [min(size, length - start) for start in range(0, length, size)]
+    tracemalloc.start()
+    found = pattern.visible_pairs(length)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    rows = blocks_seen(pattern, len(sizes), size, len(sizes))
+    assert found == sum(height * sizes[c] for height, row in zip(sizes, rows, strict=True) for c in row)
+    # a mask of one block is 16 MiB
+    assert peak < 2**20
+
+
+@given(st.integers(1, 40), st.integers(1, 60), st.sampled_from([7, 17, 31, 64, 67]))
+def test_large_blocks_are_counted_some_rows_at_a_time(q_len, keys, size):
+    pattern = causal() & (random_blocks(1, size, 3) | sliding_window(3))
+    before, layout.STRIP = layout.STRIP, 50
+    try:
+        found = pattern.visible_pairs(q_len, keys)
+    finally:
+        layout.STRIP = before
+    assert found == int(pattern.visible(torch.arange(keys - q_len, keys)[:, None], torch.arange(keys)).sum())
 
 
 def test_a_longer_sequence_does_not_move_the_blocks_of_a_shorter_one():
