@@ -2,7 +2,10 @@
 
 from dataclasses import replace
 
+from training.config import RunConfig
+from training.model_config import model_config
 from training.planning.counts import Block, Dispatch, ModelCounts
+from transformer import Transformer
 
 # 700 of the 1000 weights outside experts are of matrices in blocks; experts of two tensors
 BLOCKS = (
@@ -14,3 +17,8 @@ COUNTS = ModelCounts(
     tensors=((200, False), (400, False), (4000, True), (2000, True), (400, False)),
 )  # fmt: skip
 DENSE = replace(COUNTS, blocks=(BLOCKS[1],))
+
+
+def built_model(config: RunConfig, vocab_size: int) -> Transformer:
+    """The model that a plan of ``config`` is of."""
+    return Transformer(model_config(config.model, vocab_size=vocab_size, length=config.data.length))

@@ -9,14 +9,13 @@ import torch
 from rich.console import Console
 
 from moe.expert_parallel import shares
-from tests.training.planned import BLOCKS, COUNTS, DENSE
+from tests.training.planned import BLOCKS, COUNTS, DENSE, built_model
 from training.config import DataConfig, RunConfig, TrainConfig, load_config
-from training.model_config import ModelConfig
+from training.model_config import LayerOverride, ModelConfig
 from training.planning import HARDWARE, Assumptions, Cluster, Mesh, count_model, meshes, predict
 from training.planning.command import PlanArguments, plan_command
-from training.planning.counts import Dispatch, transformer_config
+from training.planning.counts import Dispatch
 from training.planning.hardware import GB
-from transformer import Transformer
 
 
 @pytest.mark.parametrize("experts, k, ranks", [(8, 2, 4), (7, 3, 3), (4, 4, 2), (5, 1, 5), (6, 2, 1)])
@@ -94,16 +93,28 @@ def run_config(**model):
     {"feedforward": "dense", "hidden": 192, "layers": 3},
     {"feedforward": "moe", "hidden": 96, "num_experts": 6, "k": 2, "layers": 2, "heads": 4, "kv_heads": 2},
     {"feedforward": "moe", "hidden": 64, "num_experts": 4, "k": 1, "shared_hidden": 64, "activation": "gelu"},
+    {"feedforward": "product_key", "num_keys": 32, "memory_pool": "a", "layers": 3},
 ])  # fmt: skip
 def test_counts_are_those_of_the_model(model):
     config = run_config(**model)
     counts = count_model(config, vocab_size=500)
-    built = Transformer(transformer_config(config, 500))
+    built = built_model(config, 500)
     assert counts.dense + counts.experts == built.num_parameters()
     assert counts.flops == built.flops_per_token(32)
     experts = [p for name, p in built.named_parameters() if ".experts." in name]
     assert counts.experts == sum(p.numel() for p in experts)
     assert counts.root == sum(p.numel() for name, p in built.named_parameters() if not name.startswith("layers."))
+    assert counts.root > 0 and counts.root + sum(block.weights for block in counts.blocks) == counts.dense
+
+
+def test_a_shared_table_is_the_last_layers_that_reads_it():
+    """Whose backward pass forms its gradient first; the other layers have one of their own or the same."""
+    pooled = [{"at": at, "feedforward": "product_key", "memory_pool": "a"} for at in (0, 2)]
+    config = run_config(feedforward="dense", layers=4, num_keys=32, layer=tuple(LayerOverride(**o) for o in pooled))
+    counts = count_model(config, vocab_size=500)
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in built_model(config, 500).layers]
+    assert [block.weights for block in counts.blocks] == [sizes[0] - 32**2 * 64, *sizes[1:]]
+    assert counts.tables == 32**2 * 64
 
 
 def test_meshes_leave_no_rank_without_experts():

@@ -11,14 +11,13 @@ import torch
 import tyro
 from rich.console import Console
 
+from tests.training.planned import built_model
 from training.cli import TrainArguments
 from training.config import DataConfig, DistributedConfig, RunConfig, TrainConfig, load_config
 from training.distributed.fitting import check_model
 from training.model_config import ModelConfig
 from training.planning import Mesh, count_model, meshes
 from training.planning.command import PlanArguments, accepted, number, plan_command
-from training.planning.counts import transformer_config
-from transformer import Transformer
 
 EXAMPLE = Path("examples/configs/stdlib-moe.toml")
 
@@ -42,7 +41,7 @@ def takes(model, mesh):
 def test_meshes_are_those_that_the_trainer_takes(experts, gpus):
     config = RunConfig(data=DataConfig(length=16), model=ModelConfig(dim=32, layers=2, hidden=16, num_experts=experts))
     with torch.device("meta"):
-        model = Transformer(transformer_config(config, 100))
+        model = built_model(config, 100)
     every = [Mesh(size, shard) for size in range(1, gpus + 1) if gpus % size == 0 for shard in ("none", "fsdp")]
     wanted = [mesh for mesh in every if takes(model, mesh) and (gpus > 1 or mesh.shard == "none")]
     assert meshes(count_model(config, vocab_size=100), gpus) == wanted

@@ -9,14 +9,13 @@ import torch.distributed as dist
 from benchmarks.plan_tables import GLOO, predicted, rows_of
 from benchmarks.process_records import PLANS
 from benchmarks.readme_tables import read
-from tests.training.planned import BLOCKS, COUNTS, DENSE
+from tests.training.planned import BLOCKS, COUNTS, DENSE, built_model
 from training.config import DataConfig, RunConfig, TrainConfig
 from training.model_config import ModelConfig
 from training.planning import HARDWARE, Assumptions, Cluster, Mesh, count_model, predict
-from training.planning.counts import Dispatch, transformer_config
+from training.planning.counts import Dispatch
 from training.planning.hardware import GB, Hardware
 from training.planning.traffic import BUCKET, FIRST_BUCKET, buckets
-from transformer import Transformer
 
 NODE = Cluster(HARDWARE["h100"], 8, per_node=8)
 PLAIN = Assumptions(overlap=0.0, imbalance=1.0)
@@ -130,7 +129,7 @@ def test_every_bucket_and_every_expert_tensor_waits():
 def test_buckets_are_those_of_torch(model):
     config = RunConfig(data=DataConfig(length=32), train=TrainConfig(batch=8), model=ModelConfig(dim=512, **model))
     with torch.device("meta"):
-        parameters = list(Transformer(transformer_config(config, 5000)).parameters())[::-1]
+        parameters = list(built_model(config, 5000).parameters())[::-1]
     assigned, _ = dist._compute_bucket_assignment_by_size(parameters, [FIRST_BUCKET, BUCKET])
     sizes = [sum(4 * parameters[index].numel() for index in bucket) for bucket in assigned]
     assert len(sizes) > 2 and buckets(count_model(config, vocab_size=5000), Mesh(1, "none")) == sizes

@@ -1,12 +1,14 @@
 """What a configured model holds and does, counted from its config: nothing is allocated."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 
 import torch
 
-from moe import MemoryValues, MoE
+from moe import MemoryValues, MixtureOfDepths, MoE
 from moe.depth import passing_tokens
+from sparse_attn.selection import DSA
 from training.config import RunConfig
 from training.model_config import model_config
 from transformer import Transformer, TransformerConfig
@@ -48,9 +50,12 @@ class Dispatch:
 
 @dataclass(frozen=True)
 class Block:
-    """One layer of the model. weights: outside experts; kept: numbers kept a token for the backward pass, in working
-    precision and (residual stream, norms' inputs) in float32; inner: gradients a token that its feed-forward holds at
-    once; copied: weights outside experts of which a forward pass in half precision makes copies; mixture: its experts.
+    """One layer of the model.
+
+    weights: outside experts, a table that layers share in the last of them; kept: numbers kept a token for the backward
+    pass, in working precision and (residual stream, norms' inputs) in float32; inner: gradients a token that its
+    feed-forward holds at once; copied: weights outside experts of which a forward pass in half precision makes copies;
+    mixture: its experts.
     """
 
     weights: int
@@ -114,8 +119,9 @@ def count_model(config: RunConfig, *, vocab_size: int | None = None) -> ModelCou
     with torch.device("meta"):
         model = Transformer(settings)
     spread = {id(weight) for weight in _expert_weights(model)}
-    pairs = zip(settings.layers, model.layers, strict=True)
-    blocks = tuple(_block(settings, layer, module, config.data.length) for layer, module in pairs)
+    modules = list(model.layers)
+    parts = zip(settings.layers, modules, _outside_experts(modules), strict=True)
+    blocks = tuple(_block(settings, *part, config.data.length) for part in parts)
     total = model.num_parameters()
     dense = total - sum(block.experts for block in blocks)
     return ModelCounts(
@@ -130,9 +136,11 @@ def count_model(config: RunConfig, *, vocab_size: int | None = None) -> ModelCou
     )
 
 
-def _block(settings: TransformerConfig, layer: LayerConfig, module: torch.nn.Module, length: int) -> Block:
+def _block(
+    settings: TransformerConfig, layer: LayerConfig, module: torch.nn.Module, weights: int, length: int
+) -> Block:
     return Block(
-        weights=_outside_experts(module),
+        weights=weights,
         kept=block_activations(settings.dim, layer),
         inner=inner_gradients(settings.dim, layer),
         copied=_copied(module),
@@ -152,17 +160,25 @@ def _expert_weights(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [p for m in module.modules() if isinstance(m, MoE) for p in m.experts.parameters()]
 
 
-def _outside_experts(block: torch.nn.Module) -> int:
-    inside = {id(p) for p in _expert_weights(block)}
-    return sum(p.numel() for p in block.parameters() if id(p) not in inside)
+def _outside_experts(blocks: Sequence[torch.nn.Module]) -> list[int]:
+    """Weights outside experts of each block. A table that several share (memory_pool) is the last one's: its gradient
+    is there from that block's backward pass on."""
+    seen = {id(p) for block in blocks for p in _expert_weights(block)}
+    found = []
+    for block in reversed(blocks):
+        mine = [p for p in block.parameters() if id(p) not in seen]
+        found.append(sum(p.numel() for p in mine))
+        seen |= {id(p) for p in mine}
+    return found[::-1]
 
 
 def _copied(block: torch.nn.Module) -> int:
-    """Weights of matrices outside experts and routers; experts are converted one at a time, and routers not at all."""
-    kept_wide = {
-        id(p) for m in block.modules() if isinstance(m, MoE) for p in (*m.experts.parameters(), *m.router.parameters())
-    }
-    return sum(p.numel() for p in block.parameters() if p.dim() > 1 and id(p) not in kept_wide)
+    """Weights of projections, dense layers and shared experts. Routed experts are converted one at a time; routers,
+    depth's predictors, lightning indexers, and keys and tables of memories are not: what they compute is float32."""
+    apart = {id(p) for m in block.modules() if isinstance(m, DSA | MixtureOfDepths) for p in m.parameters()}
+    matrices = [m.weight for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    shared = [p for m in block.modules() if isinstance(m, MoE) and m.shared is not None for p in m.shared.parameters()]
+    return sum(p.numel() for p in matrices + shared if id(p) not in apart)
 
 
 def block_activations(dim: int, layer: LayerConfig) -> tuple[float, float]:
@@ -206,8 +222,3 @@ def inner_gradients(dim: int, layer: LayerConfig) -> float:
     if isinstance(ff, MoEConfig):
         return float(dim + products * (ff.k * hidden + ff.shared_hidden))
     return float(dim + (products + 1) * hidden)
-
-
-def transformer_config(config: RunConfig, vocab_size: int) -> TransformerConfig:
-    """The model's own config."""
-    return model_config(config.model, vocab_size=vocab_size, length=config.data.length)
