@@ -25,7 +25,8 @@ from sparse_attn.selection.dsa import indexer_kl
 from sparse_attn.selection.kmeans import normalized
 from sparse_attn.selection.scoring import dropped
 from sparse_attn.selection.tiles import Pairs
-from tests.sparse_attn.selection.score_oracle import factors, scored, written_out
+from tests.sparse_attn.selection.score_oracle import best_blocks, factors, members, pairs_of, scored, written_out
+from tests.sparse_attn.selection.sinkhorn_oracle import sinkhorn_written_out
 from tests.tolerances import close
 from tests.typecheck import unchecked
 
@@ -83,8 +84,7 @@ def seen_by(q, k, key_mask, chosen):
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
         mask = mask if key_mask is None else mask & key_mask[:, None, None]
         return mask.expand(*q.shape[:3], k.shape[2])
-    mask = chosen.to_mask()
-    mask = mask.repeat_interleave(q.shape[1] // mask.shape[1], 1)
+    mask = pairs_of(chosen, q.shape[1])
     return mask if key_mask is None else mask & key_mask[:, None, None]
 
 
@@ -152,6 +152,9 @@ def test_compressed_keys_stand_where_their_last_key_does(name, shape, masked):
     mask = (distance >= 0) & real[:, None, None]
     keep = factors(SEEDS, 4, at, [last] * length, options.dropout, branch=1)
     same(out, written_out(q, k, v, mask.expand(2, 4, -1, -1), options, distance, keep), [q, k, v])
+    scores = scored(q, k, options, distance).masked_fill(~mask, -torch.inf)
+    share = scores.softmax(-1).masked_fill(~mask, 0).view(2, 2, 2, length, count).sum(2)
+    assert blocks.sort(-1).values.equal(best_blocks(share, at, last, geometry).sort(-1).values)
     # nothing is dropped in the choice
     plain = dataclasses.replace(options, dropout=0.0)
     again = attend_compressed(q, k, v, keys=keys, geometry=geometry, scale=8**-0.5,
@@ -171,7 +174,7 @@ def test_nsa_has_the_options_in_each_branch(name):
     ck, cv = module.compress_key(k), module.compress_value(v)
     at, last = torch.arange(17), 2 * torch.arange(7) + 3
     distance = at[:, None] - at
-    chosen = found.chosen.to_mask().repeat_interleave(2, 1)
+    chosen = pairs_of(found.chosen, 4)
     near = ((distance >= 0) & (distance < 5)).expand(2, 4, -1, -1)
     behind = (at[:, None] >= last).expand(2, 4, -1, -1)
     gates = torch.sigmoid(hidden @ module.gate.weight.T + module.gate.bias).view(2, 17, 3, 4).permute(2, 0, 3, 1)
@@ -194,56 +197,9 @@ def test_the_score_of_a_mixed_key_is_as_far_away_as_what_is_mixed(name, causal, 
     q, k, v, _ = make(length, keys)
     key_mask = padding(keys, masked)
     found = module(q, k, v, key_mask=key_mask, scoring=options).out
-    expected = sinkhorn_written_out(module, q, k, v, key_mask, options)
+    expected = sinkhorn_written_out(module, q, k, v, key_mask, options, SEEDS)
     real = torch.ones(2, 1, length, 1) if key_mask is None else key_mask[:, None, keys - length :, None]
     same(found * real, expected * real, [q, k, v, module.weight, module.bias])
-
-
-def sinkhorn_written_out(module, q, k, v, key_mask, options):
-    """One query at a time: scores of its mixed and own keys, with a list of distances."""
-    (batch, heads, length, _), keys, n = q.shape, k.shape[2], module.block
-    count, groups = -(-keys // n), heads // k.shape[1]
-    real = torch.ones(batch, keys, dtype=torch.bool) if key_mask is None else key_mask
-    room = torch.nn.functional.pad(real, (0, count * n - keys))
-    padded = [torch.nn.functional.pad(x * real[:, None, :, None], (0, 0, 0, count * n - keys)) for x in (k, v)]
-    there = None if module.causal else room.view(batch, count, n).any(-1)
-    places = module.sorting(padded[0].unflatten(2, (count, n)), there)
-    out = torch.zeros(batch, heads, length, v.shape[-1], dtype=q.dtype)
-    rows = []
-    for b in range(batch):
-        for h in range(heads):
-            for i in range(length):
-                at = i + keys - length
-                place, kv = at // n, h // groups
-                score, value, column = [], [], []
-                for j in range(n):
-                    parts = [c for c in range(count) if room[b, c * n + j] and (c < place or not module.causal)]
-                    share = sum(places[b, kv, place, c] for c in parts)
-                    if not parts or share == 0:
-                        continue
-                    mix = [places[b, kv, place, c] / share for c in parts]
-                    key, val = (sum(w * x[b, kv, c * n + j] for w, c in zip(mix, parts, strict=True)) for x in padded)
-                    away = sum(w * abs(at - c * n - j) for w, c in zip(mix, parts, strict=True))
-                    score.append(scored_one(q[b, h, i], key, options, h, away))
-                    value.append(val)
-                    column.append(-1 - j)
-                for j in range(place * n, place * n + n):
-                    if room[b, j] and (j <= at or not module.causal):
-                        score.append(scored_one(q[b, h, i], padded[0][b, kv, j], options, h, abs(at - j)))
-                        value.append(padded[1][b, kv, j])
-                        column.append(j)
-                if not score:
-                    rows.append(out[b, h, i])
-                    continue
-                keep = factors(SEEDS[b : b + 1], heads, [at], [column], options.dropout)[0, h, 0]
-                rows.append((torch.stack(score).softmax(0) * keep) @ torch.stack(value))
-    return torch.stack(rows).view_as(out)
-
-
-def scored_one(query, key, options, head, away):
-    score = query @ key / len(query) ** 0.5
-    score = score if options.softcap is None else options.softcap * torch.tanh(score / options.softcap)
-    return score if options.alibi is None else score - options.alibi[head].double() * away
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -255,12 +211,11 @@ def test_clusters_that_take_their_members_have_the_options_too(name):
     rows, read = normalized(q), normalized(k)
     at = torch.arange(length)
     keep = factors(SEEDS, 4, range(length), [range(length)] * length, options.dropout)
-    real = torch.ones(2, length, dtype=torch.bool)
-    members = [module._members(x, real).repeat_interleave(4 // x.shape[1], 1) for x in (rows, read)]
+    inside = [members(module, x, 4) for x in (rows, read)]
     total, count = torch.zeros_like(found), torch.zeros(2, 4, length, 1, dtype=torch.float64)
     for cluster in range(3):
-        inside = [(m[:, :, cluster, :, None] == at).any(2) for m in members]
-        mask = inside[0][..., None] & inside[1][:, :, None] & (at <= at[:, None])
+        mine, theirs = (x[:, :, cluster] for x in inside)
+        mask = mine[..., None] & theirs[:, :, None] & (at <= at[:, None])
         total = total + written_out(rows, read, v, mask, options, (at[:, None] - at).abs(), keep)
         count += mask.any(-1, keepdim=True)
     same(found, total / count.clamp(min=1), [q, k, v])
@@ -288,7 +243,7 @@ def test_the_indexer_learns_the_probabilities_with_the_options(name, warm_up):
     selection = None
     if not warm_up:
         selection = DSA(4, top_k=4, heads=3, head_dim=5).choose(*index)
-        seen = selection.to_mask()[:, 0]
+        seen = pairs_of(selection, 1)[:, 0]
     distance = (torch.arange(5, 11)[:, None] - torch.arange(11)).abs()
     scores = scored(q.detach(), k.detach(), options, distance).masked_fill(~seen[:, None], -torch.inf)
     target = scores.softmax(-1).mean(1)
@@ -313,13 +268,15 @@ def test_dropout_is_even_and_independent_of_its_neighbours():
     assert not dropped(seeds, Pairs(b, h, i, j), 0.5, 1).equal(dropped(seeds, Pairs(b, h, i, j), 0.5))
 
 
-def test_without_seeds_torch_draws_them():
-    module, (q, k, v, _) = MoBA(block=4, top_k=2), make(17, 17)
+def test_without_seeds_torch_draws_one_for_each_sequence():
+    module, (q, k, v, _) = MoBA(block=4, top_k=2), (x[:1].expand(2, *x.shape[1:]) for x in make(17, 17))
     outs = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         outs.append(module(q, k, v, scoring=ScoreOptions(dropout=0.4)).out)
     assert outs[0].equal(outs[1]) and not outs[0].equal(outs[2])
+    # two sequences that are alike drop otherwise
+    assert not torch.allclose(outs[0][0], outs[0][1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -363,7 +320,7 @@ def test_log_sum_exp_is_of_the_scores_and_not_of_what_is_kept():
     tokens = torch.stack([torch.randperm(17, generator=torch.Generator().manual_seed(n))[:3] for n in range(10)])
     blocks = BlockSelection(torch.tensor([0, 3, -1]).expand(2, 2, 5, 3), 4, 17, 12)
     for attend, chosen in ((attend_tokens, TokenSelection(tokens.view(2, 1, 5, 3), 17)), (attend_selected, blocks)):
-        mask = chosen.to_mask().repeat_interleave(4 // chosen.to_mask().shape[1], 1)
+        mask = pairs_of(chosen, 4)
         distance = (torch.arange(12, 17)[:, None] - torch.arange(17)).abs()
         lse = attend(q, k, v, chosen, scoring=OPTIONS["all"], return_lse=True)[1]
         scores = scored(q, k, OPTIONS["all"], distance).masked_fill(~mask, -torch.inf)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from sparse_attn.selection.sinkhorn import SinkhornSorting, balance
+from tests.sparse_attn.selection.sinkhorn_oracle import balance_by_loops
 from tests.tolerances import close
 
 
@@ -18,23 +19,6 @@ def make(heads=4, kv_heads=2, length=13, keys=None, d=4, *, seed=0, dtype=torch.
 
 def make_module(kv_heads=2, **options):
     return SinkhornSorting(4, kv_heads, **{"block": 3, "max_blocks": 6, "iterations": 4, **options}).double()
-
-
-def balance_by_loops(logits, iterations, causal):
-    """Entry by entry, in numbers and not logarithms."""
-    size = logits.shape[0]
-    found = {(r, c): logits[r, c].exp() for r in range(size) for c in range(r if causal else size)}
-    for turn in range(iterations + 1):
-        if turn:
-            last = dict(found)
-            for r, c in last:
-                total = sum(last[a, c] for a in range(r + 1 if causal else size) if (a, c) in last)
-                found[r, c] = last[r, c] / (total.clamp(min=1) if causal else total)
-        last = dict(found)
-        for r, c in last:
-            found[r, c] = last[r, c] / sum(last[r, b] for b in range(size) if (r, b) in last)
-    zero = 0 * logits.sum()
-    return torch.stack([torch.stack([found.get((r, c), zero) for c in range(size)]) for r in range(size)])
 
 
 @pytest.mark.parametrize("causal", [True, False])
