@@ -2,6 +2,8 @@
 
 The pairs of a choice are computed in pieces whose order depends on the choice, and again in the backward pass. So
 whether dropout takes a probability is a function of its sequence's seed, head, query and key, and not of a draw.
+Two branches see what a pattern shows, NSA's window and DSA's warm-up (:func:`attend_pattern`): they draw from torch's
+generator under the sequence's seed, so that there the lengths matter too.
 """
 
 from collections.abc import Callable
