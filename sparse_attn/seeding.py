@@ -1,4 +1,4 @@
-"""Attention whose dropout draws from torch's global generators, under seeds that belong to sequences."""
+"""Attention whose dropout draws from torch's global generators, under seeds that belong to sequences; recomputation."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,3 +31,8 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+def recomputing() -> bool:
+    """Whether autograd is running a backward pass: a forward in there is the recomputation of a checkpoint."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

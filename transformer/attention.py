@@ -12,7 +12,7 @@ from moe.noise import Source
 from moe.thresholded_linear import AttentionThresholds, ThresholdedLinear
 from sparse_attn import KVCache, Pattern, RaggedKVCache, StreamingKVCache, attend, causal
 from sparse_attn.selection import ScoreOptions
-from transformer.attention_dropout import drawn_from, seeds_from
+from transformer.attention_dropout import drawn_from, refuse_recomputation, seeds_from
 from transformer.attention_selection import attend_chosen
 from transformer.norm import RMSNorm
 from transformer.rope import RopeScaling, frequencies
@@ -150,8 +150,11 @@ class Attention(nn.Module):
         which no query sees. cache: earlier keys and values; it receives these. positions: where the rows stand, where
         they do not follow each other: ascending in each sequence, padding last (or first, with a cache); a cache is
         then a RaggedKVCache, or a StreamingKVCache of unequal rows. A StreamingKVCache turns queries and keys itself.
-        generator: draws the heads, weights and probabilities that are dropped.
+        generator: draws the heads, weights and probabilities that are dropped. Under activation checkpointing it is a
+        :class:`moe.Noise`, or None. Raises: ValueError for a torch.Generator in a recomputation, which drops otherwise.
         """
+        if self.training and (self.dropout or self.drop_connect or self.head_dropout.p):
+            refuse_recomputation(generator)
         losses: dict[str, Tensor] = {}
         q = (
             None

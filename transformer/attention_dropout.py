@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe.noise import Noise, Source
-from sparse_attn.seeding import attend_seeded, seeded
+from sparse_attn.seeding import attend_seeded, recomputing, seeded
 
 SITE = "attention probabilities"
 # seeds are drawn as float64, which holds whole numbers up to here
@@ -22,8 +22,8 @@ def drawn_from(
     source instead.
 
     From :class:`moe.Noise` every sequence attends by itself under a seed of its own: the same whichever process,
-    micro-batch or recomputation computes it. From a torch.Generator one seed serves the batch. The global generators
-    are left as they were.
+    micro-batch or recomputation computes it. From a torch.Generator, which :func:`refuse_recomputation` keeps out of
+    recomputations, one seed serves the batch. The global generators are left as they were.
     """
     if isinstance(source, Noise):
         return attend_seeded(attend, seeds_from(source, rows).tolist(), device)
@@ -41,3 +41,13 @@ def seeds_from(source: Source, rows: int) -> Int[Tensor, "B"]:
         return torch.randint(SEEDS, (rows,), generator=source, device=source.device).cpu()
     like = torch.empty(rows, dtype=torch.float64)
     return source.draw(SITE, like, lambda part, g: part.random_(0, SEEDS, generator=g)).long()
+
+
+def refuse_recomputation(source: Source | None) -> None:
+    """Raises: ValueError for a torch.Generator in the recomputation of a checkpoint: it has moved on since the forward
+    pass and would drop otherwise, which makes gradients wrong."""
+    if isinstance(source, torch.Generator) and recomputing():
+        raise ValueError(
+            "generator must be a moe.Noise or None where activations are computed again in the backward pass, got a "
+            "torch.Generator, which would draw other numbers"
+        )

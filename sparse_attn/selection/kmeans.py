@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sparse_attn.checking import check_shapes
+from sparse_attn.seeding import recomputing
 from sparse_attn.selection.buckets import Buckets, attend_buckets
 from sparse_attn.selection.padding import without_padding
 from sparse_attn.selection.record import Selected
@@ -155,7 +156,7 @@ class KMeansRouting(nn.Module):
     @torch.no_grad()
     def _count(self, parts: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         """Add the real vectors to the sums and counts of their clusters, unless this is a recomputation."""
-        if _in_backward():
+        if recomputing():
             return
         sums, counts = self.pending()
         for x, near, real in parts:
@@ -223,8 +224,3 @@ class KMeansRouting(nn.Module):
 def normalized(x: Float[Tensor, "B H N d"]) -> Float[Tensor, "B H N d"]:
     """(x - mean) / deviation of each vector, at least in float32."""
     return F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:])
-
-
-def _in_backward() -> bool:
-    """Whether autograd is running a backward pass: a forward in there is the recomputation of a checkpoint."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

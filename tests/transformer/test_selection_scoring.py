@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from moe import Noise
 from sparse_attn.selection import ScoreOptions
@@ -113,3 +114,33 @@ def test_the_words_survive_and_a_generator_draws_too(kind, tmp_path):
     x = torch.randn(2, 9, 16)
     outs = [attention(x, None, generator=torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2)]
     assert outs[0].equal(outs[1]) and not outs[0].equal(outs[2])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", [None, "moba", "nsa"])
+@pytest.mark.parametrize("rate", ["dropout", "head_dropout", "drop_connect"])
+def test_a_generator_is_refused_where_activations_are_computed_again(rate, kind, reentrant):
+    words = {"dropout": 0.0, rate: 0.4}
+    config = attention_of(kind, **words) if kind else AttentionConfig(4, 2, 8, **WORDS | words)
+    attention = build_attention(16, config).double().train()
+    x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(3)).double().requires_grad_()
+
+    def gradients(source, again):
+        torch.manual_seed(7)
+
+        def run(x):
+            return attention(x, None, generator=source)[0]
+
+        out = checkpoint(run, x, use_reentrant=reentrant) if again else run(x)
+        attention.zero_grad()
+        out.square().sum().backward()
+        return [p.grad for p in attention.parameters()]
+
+    for source in (Noise("step", sequences=2), None):
+        for ours, theirs in zip(gradients(source, True), gradients(source, False), strict=True):
+            close(ours, theirs)
+    gradients(torch.Generator().manual_seed(1), False)
+    with pytest.raises(ValueError, match="generator must be a moe.Noise or None where activations are computed again"):
+        gradients(torch.Generator().manual_seed(1), True)
+    attention.eval()
+    gradients(torch.Generator().manual_seed(1), True)
