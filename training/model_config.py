@@ -1,10 +1,8 @@
 """The [model] section of a run, and the transformer that it describes."""
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from moe import AttentionThresholds
 from moe.column_products import Execution
 from moe.depth import Weighting
 from moe.dispatch import Priority
@@ -13,29 +11,11 @@ from moe.routers.top_2 import Second
 from moe.thresholded import Activation, Method
 from training.layer_override import FeedForwardName, HashTable, RouterName, SelectionName
 from training.layer_override import LayerOverride as LayerOverride
-from training.model_owners import check_owners, owned_by_router
-from training.model_words import DEPTH_WORDS, FEEDFORWARD_WORDS, SELECTION_WORDS, in_words, of_layer
-from transformer import (
-    AttentionConfig,
-    DenseConfig,
-    DepthConfig,
-    DSAConfig,
-    FeedForwardConfig,
-    KMeansConfig,
-    LayerConfig,
-    LSHConfig,
-    MoBAConfig,
-    MoEConfig,
-    NSAConfig,
-    PEERConfig,
-    ProductKeyConfig,
-    SelectionConfig,
-    SinkhornConfig,
-    SoftMoEConfig,
-    ThresholdedConfig,
-    TopKKeysConfig,
-    TransformerConfig,
-)
+from training.model_layers import attention_of, feedforward_of
+from training.model_owners import check_owners
+from training.model_words import DEPTH_WORDS, in_words, of_layer
+from transformer import DepthConfig, LayerConfig, TransformerConfig
+from transformer.checks import above_zero, at_least, check_rate
 
 
 @dataclass(frozen=True)
@@ -228,6 +208,7 @@ def model_config(model: ModelConfig, *, vocab_size: int, length: int) -> Transfo
     Raises: ValueError if sizes do not fit together, an override names a layer that is not there or that another
     names too, or an option belongs to a kind of feed-forward or selection that no layer has.
     """
+    _check_numbers(model)
     overrides: dict[int, LayerOverride] = {}
     for override in model.layer:
         if not 0 <= override.at < model.layers:
@@ -257,113 +238,26 @@ def _layer(model: ModelConfig, index: int, override: LayerOverride | None, max_l
     if override is not None:
         changed = {k: v for k, v in dataclasses.asdict(override).items() if k != "at" and v is not None}
         model = dataclasses.replace(model, **changed)
-    if model.head_dim is None and model.dim % model.heads:
-        raise ValueError(f"model.heads must divide dim={model.dim}, got {model.heads}: or set model.head_dim")
-    head_dim = model.dim // model.heads if model.head_dim is None else model.head_dim
-    kv_heads = model.heads if model.kv_heads is None else model.kv_heads
-    if not model.attention_threshold >= 0:
-        raise ValueError(f"model.attention_threshold must be >= 0, got {model.attention_threshold}")
-    limits = AttentionThresholds(*[model.attention_threshold] * 4) if model.attention_threshold else None
-    attention = AttentionConfig(
-        model.heads, kv_heads, head_dim, model.pattern, head_dropout=model.head_dropout,
-        drop_connect=model.drop_connect, selection=_selection(model, max_length), thresholds=limits,
-        softcap=model.softcap or None, dropout=model.attention_dropout, alibi=model.alibi,
-    )  # fmt: skip
+    if model.depth_capacity is not None and model.selection != "none":
+        raise ValueError(
+            "selection must be 'none' in a layer with depth_capacity, whose tokens stand at scattered positions, "
+            f"got {model.selection!r}"
+        )
+    attention = attention_of(model, max_length)
     with in_words(DEPTH_WORDS):
         depth = None if model.depth_capacity is None else DepthConfig(model.depth_capacity, model.depth_weighting)
     # p_l = l/L · p_L: Huang et al. 2016 (arXiv:1603.09382), eq. 4
     path_dropout = model.path_dropout * (index + 1) / model.layers
     return LayerConfig(
-        attention, _feedforward(model), depth, path_dropout=path_dropout, layer_drop=model.layer_drop,
+        attention, feedforward_of(model), depth, path_dropout=path_dropout, layer_drop=model.layer_drop,
         layer_drop_rescale=model.layer_drop_rescale and model.layer_drop > 0,
     )  # fmt: skip
 
 
-def _selection(model: ModelConfig, max_length: int) -> SelectionConfig | None:
-    if model.selection == "none":
-        return None
-    with in_words(SELECTION_WORDS[model.selection]):
-        return _SELECTIONS[model.selection](model, max_length)
-
-
-def _feedforward(model: ModelConfig) -> FeedForwardConfig:
-    with in_words(FEEDFORWARD_WORDS.get(model.feedforward, {})):
-        return _KINDS[model.feedforward](model)
-
-
-def _moe(model: ModelConfig) -> MoEConfig:
-    return MoEConfig(
-        hidden=model.hidden,
-        num_experts=model.num_experts,
-        k=model.k,
-        router=model.router,
-        capacity_factor=model.capacity_factor,
-        shared_hidden=model.shared_hidden,
-        activation=model.activation or "swiglu",
-        drop_priority=model.drop_priority,
-        allow_future=model.allow_future,
-        **{name: getattr(model, name) for name in owned_by_router(model.router)},
-    )
-
-
-def _soft_moe(model: ModelConfig) -> SoftMoEConfig:
-    return SoftMoEConfig(
-        model.hidden, model.num_experts, model.slots_per_expert, activation=model.activation or "swiglu",
-        allow_future=model.allow_future,
-    )  # fmt: skip
-
-
-def _product_key(model: ModelConfig) -> ProductKeyConfig:
-    return ProductKeyConfig(
-        model.num_keys, model.memory_heads, model.memory_k, model.key_dim, query_norm=model.query_norm,
-        gated=model.gated, pool=model.memory_pool, value_dim=model.value_dim,
-    )  # fmt: skip
-
-
-def _peer(model: ModelConfig) -> PEERConfig:
-    return PEERConfig(
-        model.num_keys, model.memory_heads, model.memory_k, model.key_dim, query_norm=model.query_norm,
-        activation=model.activation or "gelu",
-    )  # fmt: skip
-
-
-_SELECTIONS: dict[SelectionName, Callable[[ModelConfig, int], SelectionConfig]] = {
-    "moba": lambda model, _: MoBAConfig(model.select_block, model.select_k),
-    "top_k": lambda model, _: TopKKeysConfig(model.select_k),
-    "nsa": lambda model, _: NSAConfig(
-        2 * model.select_stride, model.select_stride, model.select_block, model.select_k, model.select_initial,
-        model.select_local, model.select_window, model.select_hidden,
-    ),
-    "dsa": lambda model, _: DSAConfig(
-        model.select_k, model.select_heads, model.select_dim, model.select_warm_up, model.select_rope_dim,
-        model.rope_theta if model.select_rope_dim else DSAConfig.rope_theta,
-    ),
-    "lsh": lambda model, _: LSHConfig(
-        model.select_buckets, model.select_rounds, model.select_block, model.select_seed, model.select_shared_qk
-    ),
-    "kmeans": lambda model, _: KMeansConfig(
-        model.select_buckets, model.select_block, model.select_decay, model.select_seed, model.select_shared_qk
-    ),
-    "sinkhorn": lambda model, length: SinkhornConfig(
-        model.select_block, -(-length // model.select_block), model.select_iterations, model.select_temperature,
-        model.select_gumbel, model.select_seed,
-    ),
-}  # fmt: skip
-
-_KINDS: dict[FeedForwardName, Callable[[ModelConfig], FeedForwardConfig]] = {
-    "moe": _moe,
-    "dense": lambda model: DenseConfig(
-        model.hidden, model.activation or "swiglu", model.drop_connect, model.error_k, model.error_unified
-    ),
-    "thresholded": lambda model: ThresholdedConfig(
-        model.hidden,
-        model.activation or "relu2",
-        model.threshold_method,
-        model.threshold,
-        model.top_neurons,
-        execution=model.threshold_execution,
-    ),
-    "soft_moe": _soft_moe,
-    "product_key": _product_key,
-    "peer": _peer,
-}
+def _check_numbers(model: ModelConfig) -> None:
+    """Of what no layer has of its own. Raises: ValueError."""
+    for name in ("dim", "layers"):
+        at_least(f"model.{name}", getattr(model, name), 1)
+    for name in ("rope_theta", "norm_eps"):
+        above_zero(f"model.{name}", getattr(model, name))
+    check_rate("model.path_dropout", model.path_dropout)

@@ -10,12 +10,15 @@ FEEDFORWARD_WORDS: Mapping[str, Mapping[str, str]] = {
     "peer": _MEMORY,
     "thresholded": {"top_k": "top_neurons", "method": "threshold_method", "execution": "threshold_execution"},
 }
+ATTENTION_WORDS = {
+    "num_heads": "heads", "num_kv_heads": "kv_heads", "dropout": "attention_dropout", "shared_qk": "select_shared_qk",
+}  # fmt: skip
 DEPTH_WORDS = {"capacity": "depth_capacity", "weighting": "depth_weighting"}
 _BUCKETS = {"num_buckets": "select_buckets", "num_clusters": "select_buckets", "chunk": "select_block"}
 SELECTION_WORDS: Mapping[str, Mapping[str, str]] = {
     "moba": {"block": "select_block", "top_k": "select_k"},
     "top_k": {"k": "select_k"},
-    "nsa": {"compress": "2·select_stride", "top_n": "select_k", "mlp_hidden": "select_hidden"}
+    "nsa": {"top_n": "select_k", "mlp_hidden": "select_hidden"}
     | {name: f"select_{name}" for name in ("stride", "block", "initial", "local", "window")},
     "dsa": {"top_k": "select_k", "heads": "select_heads", "head_dim": "select_dim", "rope_dim": "select_rope_dim"},
     "lsh": _BUCKETS | {"rounds": "select_rounds", "seed": "select_seed", "shared_qk": "select_shared_qk"},

@@ -8,7 +8,9 @@ import pytest
 
 from training.config import RunConfig, from_dict
 from training.model_config import LayerOverride, ModelConfig, model_config
+from training.model_owners import OWNERS, SELECTION_OWNERS, SIZE_OWNERS
 from training.run import make_trainer
+from transformer.feedforward_config import ROUTER_OPTIONS
 
 # what is chosen first, then the option and its value
 MOE = {"feedforward": "moe", "num_experts": 4, "k": 1, "hidden": 16}
@@ -124,11 +126,53 @@ def test_what_is_set_in_vain_is_refused(options, message):
         ({"selection": "lsh", "select_buckets": 3}, r"select_buckets must be even, got 3"),
         ({"selection": "top_k", "select_k": 0}, r"select_k must be >= 1, got 0"),
         ({"layer": (LayerOverride(at=1, k=9),)}, r"layer 1: k must be in \[1, num_experts=8\], got 9"),
+        ({"layer": (LayerOverride(at=1, attention_dropout=1.5),)}, r"layer 1: attention_dropout must be .*, got 1\.5"),
+        ({"kv_heads": 3}, r"layer 0: kv_heads must divide heads=2, got 3"),
+        ({"kv_heads": 1, "selection": "lsh", "select_shared_qk": True},
+         r": kv_heads must be heads=2 with select_shared_qk, got 1"),
+        ({"pattern": "per_head(causal())"}, r"for each of heads=2 query heads, got 1"),
+        ({"heads": 16}, r": model\.heads must leave each head an even number of dim=16 channels, got 16: or set"),
+        ({"depth_capacity": 0.5, "selection": "moba"}, r"selection must be 'none' in a layer with .*, got 'moba'"),
+        ({"path_dropout": 2.0}, r"path_dropout must be in \[0, 1\), got 2\.0"),
+        ({"selection": "sinkhorn", "select_block": 0}, r"layer 0: select_block must be >= 1, got 0"),
+        ({"selection": "nsa", "select_stride": 0}, r"layer 0: select_stride must be >= 1, got 0"),
+        ({"selection": "nsa", "select_stride": 64}, r"select_stride must be at most half of select_block=64, got 64"),
+        ({"selection": "nsa", "select_stride": 12}, r"select_stride must divide select_block=64, got 12"),
+        ({"selection": "nsa", "select_k": 2}, r"select_k must be >= select_initial \+ select_local = 3, got 2"),
+        (MOE | {"router": "sigmoid", "route_scale": 0.0}, r"route_scale must be a finite number > 0, got 0\.0"),
+        (MOE | {"router": "sigmoid", "bias_update": -0.5}, r"bias_update must be a finite number >= 0, got -0\.5"),
+        ({"softcap": -1.0}, r"softcap must be a finite number >= 0, got -1\.0"),
     ],
 )  # fmt: skip
 def test_errors_speak_the_words_of_the_file(options, message):
     with pytest.raises(ValueError, match=message):
         layers(**options)
+
+
+def owners():
+    """(word, what makes its owner a layer's) for every word of [model] that is a number, for each of its owners."""
+    for field in dataclasses.fields(ModelConfig):
+        name, kinds = field.name, OWNERS | SIZE_OWNERS
+        if field.type not in (int, float, int | None, float | None) or name.endswith("seed"):
+            continue
+        if name in ROUTER_OPTIONS:
+            for router in ROUTER_OPTIONS[name]:
+                yield name, {"router": router, "k": 1}
+        elif name in SELECTION_OWNERS:
+            for selection in SELECTION_OWNERS[name]:
+                yield name, {"feedforward": "dense", "selection": selection}
+        else:
+            for kind in kinds.get(name, ["dense"]):
+                yield name, {"feedforward": kind, "allow_future": kind == "soft_moe", "gated": name == "value_dim"}
+
+
+@pytest.mark.parametrize(("name", "options"), list(owners()))
+def test_a_number_out_of_range_is_refused_by_its_own_name(name, options):
+    """Below zero, NaN where it may be: word and number as they stand in the file."""
+    real = "float" in str(ModelConfig.__dataclass_fields__[name].type)
+    for wrong in (-3.5, math.nan) if real else (-3,):
+        with pytest.raises(ValueError, match=rf"(^|[ .]){name} must [^,]*.*got {wrong}"):
+            layers(**options | {name: wrong})
 
 
 @pytest.mark.parametrize(
