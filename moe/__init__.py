@@ -1,6 +1,7 @@
 """Conditional computation: which parameters a token uses."""
 
 from moe.calibration import calibrate_thresholds, calibrate_to_perplexity
+from moe.decode_layout import prepare_for_decoding
 from moe.depth import DepthRouting, MixtureOfDepths, passing_tokens
 from moe.dropout import DropConnect, HeadDropout, LayerDrop, PathDropout, drop_connect
 from moe.expert_parallel import ShardedExperts, Traffic, gather_experts, shard_experts
@@ -113,6 +114,7 @@ __all__ = [
     "memory_stats",
     "meprop_linear",
     "passing_tokens",
+    "prepare_for_decoding",
     "router_z_loss",
     "routing_stats",
     "shard_experts",

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from moe.decode import mix_few_tokens
+from moe.decode import few_without_graph, mix_few_tokens
 from moe.dispatch import Block, group_by_expert, plan_blocks
 from moe.nonlinearity import Activation, activate_into, differentiate_into
 
@@ -39,8 +39,6 @@ SHAPE_ROWS = 16
 HALVES = (torch.bfloat16, torch.float16)
 # multiply-adds of an expert's product below which calls cost more than filled rows
 SMALL_PRODUCT = 2**28
-# up to so many tokens without a graph, sorting and gathering cost more than they save
-FEW_TOKENS = 16
 
 
 def expert_mixture(
@@ -51,11 +49,14 @@ def expert_mixture(
     up: Float[Tensor, "E D A"],
     down: Float[Tensor, "E D F"],
     activation: Activation,
+    *,
+    compiled: bool = False,
 ) -> Float[Tensor, "T D"]:
     """y_t = Σ_{n: token_n = t} weight_n · act(x_t · up_{expert_n}) · down_{expert_n}ᵀ; tokens ascend.
 
     Computes in the dtype of x, or in autocast's, to which it converts the weights expert by expert; gradients come
-    back in the dtype of each input. Differentiable once, in reverse mode.
+    back in the dtype of each input. Differentiable once, in reverse mode. compiled: a few tokens without a graph pass
+    by loops that torch.compile makes.
     Raises: ValueError where x and the weights differ in dtype outside autocast.
     """
     device = x.device.type
@@ -63,9 +64,8 @@ def expert_mixture(
         x = x.to(torch.get_autocast_dtype(device))
     elif x.dtype != up.dtype or x.dtype != down.dtype:
         raise ValueError(f"x must have the dtype of the expert weights, {up.dtype}, outside autocast, got {x.dtype}")
-    few = x.shape[0] <= FEW_TOKENS and not torch.compiler.is_compiling()
-    if few and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, up, down))):
-        return mix_few_tokens(x, token, expert, weight, up, down, activation)
+    if few_without_graph(x, weight, up, down):
+        return mix_few_tokens(x, token, expert, weight, up, down, activation, compiled=compiled)
     return mixture_forward(x, token, expert, weight, up, down, activation)[0]
 
 

@@ -4,12 +4,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from shutil import which
+
+import pytest
 
 # In its own interpreter: dynamo would trace the type checker that the import hook of conftest.py puts around functions.
 # aot_eager traces forward and backward as inductor does, and needs no C++ compiler.
 PROGRAM = """
 import torch
-from moe import MoE, SwitchRouter, TopKRouter, load_balancing_loss, router_z_loss
+from moe import MoE, SwitchRouter, TopKRouter, prepare_for_decoding, load_balancing_loss, router_z_loss
 
 def compare(layer, **options):
     x = torch.randn(12, 8, requires_grad=True)
@@ -28,6 +31,16 @@ compare(layer)
 compare(layer, padding_mask=torch.arange(12) < 9)
 compare(layer, replay=layer(torch.randn(12, 8))[1].detach())
 compare(MoE(8, 12, 4, SwitchRouter(8, 4, capacity_factor=0.75)))
+
+for prepared in (False, True):
+    if prepared:
+        prepare_for_decoding(layer)
+    with torch.no_grad():
+        for tokens in (1, 3):
+            x = torch.randn(tokens, 8)
+            torch._dynamo.reset()
+            y = torch.compile(lambda x: layer(x)[0], fullgraph=True, backend="aot_eager")(x)
+            torch.testing.assert_close(y, layer(x)[0])
 jittery = MoE(8, 12, 4, SwitchRouter(8, 4, jitter=0.1))
 try:
     compare(jittery)
@@ -38,11 +51,42 @@ except torch._dynamo.exc.Unsupported:
 """
 
 
-def test_one_graph_unless_the_router_draws_noise():
+def run(program):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     root = Path(__file__).parents[2]
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, cwd=root, check=False
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=root, check=False
     )
+
+
+def test_one_graph_unless_the_router_draws_noise():
+    result = run(PROGRAM)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.strip() == "jitter breaks the graph and runs"
+
+
+LOOPS = """
+import torch
+from moe import MoE, TopKRouter, prepare_for_decoding
+
+torch.manual_seed(0)
+torch.set_grad_enabled(False)
+for activation, dtype in (("swiglu", torch.float32), ("gelu", torch.bfloat16)):
+    layer = MoE(24, 40, 6, TopKRouter(24, 6, k=2), activation=activation).to(dtype)
+    inputs = [torch.randn(tokens, 24).to(dtype) for tokens in (1, 2, 5, 1)]
+    wanted = [layer(x)[0] for x in inputs]
+    prepare_for_decoding(layer, compiled=True)
+    for x, y in zip(inputs, wanted):
+        torch.testing.assert_close(layer(x)[0], y, rtol=1.3e-6, atol=1e-6 if dtype == torch.float32 else 4e-3)
+    layer.experts.up[layer.route(inputs[0]).expert] += 1
+    assert not torch.allclose(layer(inputs[0])[0], wanted[0])
+print(torch._dynamo.utils.counters["stats"]["unique_graphs"], "graphs")
+"""
+
+
+@pytest.mark.skipif(which("g++") is None and which("clang++") is None, reason="needs a C++ compiler")
+def test_the_loops_that_torch_compiles_give_the_same():
+    result = run(LOOPS)
+    assert result.returncode == 0, result.stderr[-2000:]
+    graphs = int(result.stdout.split()[0])
+    assert 2 <= graphs <= 6, "one for a token, one for several, of each dtype"
