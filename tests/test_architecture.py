@@ -133,6 +133,17 @@ def unpickling(module: str, source: str) -> list[str]:
     return wrong
 
 
+def loading(where: str, source: str) -> list[str]:
+    """Calls of torch.load that do not say weights_only=True."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [
+        f"{where}:{call.lineno} calls torch.load"
+        for call in calls
+        if ast.unparse(call.func) == "torch.load"
+        and "weights_only=True" not in [ast.unparse(keyword) for keyword in call.keywords]
+    ]
+
+
 def undocumented(module: str, source: str) -> list[str]:
     """Public functions, classes and methods without a docstring (what torch's Module documents is exempt)."""
     wrong = []
@@ -179,6 +190,8 @@ def test_references_import_only_the_records():
 
 def test_nothing_unpickles():
     assert not _all(lambda path, name, text: unpickling(name, text))
+    files = [path for folder in ("tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
+    assert not [line for path in files for line in loading(str(path.relative_to(ROOT)), path.read_text())]
 
 
 def test_every_public_name_has_a_docstring():
@@ -242,6 +255,11 @@ def test_the_reference_check_sees_a_planted_breach(source, wrong):
 )
 def test_the_unpickling_check_sees_a_planted_breach(source):
     assert unpickling("training.checkpoint", source)
+
+
+def test_the_loading_check_sees_a_planted_breach():
+    lines = ["torch.load(path)", "torch.load(path, weights_only=False)", "torch.load(path, weights_only=True)"]
+    assert loading("tests/a.py", "\n".join(lines)) == [f"tests/a.py:{line} calls torch.load" for line in (1, 2)]
 
 
 def test_the_docstring_check_sees_a_planted_breach():

@@ -120,7 +120,8 @@ def test_two_processes_average_to_the_global_batch(tmp_path):
     real = torch.tensor([True] * 10 + [True] * 4 + [False] * 6)
     torch.save((logits, real), tmp_path / "in.pt")
     spawn("tests.moe.loss_ranks", 2, tmp_path)
-    (loss, grad, bias), (other_loss, other_grad, other_bias) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    (loss, grad, bias), (other_loss, other_grad, other_bias) = one, other
     whole = logits.requires_grad_()
     expected = load_balancing_loss(choose_top_k(whole, 2, renormalize=True, real=real))
     close((loss + other_loss) / 2, expected)
