@@ -156,14 +156,7 @@ class Attention(nn.Module):
         if self.training and (self.dropout or self.drop_connect or self.head_dropout.p):
             refuse_recomputation(generator)
         losses: dict[str, Tensor] = {}
-        q = (
-            None
-            if self.query is None
-            else self._heads(self._project(self.query, x, "query", generator), self.query_norm)
-        )
-        k = self._heads(self._project(self.key, x, "key", generator), self.key_norm)
-        q = k if q is None else q
-        v = _split(self._project(self.value, x, "value", generator), self.head_dim)
+        q, k, v = self._projected(x, generator)
         if isinstance(cache, StreamingKVCache):
             mixed = cache.attend(q, k, v, key_mask=token_mask, positions=positions)
             return self._out(mixed, generator), losses
@@ -185,6 +178,14 @@ class Attention(nn.Module):
         else:
             raise ValueError("positions must be given with a RaggedKVCache, got None")
         return self._out(mixed, generator), losses
+
+    def _projected(self, x: Tensor, generator: Source | None) -> tuple[Tensor, Tensor, Tensor]:
+        q = None
+        if self.query is not None:
+            q = self._heads(self._project(self.query, x, "query", generator), self.query_norm)
+        k = self._heads(self._project(self.key, x, "key", generator), self.key_norm)
+        v = _split(self._project(self.value, x, "value", generator), self.head_dim)
+        return k if q is None else q, k, v
 
     def _out(self, mixed: Float[Tensor, "B H L d"], generator: Source | None) -> Float[Tensor, "B L D"]:
         kept = self.head_dropout(mixed, generator=generator).transpose(1, 2).flatten(2)

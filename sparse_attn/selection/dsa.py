@@ -211,24 +211,29 @@ def indexer_kl(
     real = index_q.new_ones(q.shape[0], length) if key_mask is None else key_mask[:, keys - length :].to(index_q.dtype)
 
     def part_loss(part: slice, index_q: Tensor, index_k: Tensor, weight: Tensor) -> Tensor:
-        seen = _visible(part, length, keys, key_mask, q.device).expand(q.shape[0], -1, -1)
+        rows, at = q[:, :, part].detach(), first + part.start
         if selection is None:
+            seen = _visible(part, length, keys, key_mask, q.device)
             scores = index_scores(index_q, index_k, weight)
-            target = _head_mean(q[:, :, part].detach(), k.detach(), seen, first + part.start, options)
+            target = _head_mean(rows, k.detach(), seen, at, options)
         else:
             tokens = selection.tokens[:, 0, part]
-            scores = torch.einsum("bljn,blj->bln", _at(index_q, index_k, tokens).relu(), weight)
             seen = tokens >= 0
-            target = _head_mean_at(q[:, :, part].detach(), k.detach(), tokens, first + part.start, options)
-        found = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).log_softmax(-1)
-        each = (torch.xlogy(target, target) - target * found).sum(-1)
-        return (each * real[:, part]).sum() / real.sum().clamp(min=1)
+            scores = torch.einsum("bljn,blj->bln", _at(index_q, index_k, tokens).relu(), weight)
+            target = _head_mean_at(rows, k.detach(), tokens, at, options)
+        return (_divergence(target, scores, seen) * real[:, part]).sum() / real.sum().clamp(min=1)
 
     # the target has a score for every attention head, and gathered keys where tokens are listed
     share = -(-q.shape[1] // index_q.shape[2])
     width = keys * share if selection is None else selection.tokens.shape[3] * (share + q.shape[3])
     loss: Tensor = _InParts.apply(index_q, index_k, weight, part_loss, list(_stretches(index_q, width)))
     return loss
+
+
+def _divergence(target: Tensor, scores: Tensor, seen: Tensor) -> Tensor:
+    """KL(target ‖ softmax of the seen scores) of each query [B, l]."""
+    found = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).log_softmax(-1)
+    return (torch.xlogy(target, target) - target * found).sum(-1)
 
 
 class _InParts(torch.autograd.Function):
@@ -309,8 +314,8 @@ def _score(scores: Tensor, first: int, keys: Tensor, options: ScoreOptions) -> N
 
     def pairs() -> Pairs:
         heads = scores.shape[1:-2]
-        batch = torch.arange(scores.shape[0], device=scores.device).view(-1, *[1] * (scores.dim() - 1))
         head = torch.arange(heads.numel(), device=scores.device).view(*heads, 1, 1)
-        return Pairs(batch, head, torch.arange(scores.shape[-2], device=scores.device)[:, None] + first, keys)
+        # a score has no term of its sequence
+        return Pairs(head[:0], head, torch.arange(scores.shape[-2], device=scores.device)[:, None] + first, keys)
 
     options.score_(scores, pairs)
