@@ -227,20 +227,7 @@ def _check(config: RunConfig) -> None:
     positive |= {"sparsify.every": config.sparsify.every}
     counts = ("expert_parallel", "tensor_parallel", "timeout_s")
     positive |= {f"distributed.{name}": getattr(config.distributed, name) for name in counts}
-    if not 0 < config.distributed.density <= 1:
-        raise ValueError(f"distributed.density must be in (0, 1], got {config.distributed.density}")
-    if config.distributed.compression_warmup < 0:
-        raise ValueError(
-            f"distributed.compression_warmup must be at least 0, got {config.distributed.compression_warmup}"
-        )
-    momentum, default = config.distributed.compression_momentum, DistributedConfig.compression_momentum
-    if not 0 <= momentum < 1:
-        raise ValueError(f"distributed.compression_momentum must be in [0, 1), got {momentum}")
-    if momentum != default and config.distributed.compression != "dgc":
-        raise ValueError(
-            f"distributed.compression_momentum is of compression 'dgc', got {momentum} with "
-            f"'{config.distributed.compression}': set optim.betas"
-        )
+    _check_compression(config.distributed)
     for name, value in positive.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
@@ -269,6 +256,21 @@ def _check(config: RunConfig) -> None:
     if config.init is None:
         # a layer that cannot be built is found before the corpus is read; its vocabulary changes nothing of that
         _check_routers(config, model_config(config.model, vocab_size=1, length=data.length))
+
+
+def _check_compression(distributed: DistributedConfig) -> None:
+    if not 0 < distributed.density <= 1:
+        raise ValueError(f"distributed.density must be in (0, 1], got {distributed.density}")
+    if distributed.compression_warmup < 0:
+        raise ValueError(f"distributed.compression_warmup must be at least 0, got {distributed.compression_warmup}")
+    momentum, default = distributed.compression_momentum, DistributedConfig.compression_momentum
+    if not 0 <= momentum < 1:
+        raise ValueError(f"distributed.compression_momentum must be in [0, 1), got {momentum}")
+    if momentum != default and distributed.compression != "dgc":
+        raise ValueError(
+            f"distributed.compression_momentum is of compression 'dgc', got {momentum} with "
+            f"'{distributed.compression}': set optim.betas"
+        )
 
 
 def _check_routers(config: RunConfig, model: TransformerConfig) -> None:

@@ -40,16 +40,9 @@ def upcycle(
 
     >>> sparse = upcycle(Transformer.from_pretrained("dense"), num_experts=8, k=2)
     """
-    chosen = _choose(model.config, layers)
-    for index, config in chosen.items():
-        if granularity < 1 or config.hidden % granularity:
-            raise ValueError(f"granularity must divide the {config.hidden} neurons of layer {index}, got {granularity}")
-    sparse = {
-        index: MoEConfig(config.hidden // granularity, num_experts, k=k, activation=config.activation)
-        for index, config in chosen.items()
-    }
+    chosen = _mixtures(_choose(model.config, layers), num_experts, k, granularity)
     parts = tuple(
-        dataclasses.replace(layer, feedforward=sparse.get(index, layer.feedforward))
+        dataclasses.replace(layer, feedforward=chosen.get(index, layer.feedforward))
         for index, layer in enumerate(model.config.layers)
     )
     tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -67,6 +60,17 @@ def upcycle(
         result = Transformer(dataclasses.replace(model.config, layers=parts))
     result.load_state_dict(tensors, assign=True)
     return result.requires_grad_(True).train(model.training)
+
+
+def _mixtures(dense: dict[int, DenseConfig], num_experts: int, k: int, granularity: int) -> dict[int, MoEConfig]:
+    """What these layers become. Raises: ValueError where their neurons cannot be divided."""
+    for index, config in dense.items():
+        if granularity < 1 or config.hidden % granularity:
+            raise ValueError(f"granularity must divide the {config.hidden} neurons of layer {index}, got {granularity}")
+    return {
+        index: MoEConfig(config.hidden // granularity, num_experts, k=k, activation=config.activation)
+        for index, config in dense.items()
+    }
 
 
 def _weight(linear: torch.nn.Linear) -> Tensor:
