@@ -67,8 +67,11 @@ def our_step(layers: list[MoE]) -> Step:
     return Step(list(layers), lambda layer: lambda x: layer(x)[0])
 
 
-def their_step(layers: list[MoE], dtype: torch.dtype, implementation: str, sizes: Sizes) -> Step:
-    blocks = [mixtral(layer, dtype, implementation, sizes).module for layer in layers]
+def theirs(layers: list[MoE], dtype: torch.dtype, implementation: str, sizes: Sizes) -> list[nn.Module]:
+    return [mixtral(layer, dtype, implementation, sizes).module for layer in layers]
+
+
+def their_step(blocks: list[nn.Module]) -> Step:
     return Step(blocks, lambda block: lambda x: block(x[None])[0])
 
 
@@ -103,9 +106,9 @@ def compare(dtype: torch.dtype, tokens: int, sizes: Sizes, *, layers: int, round
         "moe_compiled": compiled(our_step(laid_out)),
     }
     for name in PEERS:
-        peers = [their_step(made, dtype, name, sizes) for _ in range(2)]
-        steps |= {f"hf_{name}": peers[0], f"hf_{name}_compiled": compiled(peers[1])}
-    oracle = {"y": their_step(made, torch.float32, "eager", sizes)(x.float()) - x.float()}
+        blocks = theirs(made, dtype, name, sizes)
+        steps |= {f"hf_{name}": their_step(blocks), f"hf_{name}_compiled": compiled(their_step(blocks))}
+    oracle = {"y": their_step(theirs(made, torch.float32, "eager", sizes))(x.float()) - x.float()}
     errors = {
         name: require_parity({"y": step(x).float() - x.float()}, oracle, tolerance=TOLERANCE[dtype])
         for name, step in steps.items()
@@ -114,10 +117,10 @@ def compare(dtype: torch.dtype, tokens: int, sizes: Sizes, *, layers: int, round
     seconds = interleaved(runs | {"read": read(made, x)}, rounds=rounds, warmup=4)
     shape = {"T": tokens, "D": sizes.dim, "F": sizes.hidden, "E": sizes.experts, "K": sizes.k, "layers": layers}
     conditions = {"mode": "decode"} | shape | {"dtype": str(dtype).removeprefix("torch.")}
-    theirs = {name: taken for name, taken in seconds.items() if name.startswith("hf_")}
+    peers = {name: taken for name, taken in seconds.items() if name.startswith("hf_")}
     row("read", conditions, seconds["read"], versus={}, parity="not gated")
     for name, error in errors.items():
-        against = {"read": seconds["read"]} | (theirs if name.startswith("moe") else {})
+        against = {"read": seconds["read"]} | (peers if name.startswith("moe") else {})
         row(name, conditions, seconds[name], versus=against, parity=f"pass {error:.0e}")
 
 
