@@ -15,6 +15,7 @@ block's in float32.
 """
 
 import argparse
+import gc
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -96,6 +97,7 @@ def compare(dtype: torch.dtype, tokens: int, sizes: Sizes, *, layers: int, round
     """Gate, then time all contenders in turns, then one row each."""
     torch.manual_seed(0)
     torch.compiler.reset()
+    gc.collect()  # the steps of the comparison before: they and their compiled graphs hold each other
     x = torch.randn(tokens, sizes.dim).to(dtype)
     made = [ours(dtype, sizes)[0] for _ in range(layers)]
     laid_out = prepared(made, compiled=False)
