@@ -146,6 +146,21 @@ def test_weights_are_those_of_zero():
         assert own - beside == pytest.approx((2 + 2 + 12) * counts.dense / ranks)
 
 
+def test_tables_of_memories_have_one_moment_a_weight():
+    """Against the tensors of the trainer's optimisers after a step; RowwiseAdam's second moment is one a row."""
+    config = run_config(batch=2, length=16, feedforward="product_key", num_keys=24, memory_pool="a", layers=2)
+    model, counts = built_model(config, VOCABULARY).train(), count_model(config, vocab_size=VOCABULARY)
+    optimizers = make_optimizers(model, lr=1e-3)
+    ids = torch.randint(VOCABULARY, (2, 17))
+    accumulate(model, Batch(ids[:, :-1], ids[:, 1:]))
+    optimizers.step()
+    both = [optimizer for optimizer in (optimizers.main, optimizers.tables) if optimizer is not None]
+    states = [state for optimizer in both for state in optimizer.state.values()]
+    kept = sum(v.nbytes for state in states for v in state.values() if isinstance(v, torch.Tensor) and v.dim())
+    planned = rank(counts, 1, "none", tokens=32).always()["weights and moments"]
+    assert len(both) == 2 and planned == 4 * counts.dense + kept - 4 * 24**2
+
+
 def rank(counts, ranks, shard, *, tokens, expert=1, gloo=False, **work):
     return _Rank(counts, ranks, Mesh(expert, shard), Work(tokens, **work), gloo)
 

@@ -2,7 +2,8 @@
 
 Weights, gradients and both moments of AdamW are float32, as the trainer keeps them: 4 + 4 + 8 = 16 bytes a weight, the
 sum of ZeRO's 2 + 2 + 12 (Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1), which FSDP2 divides by the ranks as
-ZeRO's third stage does. Not all else is there at the same time, so that the peak is the largest of these moments:
+ZeRO's third stage does. Tables of memories have one moment a weight, and their gradient, which is sparse, is counted
+whole. Not all else is there at the same time, so that the peak is the largest of these moments:
 
 - loss: every activation, the logits of a chunk and the head's gradient; gradients only of earlier micro-batches;
 - backward, for each block: activations of the blocks before it, its own with the gradients inside it, and the
@@ -83,7 +84,8 @@ class _Rank:
 
     def always(self) -> dict[str, float]:
         outside, experts = owned(self.counts, self.ranks, self.mesh)
-        held = {"weights and moments": (WEIGHT_BYTES - 4) * (outside + experts)}
+        # tables of memories, which are never shared out, have one moment a weight (training.rowwise_adam)
+        held = {"weights and moments": (WEIGHT_BYTES - 4) * (outside + experts) - 4.0 * self.counts.tables}
         if not self.sharded and self.ranks > 1:
             held["gradient buckets"] = 4.0 * outside
         return held
@@ -107,6 +109,7 @@ class _Rank:
             formed += self.spread(block)  # divided by the group's size into a copy
         behind = sum(self.shard(other) for other in blocks[place + 1 :])
         gradients = (self.accumulated() or behind) + formed + (0.0 if self.sharded else self.embedding)
+        # beside those inside the feed-forward: the residual stream's, as it came and with the branch's part
         inner = self.tokens * self.work.size * (block.inner + 2 * self.counts.dim)
         held = self.always() | self.activations(place + 1, recomputed=block) | {"gradients": gradients}
         held["activations"] += inner
