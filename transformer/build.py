@@ -24,7 +24,7 @@ from moe import (
     Top2Router,
     TopKRouter,
 )
-from sparse_attn import parse_pattern
+from sparse_attn import Pattern, causal, parse_pattern
 from sparse_attn.selection.dsa import DSA
 from sparse_attn.selection.kmeans import KMeansRouting
 from sparse_attn.selection.lsh import LSH
@@ -45,6 +45,7 @@ from transformer.feedforward_config import (
 )
 from transformer.layer_config import AttentionConfig, DepthConfig
 from transformer.selection_config import (
+    Bounded,
     DSAConfig,
     KMeansConfig,
     LSHConfig,
@@ -57,8 +58,9 @@ from transformer.selection_config import (
 
 def build_attention(dim: int, config: AttentionConfig, *, norm_eps: float = 1e-6) -> Attention:
     """The module that an attention config describes; norm_eps: of the norm of queries and keys, if it has one."""
-    pattern = parse_pattern(config.pattern)
     selection = None if config.selection is None else build_selection(dim, config)
+    # a cache keeps every key for a selection, which counts keys from the first
+    pattern = causal() if isinstance(config.selection, Bounded) else parse_pattern(config.pattern)
     return Attention(
         dim, config.num_heads, config.num_kv_heads, config.head_dim, pattern, qk_norm=config.qk_norm, norm_eps=norm_eps,
         bias=config.bias, head_dropout=config.head_dropout, drop_connect=config.drop_connect,
@@ -172,11 +174,16 @@ _BUILDERS: dict[type, Callable[[int, Any, str], nn.Module]] = {
 }
 
 
+def _within(config: AttentionConfig) -> Pattern | None:
+    pattern = parse_pattern(config.pattern)
+    return None if pattern == causal() else pattern
+
+
 def _dsa(dim: int, config: AttentionConfig, s: DSAConfig) -> DSA:
     # index keys from the layer's own keys: decoding then needs no cache of layer inputs
     return DSA(
         dim, top_k=s.top_k, heads=s.heads, head_dim=s.head_dim, key_width=config.num_kv_heads * config.head_dim,
-        warm_up=s.warm_up, rope_dim=s.rope_dim, rope_theta=s.rope_theta,
+        warm_up=s.warm_up, rope_dim=s.rope_dim, rope_theta=s.rope_theta, within=_within(config),
     )  # fmt: skip
 
 
@@ -211,7 +218,7 @@ def _sinkhorn(dim: int, config: AttentionConfig, s: SinkhornConfig) -> SinkhornS
 
 _SELECTIONS: dict[type, Callable[[int, AttentionConfig, Any], nn.Module]] = {
     MoBAConfig: lambda dim, config, s: MoBA(block=s.block, top_k=s.top_k),
-    TopKKeysConfig: lambda dim, config, s: TopKKeys(s.k),
+    TopKKeysConfig: lambda dim, config, s: TopKKeys(s.k, within=_within(config)),
     NSAConfig: _nsa,
     DSAConfig: _dsa,
     LSHConfig: _lsh,

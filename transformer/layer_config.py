@@ -9,7 +9,7 @@ from moe import AttentionThresholds
 from sparse_attn import Pattern, PerHead, alibi_slopes, causal, full, parse_pattern
 from transformer.checks import at_least, check_fields, check_rate, one_of
 from transformer.feedforward_config import FeedForwardConfig
-from transformer.selection_config import SELECTIONS, SelectionConfig, SharedQK, SinkhornConfig
+from transformer.selection_config import SELECTIONS, Bounded, DSAConfig, SelectionConfig, SharedQK, SinkhornConfig
 
 QK_NORMS = ("none", "head", "full")
 
@@ -26,8 +26,9 @@ class AttentionConfig:
     bias: whether the projections to queries, keys and values have a bias (Qwen2).
     head_dropout, drop_connect: rates in training at which a head of a sample, and a single weight of the four
     projections, are dropped (:class:`moe.HeadDropout`, :class:`moe.DropConnect`).
-    selection: how the keys that a query sees are chosen by content, among those up to its own; the pattern is then
-    ``causal()`` (``full()`` of a selection that is not causal). None: the pattern alone decides.
+    selection: how the keys that a query sees are chosen by content. Top-k keys and DSA choose among those that the
+    pattern shows, which sees no later key; with another the pattern is ``causal()`` (``full()`` of a selection that is
+    not causal). None: the pattern alone decides.
     thresholds: magnitudes up to which the inputs of the four projections are left out, in training too (TEAL;
     :class:`moe.ThresholdedLinear`). None: none is.
     softcap: scores become softcap · tanh(score / softcap) before the softmax (Gemma 2, arXiv:2408.00118). None: as they
@@ -108,10 +109,14 @@ class AttentionConfig:
         if isinstance(self.selection, SinkhornConfig) and not self.selection.causal:
             if pattern != full():
                 raise ValueError(f"pattern must be full() with a selection of causal=False, got {self.pattern!r}")
+        elif isinstance(self.selection, Bounded):
+            if not pattern.is_causal:
+                raise ValueError(f"pattern must be causal() & ... with a selection, got {self.pattern!r}")
+            if isinstance(self.selection, DSAConfig) and isinstance(pattern, PerHead):
+                raise ValueError(f"pattern must be one for all heads, whose choice DSA shares, got {self.pattern!r}")
         elif pattern != causal():
-            raise ValueError(
-                f"a selection chooses among all earlier keys: pattern must be causal(), got {self.pattern!r}"
-            )
+            name = type(self.selection).__name__
+            raise ValueError(f"{name} chooses among all earlier keys: pattern must be causal(), got {self.pattern!r}")
         if self.shared_qk and self.num_kv_heads != self.num_heads:
             raise ValueError(f"num_kv_heads must be num_heads={self.num_heads} with shared_qk, got {self.num_kv_heads}")
 

@@ -24,7 +24,8 @@ class MoBAConfig:
 
 @dataclass(frozen=True)
 class TopKKeysConfig:
-    """Each query sees the ``k`` keys of highest score; all scores are computed to find them."""
+    """Each query sees the ``k`` keys of highest score among those that the layer's pattern shows; all scores are
+    computed to find them."""
 
     k: int = 64
 
@@ -61,10 +62,11 @@ class NSAConfig:
 
 @dataclass(frozen=True)
 class DSAConfig:
-    """Each query sees the ``top_k`` keys that a lightning indexer scores highest (DeepSeek-V3.2).
+    """Each query sees the ``top_k`` keys that a lightning indexer scores highest (DeepSeek-V3.2), among those that the
+    layer's pattern shows.
 
     heads, head_dim: of the indexer. It reads the layer's keys, which a cache holds, and learns from a side loss of its
-    own. warm_up: attend to all keys while it learns. rope_dim: its first channels that turn with their position, at
+    own. warm_up: attend to all of them while it learns. rope_dim: its first channels that turn with their position, at
     frequencies of base rope_theta.
     """
 
@@ -157,6 +159,9 @@ SELECTIONS: dict[str, type[SelectionConfig]] = {
     "kmeans": KMeansConfig,
     "sinkhorn": SinkhornConfig,
 }
+
+# those that choose among the keys that a pattern shows
+Bounded = TopKKeysConfig | DSAConfig
 
 # those that leave the choice of queries being keys
 SharedQK = LSHConfig | KMeansConfig

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from sparse_attn import Pattern, PerHead, causal, parse_pattern
 from transformer.layer_config import AttentionConfig
 from transformer.selection_config import (
     DSAConfig,
@@ -18,8 +21,8 @@ from transformer.selection_config import (
 def selection_flops(dim: int, attention: AttentionConfig, length: int) -> float:
     """Forward FLOPs for a sequence of ``length``: 4·d for each head and pair that is attended to, and the choice.
 
-    A choice costs the scores of the (query, candidate) pairs up to the query. Of LSH and k-means the pairs depend on
-    the content: counted as for buckets that fill evenly. dim: width of the layer.
+    A choice costs the scores of the (query, candidate) pairs up to the query, whatever the pattern shows of them. Of
+    LSH and k-means the pairs depend on the content: counted as for buckets that fill evenly. dim: width of the layer.
     Raises: KeyError for an attention without a selection.
     """
     return _COSTS[type(attention.selection)](dim, attention, attention.selection, length)
@@ -44,6 +47,29 @@ def window_pairs(length: int, window: int) -> int:
     return inside * (inside + 1) // 2 + (length - inside) * window
 
 
+def bounded_pairs(pattern: Pattern, length: int, most: int | None = None) -> float:
+    """Visible pairs under a causal pattern where a query sees at most ``most`` of the keys that it shows; of one for
+    each head the mean over heads.
+
+    >>> bounded_pairs(causal() & sliding_window(3), 5, 2)
+    9.0
+    """
+    if isinstance(pattern, PerHead):
+        return sum(bounded_pairs(head, length, most) for head in pattern.heads) / len(pattern.heads)
+    if pattern == causal():
+        return float(window_pairs(length, length if most is None else most))
+    if most is None:
+        return float(pattern.visible_pairs(length))
+    layout = pattern.layout(length)
+    # visible keys of every row of a visited block: the last block of keys may be short
+    rows = (length - layout.key_block * layout.block).clamp(max=layout.block)[:, None].repeat(1, layout.block)
+    partial = layout.mask_index >= 0
+    rows[partial] = layout.masks.sum(2)[layout.mask_index[partial]]
+    seen = torch.zeros(layout.num_query_blocks, layout.block, dtype=torch.long)
+    seen.index_add_(0, layout.query_block, rows)
+    return float(seen.flatten()[:length].clamp(max=most).sum())
+
+
 def _attended(a: AttentionConfig, pairs: float) -> float:
     return 4 * a.num_heads * a.head_dim * pairs
 
@@ -54,8 +80,8 @@ def _moba(dim: int, a: AttentionConfig, s: MoBAConfig, length: int) -> float:
 
 
 def _top_k(dim: int, a: AttentionConfig, s: TopKKeysConfig, length: int) -> float:
-    candidates = window_pairs(length, length)
-    return 2 * a.num_heads * a.head_dim * candidates + _attended(a, window_pairs(length, s.k))
+    scores = 2 * a.num_heads * a.head_dim * window_pairs(length, length)
+    return scores + _attended(a, bounded_pairs(parse_pattern(a.pattern), length, s.k))
 
 
 def _nsa(dim: int, a: AttentionConfig, s: NSAConfig, length: int) -> float:
@@ -72,7 +98,8 @@ def _dsa(dim: int, a: AttentionConfig, s: DSAConfig, length: int) -> float:
     made = dim * s.heads * s.head_dim + a.num_kv_heads * a.head_dim * s.head_dim + dim * s.heads
     everything = window_pairs(length, length)
     index = 2 * s.heads * (s.head_dim + 1) * everything
-    return 2 * length * made + index + _attended(a, everything if s.warm_up else window_pairs(length, s.top_k))
+    attended = bounded_pairs(parse_pattern(a.pattern), length, None if s.warm_up else s.top_k)
+    return 2 * length * made + index + _attended(a, attended)
 
 
 def _lsh(dim: int, a: AttentionConfig, s: LSHConfig, length: int) -> float:

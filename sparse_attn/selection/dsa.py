@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparse_attn.checking import check_shapes
-from sparse_attn.patterns import causal
+from sparse_attn.patterns import Pattern, causal
 from sparse_attn.selection.padding import without_padding
 from sparse_attn.selection.record import Selected
 from sparse_attn.selection.scoring import PLAIN, Pairs, ScoreOptions, attend_pattern
 from sparse_attn.selection.tokens import TokenSelection, attend_tokens
+from sparse_attn.selection.within import allowed, check_within
 
 # index scores of single heads that are held at once
 ELEMENTS = 2**22
@@ -63,7 +64,9 @@ class DSA(nn.Module):
     ``hidden`` must then cover all S keys. key_width: the index keys are made from ``k`` instead, all its heads side by
     side (key_width = heads · width), so that decoding needs a cache of keys only. This is not in the paper, which has
     a cache of index keys. The paper's Hadamard rotation is left out: it changes no product, only their rounding in FP8.
-    Raises: ValueError for sizes out of range or inputs that do not fit.
+    within: the pattern that shows the keys to choose among, and in the warm-up those to attend to; None: all earlier
+    ones and the query's own.
+    Raises: ValueError for sizes out of range, inputs that do not fit, or a within of each head.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class DSA(nn.Module):
         rope_theta: float = 10000.0,
         key_width: int | None = None,
         warm_up: bool = False,
+        within: Pattern | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("top_k", top_k), ("heads", heads), ("head_dim", head_dim)):
@@ -86,7 +90,8 @@ class DSA(nn.Module):
             raise ValueError(f"rope_dim must be even and in [0, head_dim={head_dim}], got {rope_dim}")
         if key_width is not None and key_width < 1:
             raise ValueError(f"key_width must be None or >= 1, got {key_width}")
-        self.dim, self.top_k, self.heads, self.head_dim = dim, top_k, heads, head_dim
+        check_within(within, per_head=False)
+        self.dim, self.top_k, self.heads, self.head_dim, self.within = dim, top_k, heads, head_dim, within
         self.rope_dim, self.rope_theta, self.key_width, self.warm_up = rope_dim, rope_theta, key_width, warm_up
         self.query = nn.Linear(dim, heads * head_dim, bias=False)
         self.key = nn.Linear(key_width or dim, head_dim, bias=False)
@@ -114,12 +119,15 @@ class DSA(nn.Module):
         selection = None if self.warm_up else self.choose(*indexer, key_mask=key_mask)
         options = scoring.for_call(q)
         if selection is None:
-            out = attend_pattern(q, k, v, causal(), options, key_mask)
+            shown = causal() if self.within is None else causal() & self.within
+            out = attend_pattern(q, k, v, shown, options, key_mask)
         else:
             out = attend_tokens(q, k, v, selection, scoring=options)
         losses: dict[str, Tensor] = {}
         if self.training:
-            losses["indexer_kl"] = indexer_kl(q, k, *indexer, selection, key_mask=key_mask, scoring=options)
+            losses["indexer_kl"] = indexer_kl(
+                q, k, *indexer, selection, key_mask=key_mask, within=self.within, scoring=options
+            )
         return Selected(out, losses, selection)
 
     def index(
@@ -150,7 +158,7 @@ class DSA(nn.Module):
         tokens = torch.full((*q.shape[:2], width), -1, device=q.device)
         for part in _stretches(q, k.shape[1]):
             scores = index_scores(q[:, part], k, weight[:, part])
-            seen = _visible(part, q.shape[1], k.shape[1], key_mask, q.device)
+            seen = _visible(part, q.shape[1], k.shape[1], key_mask, self.within, q.device)
             tokens[:, part] = best_tokens(scores.masked_fill(~seen, -torch.inf), self.top_k)
         return TokenSelection(tokens[:, None], k.shape[1])
 
@@ -185,7 +193,8 @@ class DSA(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         sizes = f"dim={self.dim}, top_k={self.top_k}, heads={self.heads}, head_dim={self.head_dim}"
-        return f"{sizes}, rope_dim={self.rope_dim}, key_width={self.key_width}, warm_up={self.warm_up}"
+        rest = f"rope_dim={self.rope_dim}, key_width={self.key_width}, warm_up={self.warm_up}, within={self.within}"
+        return f"{sizes}, {rest}"
 
 
 def indexer_kl(
@@ -197,9 +206,11 @@ def indexer_kl(
     selection: TokenSelection | None,
     *,
     key_mask: Bool[Tensor, "B S"] | None = None,
+    within: Pattern | None = None,
     scoring: ScoreOptions = PLAIN,
 ) -> Float[Tensor, ""]:
-    """Mean over real queries of KL(p_t ‖ softmax I_t), over the selected tokens, or all earlier ones without selection.
+    """Mean over real queries of KL(p_t ‖ softmax I_t), over the selected tokens, or without selection over all
+    earlier ones, of those that ``within`` shows. A query that sees nothing has none.
 
     p_t: softmax(q kᵀ / √d) over the same tokens, summed over heads and divided by its sum. DeepSeek-V3.2, eq. 3 and 4.
     scoring: softcap and ALiBi of these scores; nothing of p_t is dropped.
@@ -213,7 +224,7 @@ def indexer_kl(
     def part_loss(part: slice, index_q: Tensor, index_k: Tensor, weight: Tensor) -> Tensor:
         rows, at = q[:, :, part].detach(), first + part.start
         if selection is None:
-            seen = _visible(part, length, keys, key_mask, q.device)
+            seen = _visible(part, length, keys, key_mask, within, q.device)
             scores = index_scores(index_q, index_k, weight)
             target = _head_mean(rows, k.detach(), seen, at, options)
         else:
@@ -267,10 +278,11 @@ def _stretches(q: Tensor, width: int) -> Iterator[slice]:
         yield slice(first, min(first + step, q.shape[1]))
 
 
-def _visible(part: slice, length: int, keys: int, key_mask: Tensor | None, device: torch.device) -> Tensor:
-    """[1 or B, queries of the part, S]: real keys up to the query."""
-    at = torch.arange(part.start, part.stop, device=device)[:, None] + keys - length
-    seen = (torch.arange(keys, device=device) <= at)[None]
+def _visible(
+    part: slice, length: int, keys: int, key_mask: Tensor | None, within: Pattern | None, device: torch.device
+) -> Tensor:
+    """[1 or B, queries of the part, S]: real keys up to the query, of those that ``within`` shows."""
+    seen = allowed(within, part.start + keys - length, part.stop - part.start, keys, device)
     return seen if key_mask is None else seen & key_mask[:, None]
 
 

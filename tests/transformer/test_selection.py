@@ -204,7 +204,22 @@ def test_side_losses_reach_the_training_loss(kind, name):
     ("options", "message"),
     [
         ({"selection": {"kind": "moba"}}, "selection must be None or one of MoBAConfig, TopKKeysConfig"),
-        ({"selection": CHOICES["moba"], "pattern": "causal() & sinks(2)"}, r"pattern must be causal\(\), got"),
+        (
+            {"selection": CHOICES["moba"], "pattern": "causal() & sinks(2)"},
+            r"MoBAConfig chooses among all earlier keys: pattern must be causal\(\), got 'causal\(\) & sinks\(2\)'",
+        ),
+        (
+            {"selection": CHOICES["top_k"], "pattern": "sliding_window(3)"},
+            r"pattern must be causal\(\) & ... with a selection, got 'sliding_window\(3\)'",
+        ),
+        (
+            {"selection": CHOICES["dsa"], "pattern": "causal() & per_head(sinks(1), sinks(2))"},
+            "per_head must hold a pattern for each of num_heads=4 query heads, got 2",
+        ),
+        (
+            {"selection": CHOICES["dsa"], "pattern": "causal() & per_head(sinks(1), sinks(2), sinks(1), sinks(2))"},
+            "pattern must be one for all heads, whose choice DSA shares, got 'causal",
+        ),
     ],
 )
 def test_what_an_attention_refuses(options, message):
