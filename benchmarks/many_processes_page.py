@@ -134,6 +134,30 @@ def _arm(several: list[Line], dense: float) -> list[str]:
     ]
 
 
+def momenta(lines: list[Line]) -> str:
+    """The lowest held-out loss of seed 0 at each momentum, its rate, and how many rates were tried there."""
+    tried = sorted({line.get("momentum", 0.9) for line in lines}, reverse=True)
+    cells = []
+    for same in by_study(lines).values():
+        for optimizer, label in OPTIMIZERS.items():
+            if "dense" not in arms(same, optimizer):
+                continue
+            for arm in dict.fromkeys(line["arm"] for line in same if line["optimizer"] == optimizer):
+                mine = [line for line in same if line["optimizer"] == optimizer and line["arm"] == arm]
+                at = (_lowest([line for line in mine if line.get("momentum", 0.9) == m]) for m in tried)
+                cells.append([f"{label}, {arm}", f"{mine[0]['parameters']:,}", f"{mine[0]['steps']:,}", *at])
+    head = ["nats a token of seed 0", "parameters", "steps", *(f"momentum {m:g}" for m in tried)]
+    return table(head, cells)
+
+
+def _lowest(several: list[Line]) -> str:
+    rates = {line["lr"]: line["loss"] for line in several if line["seed"] == 0 and line["loss"] is not None}
+    if not rates:
+        return "not run"
+    best = min(rates, key=lambda rate: rates[rate])
+    return f"{rates[best]:.4f} at {best:g} ({len(rates)} rate{'s' if len(rates) > 1 else ''})"
+
+
 def verdict(lines: list[Line]) -> str:
     """Whether what was asked for held: top-k and DGC at 1% within 1% of dense, and error feedback of use."""
     told = []
@@ -276,6 +300,7 @@ def step(lines: list[Line]) -> str:
 TABLES: dict[str, tuple[Path, Callable[[list[Line]], str]]] = {
     "equal": (EQUAL, equal),
     "gradients": (GRADIENTS, gradients),
+    "momenta": (GRADIENTS, momenta),
     "verdict": (GRADIENTS, verdict),
     "networks": (NETWORKS, networks),
     "wire": (NETWORKS, wire),

@@ -1,5 +1,6 @@
 """The plan's predictions beside what benchmarks/plan_check measured, as tables."""
 
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,24 +92,41 @@ def plan_bytes(lines: list[Line]) -> str:
     return table(["", "collective", "predicted bytes", "counted bytes", "error"], cells)
 
 
-def memory_of(line: Line) -> float | None:
-    """Bytes of a layout that plan_pieces measured."""
+def memories_of(line: Line) -> list[float]:
+    """Bytes of a layout that plan_pieces measured, every reading."""
     keys = ("ranks", "expert_parallel", "shard", "k")
-    found = [p for p in read(PIECES) if p["name"] == "memory" and all(p[key] == line[key] for key in keys)]
-    return found[-1]["memory"] if found else None
+    return [p["memory"] for p in read(PIECES) if p["name"] == "memory" and all(p[key] == line[key] for key in keys)]
 
 
 def plan_memory(lines: list[Line]) -> str:
-    """Memory of a rank: predicted by what holds it, and measured."""
+    """Memory of a rank: predicted by what holds it, and measured, the median over the readings of a layout; with
+    glibc's heap its newest one, as plan_check measured otherwise before."""
     cells = []
     for line in rows_of(lines):
-        plan, have = predicted(line, GLOO), memory_of(line)
+        plan, readings = predicted(line, GLOO), memories_of(line)
         parts = ", ".join(f"{name} {held / 1e6:.1f}" for name, held in plan.memory.items() if held)
-        measured = ("not yet", "") if have is None else (f"{have / 1e6:.1f}", f"{plan.memory_total / have - 1:+.0%}")
-        kept = f"{line['memory'] / 1e6:.1f}"
-        cells.append([layout(line), f"{plan.memory_total / 1e6:.1f}", *measured, kept, plan.moment, parts])
-    head = ["MB a rank", "predicted", "measured", "error", "with glibc's heap and the text", "most at"]
-    return table([*head, "predicted parts"], cells)
+        cells.append(
+            [
+                layout(line),
+                f"{plan.memory_total / 1e6:.1f}",
+                *([_spread(readings), _error(plan, statistics.median(readings))] if readings else ["not yet", ""]),
+                f"{line['memory'] / 1e6:.1f}",
+                _error(plan, line["memory"]),
+                plan.moment,
+                parts,
+            ]
+        )
+    head = ["MB a rank", "predicted", "measured, median (range, readings)", "error"]
+    return table([*head, "with glibc's heap and the text", "error", "most at", "predicted parts"], cells)
+
+
+def _spread(readings: list[float]) -> str:
+    middle, low, high = (f"{f(readings) / 1e6:.1f}" for f in (statistics.median, min, max))
+    return f"{middle} ({low} to {high}, {len(readings)})" if len(readings) > 1 else f"{middle} (1)"
+
+
+def _error(plan: Prediction, have: float) -> str:
+    return f"{plan.memory_total / have - 1:+.0%}"
 
 
 def plan_time(lines: list[Line]) -> str:

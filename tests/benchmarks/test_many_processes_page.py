@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import many_processes_page as page
+from benchmarks import plan_tables
 from benchmarks.equal_losses import EXACT, LAYOUTS, TOLERANCE
 from benchmarks.plan_check import between
 from benchmarks.plan_tables import calibrated, predicted, slowed
@@ -114,6 +115,27 @@ def test_arms_are_taken_at_their_best_momentum_and_rate_once_all_are_tried():
     assert "momentum SGD, DGC" not in text
     assert f"| momentum SGD, {TOP_K}, no error feedback | {same} | 0.9 | 0.005* | 4.5000 (1) | +12.50% |" in text
     assert f"| AdamW, DGC 1% | {same} | 0.9 | 0.0025 | 3.6000 (1) | +2.86% |" in text
+
+
+def test_each_momentum_has_its_lowest_loss_and_how_many_rates_were_tried():
+    text = page.momenta([*CELLS, cell("new", 0.2, 0, 5.0), cell("new", 0.5, 1, 4.0), cell("new", 0.08, 0, None)])
+    assert "| nats a token of seed 0 | parameters | steps | momentum 0.9 | momentum 0.3 | momentum 0 |" in text
+    best = "4.0000 at 0.2 (3 rates) | 4.1000 at 0.5 (8 rates) | 4.1000 at 1.25 (8 rates)"
+    assert f"| momentum SGD, dense | 25,000 | 10 | {best} |" in text
+    assert "| momentum SGD, new | 25,000 | 10 | 5.0000 at 0.2 (1 rate) | not run | not run |" in text
+
+
+def test_memory_is_the_median_of_all_readings_of_a_layout(monkeypatch):
+    line = {**MADE, "ranks": 1, "expert_parallel": 1, "shard": "none", "k": 2, "tokens": 2048, "memory": 2e8,
+            "machine": {"flops": 1e11, "read": 1e10}}  # fmt: skip
+    readings = [{**line, "name": "memory", "memory": held} for held in (1.3e8, 1.5e8, 1.25e8)]
+    monkeypatch.setattr(plan_tables, "read", lambda _: [*readings, {**readings[0], "k": 5}, {**line, "name": "host"}])
+    row = page.plan_memory([line]).splitlines()[2]
+    held = predicted(line, plan_tables.GLOO).memory_total
+    told = f"130.0 (125.0 to 150.0, 3) | {held / 1.3e8 - 1:+.0%} | 200.0 | {held / 2e8 - 1:+.0%} | loss |"
+    assert row.startswith(f"| 1 process, k = 2 | {held / 1e6:.1f} | {told}")
+    monkeypatch.setattr(plan_tables, "read", lambda _: readings[:1])
+    assert "| 130.0 (1) |" in page.plan_memory([line])
 
 
 def test_a_record_without_a_momentum_had_the_usual_one():
