@@ -8,11 +8,11 @@ from training.distributed.fitting import Shard
 @dataclass(frozen=True)
 class Assumptions:
     """efficiency: share of the peak that matrix products reach; overlap: share of a pass that can hide the exchanges
-    that run beside it; read_efficiency: of the memory's rate in the optimiser; imbalance: FLOPs of experts on the
-    busiest rank against the mean; gloo: exchanges go through gloo, which joins CPUs: it reduces all where FSDP2 asks
-    for a part, and copies what it gathers; host: seconds of a step that no number of tokens changes; host_sharded,
-    host_spread: more of them in a micro-batch for each block and the root that FSDP2 shards, and for each layer whose
-    experts are spread, their exchanges apart."""
+    that run beside it; read_efficiency: of the memory's rate in the optimiser and in FSDP2's copies; imbalance: FLOPs
+    of experts on the busiest rank against the mean; gloo: exchanges go through gloo, which joins CPUs: it reduces all
+    where FSDP2 asks for a part, and copies what it gathers; host: seconds of a step that no number of tokens changes;
+    host_sharded, host_spread: more of them in a micro-batch for each block and the root that FSDP2 shards, and for each
+    layer whose experts are spread, their exchanges apart."""
 
     efficiency: float = 0.45
     overlap: float = 0.8
