@@ -43,9 +43,10 @@ class ModelConfig:
     alibi: bool = False
     """Whether a bias by distance on each head's scores gives the positions (ALiBi), in place of rotations (RoPE)."""
     selection: SelectionName = "none"
-    """How the keys that a query sees are chosen by content, with pattern 'causal()': blocks by their mean key (moba),
-    the best keys (top_k), NSA's three branches (nsa), keys by a lightning indexer (dsa), keys of the same hash bucket
-    (lsh) or cluster (kmeans), or the own block and a learned mix of others (sinkhorn)."""
+    """How the keys that a query sees are chosen by content: of those that the pattern shows the best keys (top_k) or
+    keys by a lightning indexer (dsa); with pattern 'causal()' blocks by their mean key (moba), NSA's three branches
+    (nsa), keys of the same hash bucket (lsh) or cluster (kmeans), or the own block and a learned mix of others
+    (sinkhorn)."""
     select_block: int = 64
     """Keys of a block (moba, nsa, sinkhorn); how many of its bucket or cluster a query sees at least (lsh, kmeans)."""
     select_k: int = 8
