@@ -1,7 +1,7 @@
 """A pattern that bounds a choice by content: only keys that it shows can be chosen."""
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sparse_attn.patterns import Pattern, PerHead
@@ -17,7 +17,6 @@ def check_within(within: Pattern | None, *, per_head: bool) -> None:
         raise ValueError(f"within must be one pattern, since all heads share the choice, got {within}")
 
 
-@torch.compiler.disable(reason="patterns of blocks look at their table on the host")
 def allowed(
     within: Pattern | None, first: int, queries: int, keys: int, device: torch.device, *, heads: int = 1
 ) -> Bool[Tensor, "#H m S"]:
@@ -26,10 +25,15 @@ def allowed(
     at = torch.arange(first, first + queries, device=device)[:, None]
     key = torch.arange(keys, device=device)
     behind = (key <= at)[None]
-    if within is None:
-        return behind
+    return behind if within is None else behind & _shown(within, at, key, heads)
+
+
+@torch.compiler.disable(reason="patterns of blocks look at their table on the host")
+def _shown(
+    within: Pattern, at: Int[Tensor, "m 1"], key: Int[Tensor, "S"], heads: int
+) -> Bool[Tensor, "m S"] | Bool[Tensor, "H m S"]:
     if not isinstance(within, PerHead):
-        return behind & within.visible(at, key)
+        return within.visible(at, key)
     if len(within.heads) != heads:
         raise ValueError(f"within must hold a pattern for each of {heads} query heads, got {len(within.heads)}")
-    return behind & torch.stack([head.visible(at, key) for head in within.heads])
+    return torch.stack([head.visible(at, key) for head in within.heads])
