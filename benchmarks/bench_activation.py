@@ -2,10 +2,11 @@
 
 python -m benchmarks.bench_activation [--sparsity 0.5 0.8 0.9] [--rounds 40] [--threads 2]
 
-One row of 2048 activations through a 2048 → 8192 projection in float32. Each call gets fresh random places of its
-non-zero entries and the next of several tables (67 MB each), so that no cache helps. "inputs" skips columns of the
-weight (TEAL, and down projections), "outputs" skips rows of it (up projections behind a gate, 2048 → 8192 likewise).
-"floor" is the dense product's time times the density: reading the same bytes at the dense product's speed.
+One row of 2048 activations through sixteen 2048 → 8192 projections in float32, one after the other, as decoding goes
+through layers: 67 MB each, with fresh random places of the non-zero entries for each and in each round, so that no
+cache helps. "inputs" skips columns of the weight (TEAL, and down projections), "outputs" skips rows of it (up
+projections behind a gate, 2048 → 8192 likewise). "floor" is the dense products' time times the density: reading the
+same bytes at the dense product's speed.
 """
 
 import argparse
@@ -18,25 +19,25 @@ import torch.nn.functional as F
 from benchmarks.harness import interleaved, require_parity, row
 from moe.activation import column_table, draw_sparse, products_at, sparse_matvec
 
-INPUTS, OUTPUTS, TABLES = 2048, 8192, 5
+INPUTS, OUTPUTS, TABLES = 2048, 8192, 16
 
 
 def contenders(kind: str, density: float) -> tuple[dict[str, Callable[[], object]], str]:
     """The dense and the sparse product over rotating weights, and the verdict of the parity gate."""
     weights = [torch.randn(OUTPUTS, INPUTS) for _ in range(TABLES)]
     x, width = torch.randn(1, INPUTS), INPUTS if kind == "inputs" else OUTPUTS
-    # drawn beforehand, so that drawing is not timed; 64 draws and 5 tables meet again after 320 calls
-    prepared = [draw_sparse(1, width, density, torch.float32) for _ in range(64)]
+    # drawn beforehand, so that drawing is not timed; a table meets the same places again after 63 rounds
+    prepared = [draw_sparse(1, width, density, torch.float32) for _ in range(63)]
     if kind == "inputs":
         tables = [column_table(weight) for weight in weights]
         dense, sparse = F.linear, sparse_matvec
         gate = require_parity(
             {"y": sparse(prepared[0], tables[0])}, {"y": dense(prepared[0], weights[0])}, tolerance=1e-5
         )
-        operands, of_dense, of_sparse = cycle(prepared), cycle(weights), cycle(tables)
+        operands = cycle(prepared)
         runs: dict[str, Callable[[], object]] = {
-            "dense": lambda: dense(next(operands), next(of_dense)),
-            "sparse": lambda: sparse(next(operands), next(of_sparse)),
+            "dense": lambda: [dense(next(operands), weight) for weight in weights],
+            "sparse": lambda: [sparse(next(operands), table) for table in tables],
         }
         return runs, f"pass {gate:.0e}"
     masks = cycle([entry != 0 for entry in prepared])
@@ -44,10 +45,9 @@ def contenders(kind: str, density: float) -> tuple[dict[str, Callable[[], object
     gate = require_parity(
         {"y": products_at(x, weights[0], active)}, {"y": F.linear(x, weights[0]) * active}, tolerance=1e-5
     )
-    of_dense, of_rows = cycle(weights), cycle(weights)
     runs = {
-        "dense": lambda: F.linear(x, next(of_dense)),
-        "sparse": lambda: products_at(x, next(of_rows), next(masks)),
+        "dense": lambda: [F.linear(x, weight) for weight in weights],
+        "sparse": lambda: [products_at(x, weight, next(masks)) for weight in weights],
     }
     return runs, f"pass {gate:.0e}"
 
@@ -60,7 +60,15 @@ def compare(kind: str, sparsity: float, rounds: int) -> None:
         runs, verdict = contenders(kind, density)
         seconds = interleaved(runs, rounds=rounds, warmup=5)
     floor = [density * taken for taken in seconds["dense"]]
-    conditions = {"skips": kind, "in": INPUTS, "out": OUTPUTS, "batch": 1, "sparsity": sparsity, "dtype": "float32"}
+    conditions = {
+        "skips": kind,
+        "in": INPUTS,
+        "out": OUTPUTS,
+        "batch": 1,
+        "maps": TABLES,
+        "sparsity": sparsity,
+        "dtype": "float32",
+    }
     row("matvec_dense", conditions, seconds["dense"], versus={}, parity="reference")
     row(
         "matvec_sparse",
