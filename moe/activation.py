@@ -10,6 +10,11 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe.sampled import sampled_products, samples_in_place
+
+# parts for each thread, of products that are shared among the threads: one thread's late start then costs little
+SHARES = 16
+
 
 @dataclass(frozen=True)
 class ColumnTable:
@@ -111,10 +116,12 @@ def products_at(
 ) -> Float[Tensor, "n F"]:
     """y_if = ⟨x_i, weight_f⟩ where active, else 0: reads the weight's rows of active outputs only.
 
-    In place, one dot product for each, by the kernel of the gradient that an embedding bag's weights have: rows of the
-    same f follow each other, so that x [n, D] shares what was read. Other types than float32 and float64 are gathered
-    first.
+    In place, one dot product for each. Of several rows, by the kernel of the gradient that an embedding bag's weights
+    have: rows of the same f follow each other, so that x [n, D] shares what was read. Other types than float32 and
+    float64 are gathered first.
     """
+    if x.shape[0] == 1 and samples_in_place(weight):
+        return _products_of_one(x, weight, active)
     if x.dtype in (torch.float32, torch.float64):
         return _products_in_place(x, weight, active)
     y = x.new_zeros(active.shape)
@@ -124,13 +131,23 @@ def products_at(
     return y
 
 
+def _products_of_one(x: Tensor, weight: Tensor, active: Bool[Tensor, "1 F"]) -> Float[Tensor, "1 F"]:
+    wanted = active[0].nonzero().squeeze(1)
+    y, count = x.new_zeros(active.shape), wanted.shape[0]
+    if count:
+        each = -(-count // (SHARES * torch.get_num_threads()))
+        ends = torch.arange(0, count + each, each).clamp_(max=count)  # copies of x, to be shared among the threads
+        products = sampled_products(x.expand(len(ends) - 1, -1), weight.contiguous(), ends, wanted)
+        y.index_copy_(1, wanted, products[None])
+    return y
+
+
 def _products_in_place(x: Tensor, weight: Tensor, active: Bool[Tensor, "n F"]) -> Float[Tensor, "n F"]:
     count = max(x.shape[0], 1)
     wanted = active.T.reshape(-1).nonzero().squeeze(1)
     y = x.new_zeros(active.numel())
     if wanted.shape[0] > 0:
-        unread = wanted.new_zeros(1)
-        outputs, rows = (wanted, torch.zeros_like(wanted)) if count == 1 else (wanted // count, wanted % count)
+        outputs, unread, rows = wanted // count, wanted.new_zeros(1), wanted % count
         products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             x.contiguous(), weight.contiguous(), outputs, unread, rows, 0
         )

@@ -11,9 +11,7 @@ a sparse COO tensor of at most T·K rows: neither pass depends on S.
 
 import ctypes
 import mmap
-import warnings
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moe.checks import at_least
+from moe.sampled import sampled_products, samples_in_place
 
 HUGE_PAGE = 1 << 21
 
@@ -161,29 +160,14 @@ def _dots(table: Tensor, slots: Tensor, x: Tensor) -> Tensor:
     tokens, choices = slots.shape
     if slots.numel() == 0:
         return table.new_zeros(tokens, choices)
-    floats = table.dtype in (torch.float32, torch.float64)
-    if table.device.type == "cpu" and floats and choices <= len(table):
-        # the entries of x · tableᵀ at the slots, in half the time of the bag's own gradient; torch refuses more entries
-        # than there are places
+    if samples_in_place(table) and choices <= len(table):  # torch refuses more entries than there are places
         ends = torch.arange(0, slots.numel() + 1, choices)
-        _silence_csr()
-        at = torch.sparse_csr_tensor(
-            ends, slots.view(-1), x.new_zeros(slots.numel()), (tokens, len(table)), check_invariants=False
-        )
-        return torch.sparse.sampled_addmm(at, x, table.mT, beta=0.0).values().view(tokens, choices)
+        return sampled_products(x, table, ends, slots.view(-1)).view(tokens, choices)
     starts = torch.arange(tokens, device=slots.device)
     bag = starts.repeat_interleave(choices)
     # the gradient of an embedding bag's weights is this dot product, row by row, without a gathered copy
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(x, table, slots.view(-1), starts * choices, bag, 0)
     return dots.view(tokens, choices)
-
-
-@cache
-def _silence_csr() -> None:
-    """Take torch's remark that CSR tensors are in beta, which comes once a process, from those who read warnings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1), check_invariants=False)
 
 
 def table_gradient(

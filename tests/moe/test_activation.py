@@ -369,3 +369,16 @@ def test_whole_models_decode_as_they_compute_densely(build, method):
         assert any(layer._tables for layer in sparse.layers.values())
     sparse.restore()
     assert torch.equal(model(input_ids=ids).logits.detach(), before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("active", [0, 1, 31, 32, 33, 97, 200])
+def test_products_of_one_row_are_shared_among_threads(active, threads):
+    torch.set_num_threads(threads)
+    x, weight = torch.randn(1, 7, dtype=torch.float64), torch.randn(7, 200, dtype=torch.float64).T
+    mask = torch.zeros(1, 200, dtype=torch.bool)
+    mask[0, torch.randperm(200)[:active]] = True
+    weight = weight.masked_fill(~mask.T, torch.nan)  # rows that are not wanted are not read
+    wanted = [float(x[0] @ weight[i]) if mask[0, i] else 0.0 for i in range(200)]
+    torch.testing.assert_close(products_at(x, weight, mask), torch.tensor([wanted], dtype=torch.float64))
+    torch.testing.assert_close(products_at(x, weight.T.contiguous().T, mask), torch.tensor([wanted]).double())
