@@ -10,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe.pages import advise_huge_pages
 from moe.sampled import sampled_products, samples_in_place
 
 # parts for each thread, of products that are shared among the threads: one thread's late start then costs little
@@ -65,7 +66,9 @@ def column_table(weight: Float[Tensor, "O F"], *, blocks: int | None = None) -> 
     count = next(b for b in range(most, 0, -1) if outputs % b == 0) if blocks is None else blocks
     if not 1 <= count <= outputs or outputs % count:
         raise ValueError(f"blocks must divide outputs={outputs}, got {count}")
-    pieces = rearrange(weight.detach(), "(b o) f -> (b f) o", b=count).contiguous()
+    pieces = weight.new_empty(count * inputs, outputs // count)
+    advise_huge_pages(pieces)
+    pieces.view(count, inputs, -1).copy_(rearrange(weight.detach(), "(b o) f -> b f o", b=count))
     return ColumnTable(pieces, inputs, torch.arange(count, device=weight.device)[:, None])
 
 

@@ -9,8 +9,6 @@ weights_tj · d_y_t for each slot s that was read, is an embedding bag over the 
 a sparse COO tensor of at most T·K rows: neither pass depends on S.
 """
 
-import ctypes
-import mmap
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,9 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moe.checks import at_least
+from moe.pages import advise_huge_pages
 from moe.sampled import sampled_products, samples_in_place
-
-HUGE_PAGE = 1 << 21
 
 
 class MemoryValues(nn.Module):
@@ -58,22 +55,6 @@ class MemoryValues(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_slots={self.num_slots}, dim={self.dim}, sparse={self.sparse}"
-
-
-def advise_huge_pages(tensor: Tensor) -> bool:
-    """Ask Linux to back a new tensor, not yet written to, with pages of 2 MiB rather than 4 KiB.
-
-    Rows read here and there then miss the processor's table of page addresses less often. Returns: True if the kernel
-    took the advice; False off Linux, off the CPU, or for a tensor too small to hold such a page. Values never change.
-    """
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is None or tensor.device.type != "cpu" or type(tensor) is not Tensor:
-        return False
-    start = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-    length = (tensor.data_ptr() + tensor.nbytes - start) // HUGE_PAGE * HUGE_PAGE
-    if length <= 0:
-        return False
-    return bool(ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice) == 0)
 
 
 def sparse_tables(model: nn.Module) -> Iterator[nn.Parameter]:

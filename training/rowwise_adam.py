@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.memory_values import advise_huge_pages
+from moe.pages import advise_huge_pages
 
 # rows that are updated together: the temporaries of a chunk stay in cache
 CHUNK_ROWS = 1024

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe.memory_stats import memory_stats
-from moe.memory_values import MemoryValues, advise_huge_pages, dot_rows, sparse_tables, sum_rows
+from moe.memory_values import MemoryValues, dot_rows, sparse_tables, sum_rows
+from moe.pages import advise_huge_pages
 from moe.product_key import ProductKeyMemory, search, top_scores
 from tests.tolerances import close
 from tests.typecheck import unchecked
