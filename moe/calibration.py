@@ -67,7 +67,8 @@ def calibrate_thresholds(
 
     - "uniform": every network, and every projection in it, gets that sparsity;
     - "greedy", for teal: the same share of weight reads of each network is saved, but spread over its projections by
-      TEAL's Algorithm 1 (arXiv:2408.14690): a step at a time, where it adds the least error;
+      TEAL's Algorithm 1 (arXiv:2408.14690): a step at a time, where it adds the least error, each to 1 - LEVEL_STEP
+      at most;
     - "equal_error": the mean over the networks, by size, is the sparsity, and all have the same output error, as the
       Sparsing Law spreads it.
 
@@ -254,8 +255,10 @@ def _greedy_levels(sample: _Sample, sparsity: float) -> dict[str, float]:
     step = 0.05
     while sum(levels.values()) / len(levels) < sparsity - 1e-9:
         left = sparsity * len(levels) - sum(levels.values())
-        trials = {place: levels | {place: level + min(step, left)} for place, level in levels.items()}
-        trials = {place: trial for place, trial in trials.items() if trial[place] < 1.0}
+        raised = {place: min(level + min(step, left), 1.0 - LEVEL_STEP) for place, level in levels.items()}
+        trials = {place: levels | {place: level} for place, level in raised.items() if level > levels[place]}
+        if not trials:
+            break
         errors = {place: sample.error(sample.thresholds(trial)) for place, trial in trials.items()}
         levels = trials[min(errors, key=lambda place: errors[place])]
     return levels

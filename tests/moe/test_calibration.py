@@ -120,6 +120,15 @@ def test_greedy_saves_as_much_and_errs_less(case):
     assert abs(saved["greedy"] - saved["uniform"]) < 0.01
 
 
+@pytest.mark.parametrize("sparsity", [0.97, 0.99, 0.9999])
+def test_greedy_near_one_raises_every_projection_as_far_as_it_goes(case, sparsity):
+    model, batches = case
+    x = inputs_of(model, batches)["first"]
+    t = calibrate_thresholds(model, batches, method="teal", sparsity=sparsity, allocation="greedy")["first"]
+    saved = (share(x, t.gate) + share(x, t.up) + share(parts(model.first, x)[1], t.down)) / 3
+    assert abs(saved - min(sparsity, 1 - 1 / 1024)) < 0.002
+
+
 @pytest.mark.parametrize("method", ["hard", "cats", "cett", "teal"])
 def test_equal_errors_share_out_a_mean_sparsity(case, method):
     """One error for both networks, of 20 and of 12 neurons; their sparsities differ, and weigh 20 : 12 in the mean."""
