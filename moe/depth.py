@@ -193,11 +193,13 @@ class MixtureOfDepths(nn.Module):
 def passing_tokens(length: int, *, capacity: float) -> int:
     """C = ceil(capacity · L): how many of the tokens of a sequence pass in training, if none is padding.
 
+    At least 1 of a sequence that is not empty.
+
     >>> passing_tokens(100, capacity=0.55)
     55
     """
     # less rounding: 0.55 · 100 is 55.00000000000001
-    return math.ceil(capacity * length - 1e-9)
+    return max(min(1, length), math.ceil(capacity * length - 1e-9))
 
 
 def predictor_width(dim: int) -> int:

@@ -34,14 +34,14 @@ def group_by_expert(token: Int[Tensor, "N"], expert: Int[Tensor, "N"], num_exper
 
 
 def expert_capacity(num_assignments: int, num_experts: int, factor: float) -> int:
-    """C = ceil(N / E · factor), N the assignments of real tokens: K·T without padding.
+    """C = ceil(N / E · factor), N the assignments of real tokens: K·T without padding. At least 1 for N > 0.
 
     Raises: ValueError unless factor is finite and positive.
     """
     if not factor > 0 or math.isinf(factor):
         raise ValueError(f"capacity_factor must be a finite number > 0, got {factor}")
     # the small slack keeps 1.1 · 10 from becoming 12
-    return math.ceil(num_assignments * factor / num_experts - 1e-9)
+    return max(min(1, num_assignments), math.ceil(num_assignments * factor / num_experts - 1e-9))
 
 
 def limit_capacity(routing: Routing, factor: float, *, priority: Priority = "first_come") -> Routing:

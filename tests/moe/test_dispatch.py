@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe.depth import MixtureOfDepths, passing_tokens
 from moe.dispatch import expert_capacity, group_by_expert, limit_capacity, plan_blocks
 from moe.routers.top_k import choose_top_k
 
@@ -66,6 +67,10 @@ def test_capacity_formula_by_hand():
     assert expert_capacity(2 * 10, 8, 1.0) == 3
     assert expert_capacity(100, 10, 1.1) == 11, "1.1 · 10 is 11.000000000000002 in floating point"
     assert expert_capacity(0, 4, 2.0) == 0
+    assert expert_capacity(8, 4, 1e-10) == 1, "a positive factor leaves every expert a place"
+    assert passing_tokens(8, capacity=1e-10) == 1 and passing_tokens(0, capacity=1e-10) == 0
+    _, depths = MixtureOfDepths(8, capacity=1e-10)(torch.randn(2, 5, 8), lambda part, _: part)
+    assert depths.selected.sum(1).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, math.nan, math.inf])

@@ -91,6 +91,11 @@ def test_every_expert_takes_exactly_c_real_tokens_even_when_they_tie(rows, facto
     assert pairs == sorted(set(pairs))
 
 
+def test_a_tiny_factor_leaves_every_expert_one_token():
+    assert ExpertChoiceRouter(8, 4, capacity_factor=1e-10)(torch.randn(6, 8)).loads().tolist() == [1] * 4
+    assert ExpertChoiceRouter(8, 4, capacity_factor=1e-10)(torch.randn(0, 8)).loads().tolist() == [0] * 4
+
+
 def test_underflowing_probabilities_still_compare():
     logits = torch.tensor([[0.0, -300.0], [0.0, -200.0], [0.0, -400.0]])
     token, expert = choose_tokens(logits, 0.6)
