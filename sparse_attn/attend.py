@@ -127,7 +127,9 @@ def attend(
     if isinstance(pattern, str):
         raise ValueError(f"pattern must be a Pattern, got {pattern!r}: parse_pattern reads one from text")
     seen = per_head(*pattern) if isinstance(pattern, Sequence) else pattern
-    check_options(q, k, seen, layout, query_positions, key_positions, softcap, alibi, dropout, backend, return_lse)
+    check_options(
+        q, k, seen, layout, query_positions, key_positions, scale, softcap, alibi, dropout, backend, return_lse
+    )
     scoring = Scoring(1 / sqrt(max(q.shape[-1], 1)) if scale is None else float(scale), softcap, alibi)
     call = _Call(layout, query_positions, key_positions, key_mask, dropout, backend, return_lse)
     if isinstance(seen, PerHead):
@@ -178,7 +180,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scoring: Scoring,
 def _apart(pattern: Pattern, q_len: int, kv_len: int) -> tuple[tuple[int, ...], Pattern] | None:
     """Documents that are worth a call each: lengths, and the pattern inside one. None where blocks do as well."""
     split = split_documents(pattern, q_len) if q_len == kv_len else None
-    return split if split is not None and len(split[0]) * BLOCK <= q_len else None
+    return split if split is not None and 0 < len(split[0]) * BLOCK <= q_len else None
 
 
 # The one graph break of a compiled model: each attention layer whose pattern is neither full() nor causal(), or that
@@ -244,11 +246,15 @@ def explain_backend(
 ) -> BackendChoice:
     """What ``attend(..., backend="auto")`` would run for such a call, and why; for ``per_head`` ask for each of its
     ``.heads``. key_mask, alibi, softcap: whether the call has one.
+    Raises: ValueError on a negative length, or a pattern for each head.
 
     >>> explain_backend(causal() & sliding_window(256), 4096).backend
     'folded'
     """
     keys = q_len if kv_len is None else kv_len
+    for name, length in (("q_len", q_len), ("kv_len", keys)):
+        if length < 0:
+            raise ValueError(f"{name} must be >= 0, got {length}")
     place = _place(q_len, keys, query_positions, key_positions)
     if isinstance(pattern, PerHead):
         raise ValueError("pattern must be one head's: per_head chooses for each pattern of its .heads by itself")

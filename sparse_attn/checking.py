@@ -76,6 +76,7 @@ def check_options(
     layout: BlockLayout | None,
     query_positions: Tensor | None,
     key_positions: Tensor | None,
+    scale: float | None,
     softcap: float | None,
     alibi: Tensor | None,
     dropout: float,
@@ -87,6 +88,8 @@ def check_options(
         raise ValueError(f"pattern must be a Pattern (parse_pattern reads text), got {pattern!r}")
     if isinstance(pattern, PerHead) and len(pattern.heads) != q.shape[1]:
         raise ValueError(f"per_head must hold a pattern for each of {q.shape[1]} query heads, got {len(pattern.heads)}")
+    if scale is not None and not -inf < scale < inf:
+        raise ValueError(f"scale must be finite, got {scale}")
     check_scores(q, softcap, alibi, dropout)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")

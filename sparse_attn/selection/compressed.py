@@ -159,7 +159,8 @@ class _Stretches:
         blind = (own == 0).repeat(self.groups)[:, None]
         if self.unreal is not None:
             scores.masked_fill_(self.unreal[..., :seen], -torch.inf)
-            blind = scores.amax(-1, keepdim=True) == -torch.inf
+            # not by amax, which refuses rows without columns
+            blind = (scores == -torch.inf).all(-1, keepdim=True)
         found = scores.softmax(-1)
         # the softmax over no keys at all is 0 / 0
         found = found.masked_fill_(blind, 0) if self.unreal is not None or least == 0 else found

@@ -1,12 +1,13 @@
 import inspect
 import itertools
+import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_attn import attend, causal, explain_backend, full, parse_pattern, sinks, sliding_window
+from sparse_attn import attend, causal, documents, explain_backend, full, parse_pattern, sinks, sliding_window
 from sparse_attn.backends.plan import make_plan
 from tests.sparse_attn.expressions import cases
 from tests.tolerances import close
@@ -335,6 +336,10 @@ def test_the_automatic_choice_is_inspectable():
     assert explain_backend(causal(), 4096, key_mask=True).backend == "folded"
     assert explain_backend(window, 1, 300).backend == "sdpa"
     assert explain_backend(window, 1, 300, return_lse=True).backend == "reference"
+    with pytest.raises(ValueError, match="q_len must be >= 0, got -1"):
+        explain_backend(window, -1)
+    with pytest.raises(ValueError, match="kv_len must be >= 0, got -2"):
+        explain_backend(documents(3), 1, -2)
     assert "scattered" in explain_backend(window, 1, 3, key_positions=torch.tensor([0, 5, 6])).reason
 
 
@@ -377,6 +382,8 @@ def test_bad_input_is_a_clear_error():
     bad(r"key_positions must be integers \[6\] or \[2, 6\], got torch.float32", key_positions=torch.arange(6.0))
     bad("backend must be one of .*, got 'flash'", backend="flash")
     bad(r"dropout must be in \[0, 1\), got 1", dropout=1.0)
+    for scale in (math.nan, math.inf, -math.inf):
+        bad(f"scale must be finite, got {scale}", scale=scale)
     bad("backend='sdpa' gives no log-sum-exp", backend="sdpa", return_lse=True)
     bad("backend='folded' needs consecutive", backend="folded", key_positions=torch.tensor([0, 1, 2, 4, 5, 6]))
     bad("pass layout alone", pattern=causal(), layout=causal().layout(6))

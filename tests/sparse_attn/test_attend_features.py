@@ -10,15 +10,25 @@ import torch
 from sparse_attn import (
     alibi_slopes,
     attend,
+    axial,
     bigbird,
+    block_sparse,
     causal,
+    dilated,
     documents,
     explain_backend,
+    fixed,
     full,
+    global_tokens,
+    last_columns,
     merge,
+    multiples,
     pack,
     parse_pattern,
     per_head,
+    prefix_lm,
+    random_blocks,
+    same_row,
     sinks,
     sliding_window,
     strided,
@@ -224,3 +234,21 @@ def test_documents_that_attend_apart_are_those_of_the_reference(inside):
 def test_many_short_documents_are_walked_by_blocks():
     assert explain_backend(causal() & documents([8] * 50), 400).backend == "folded"
     assert explain_backend(causal() & documents(100, 300), 400, key_mask=True).pairs == "masked"
+
+
+EMPTY = [
+    *(causal(), full(), sliding_window(3), sinks(2), strided(4), dilated(3, 2), fixed(8, 2), axial(4), multiples(3)),
+    *(same_row(4), last_columns(8, 2), global_tokens([0, 3]), random_blocks(2, 4), bigbird(5, 3, 1, 4), prefix_lm(3)),
+    *(block_sparse([[0], [0, 1]], 4), documents(3), ~documents(3), causal() & documents(3, 4)),
+    per_head(causal() & documents(3, 4), documents(3)),
+]
+
+
+@pytest.mark.parametrize("pattern", EMPTY, ids=str)
+def test_no_queries_and_no_keys_give_an_empty_output(pattern):
+    inputs = [torch.randn(1, heads, 0, 4, requires_grad=True) for heads in (2, 1, 1)]
+    out = attend(*inputs, pattern=pattern)
+    assert out.shape == (1, 2, 0, 4)
+    assert [grad.shape for grad in torch.autograd.grad(out.sum(), inputs)] == [x.shape for x in inputs]
+    for head in getattr(pattern, "heads", [pattern]):
+        assert explain_backend(head, 0).pairs != "documents"

@@ -125,6 +125,25 @@ def test_padding_leaves_every_branch_and_every_compressed_key_that_stands_for_it
     close(out.transpose(1, 2)[key_mask], wanted.transpose(1, 2)[key_mask])
 
 
+@pytest.mark.parametrize("length", [0, 1, 5, 7])
+def test_a_padded_batch_shorter_than_a_compressed_key(length):
+    sizes = {**SMALL, "compress": 8, "stride": 4, "block": 8}
+    module, q, k, v, hidden = make((2, 4, 2, length), **sizes)
+    key_mask = torch.ones(2, length, dtype=torch.bool)
+    key_mask[0, :1] = key_mask[1, 4:] = False
+    wanted, _ = by_loops(module, q, k, v, hidden, sizes, key_mask)
+    out = module(q, k, v, hidden=hidden, key_mask=key_mask).out
+    actual, expected = (x.transpose(1, 2)[key_mask] for x in (out, wanted))
+    close(actual, expected)
+    if not length:
+        return
+    inputs = [q, k, v, hidden, *module.parameters()]
+    d_out = torch.randn_like(expected)
+    both = [torch.autograd.grad((x * d_out).sum(), inputs, materialize_grads=True) for x in (actual, expected)]
+    for a, e in zip(*both, strict=True):
+        close(a, e)
+
+
 def test_compress_trains_through_its_output_and_the_choice_has_no_gradient():
     module, q, k, v, hidden = make((1, 2, 1, 21))
     with torch.no_grad():
