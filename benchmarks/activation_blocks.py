@@ -85,6 +85,7 @@ def blocks(
         "dense_perplexity": perplexity(model, evaluation),
         "dtype": str(model.dtype).removeprefix("torch."),
         "evaluation_tokens": LENGTH * len(evaluation),
+        "threshold_rows": THRESHOLD_ROWS,
     }
     inputs = feedforward_inputs(model, calibration, rows=THRESHOLD_ROWS, generator=torch.Generator().manual_seed(0))
     for sparsity in levels["uniform"]:

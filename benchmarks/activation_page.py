@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from benchmarks.activation_figure import Panel, figure
+from benchmarks.activation_smollm2 import THRESHOLD_ROWS
 from benchmarks.readme_tables import RECORDS, ROOT, Line, machine, read, table
 
 PAGE = ROOT / "docs" / "guides" / "activation-sparsity.md"
@@ -58,7 +59,8 @@ def quality(lines: list[Line]) -> str:
         table(["sparsity", *methods], cells)
         + f"\n\nPerplexity of {dense['evaluation_tokens']:,} held-out tokens; dense: {dense['dense_perplexity']:.2f}. "
         + "In brackets: the share of the feed-forward networks' weights that decoding need not read. "
-        + f"Calibrated on {dense['calibration_tokens']:,} tokens of other documents. Commit {commits(rows)}."
+        + f"Thresholds from {dense.get('threshold_rows', THRESHOLD_ROWS)} rows of each network's inputs, drawn at "
+        + f"random from {dense['calibration_tokens']:,} tokens of other documents. Commit {commits(rows)}."
     )
 
 
@@ -79,7 +81,8 @@ def blocks(lines: list[Line]) -> str:
         table(["sparsity", *(BLOCKS[m] for m in methods)], cells)
         + f"\n\nPerplexity of {one['evaluation_tokens']:,} held-out tokens in {one['dtype']}; dense: "
         + f"{one['dense_perplexity']:.2f}. In brackets: the share of the weights of all seven maps that decoding need "
-        + f"not read. Calibrated on {', '.join(f'{tokens:,} tokens ({BLOCKS[m]})' for m, tokens in seen.items())}. "
+        + f"not read. Thresholds from {one.get('threshold_rows', THRESHOLD_ROWS)} rows of each map's inputs, drawn at "
+        + f"random from {', '.join(f'{tokens:,} tokens ({BLOCKS[m]})' for m, tokens in seen.items())}. "
         + f"Commit {commits(rows)}."
     )
 

@@ -143,6 +143,7 @@ def quality(
         "dense_perplexity": dense,
         "dtype": str(model.dtype).removeprefix("torch."),
         "evaluation_tokens": LENGTH * len(evaluation),
+        "threshold_rows": THRESHOLD_ROWS,
         "calibration_tokens": LENGTH * len(calibration),
     }
     write("quality", common | {"method": "dense", "sparsity": 0.0, "reads_saved": 0.0, "perplexity": dense})

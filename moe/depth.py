@@ -146,8 +146,20 @@ class MixtureOfDepths(nn.Module):
         elif choose == "top_k" or (choose == "auto" and self.training):
             indices, ragged = self.top_tokens(logits, real), padding_mask is not None
         else:
+            self._require_finite(predicted.detach(), real)
             indices, ragged = _places((predicted.detach() > 0) & real, least=int(self.always)), True
         return DepthRouting(_mark(indices, x.shape[1]), logits, predicted, real, indices, ragged)
+
+    def _require_finite(self, predicted: Float[Tensor, "B L"], real: Bool[Tensor, "B L"]) -> None:
+        """NaN is not above 0: the token would pass by without a word."""
+        finite = predicted.isfinite() | ~real
+        if torch.compiler.is_compiling():
+            torch._assert_async(finite.all(), "the depth predictor's logits must be finite, got NaN or infinity")
+        elif not finite.all():
+            raise FloatingPointError(
+                f"{self.name}: the predictor's logits must be finite, got NaN or infinity for "
+                f"{int((~finite).sum())} of {finite.numel()} tokens"
+            )
 
     def through(self, x: Float[Tensor, "B L D"], run: Block, routing: DepthRouting) -> Float[Tensor, "B L D"]:
         """x after the block for the tokens that the record lets pass; ``run`` as in :meth:`forward`."""

@@ -49,8 +49,8 @@ class ActivePredictor(nn.Module):
         return self.up(self.down(x))
 
     def active(self, x: Float[Tensor, "*batch D"]) -> Bool[Tensor, "*batch F"]:
-        """True for the neurons to compute."""
-        return self(x) > self.threshold
+        """True for the neurons to compute: a NaN in x drops none, so that it reaches the output."""
+        return ~(self(x) <= self.threshold)
 
 
 def train_predictor(

@@ -6,7 +6,7 @@ Both sides turn the channel pairs (i, i + d/2) of a head, so that no weight need
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from transformer.hf_tensors import WEIGHTS, Checkpoint, assemble, shortened, sou
 from transformer.model import Transformer
 from transformer.rope import frequencies
 
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _CONFIG = "config.json"
 _HEAD, _EMBEDDING, _FREQUENCIES = "lm_head.weight", "model.embed_tokens.weight", "rotary_emb.inv_freq"
 _NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -64,17 +65,25 @@ def from_hugging_face(
     return model.requires_grad_(True).eval()
 
 
-def to_hugging_face(model: Transformer, folder: str | Path, *, family: str | None = None) -> Path:
+def to_hugging_face(
+    model: Transformer,
+    folder: str | Path,
+    *,
+    family: str | None = None,
+    token_ids: Mapping[str, int | list[int] | None] | None = None,
+) -> Path:
     """Write config.json and model.safetensors so that transformers loads the same model; returns the folder.
 
     family: "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "olmoe" or "dots1"; None takes the first
     that fits.
+    token_ids: the tokenizer's ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``, which this model does not know;
+    without an end token transformers generates to the full length.
     Weights keep their type; experts are stored one by one, as on the hub. The tokenizer is not written, dropout is
     left out.
     Raises ValueError that says where the family's models differ from this one: unequal layers, another pattern,
-    activation or router.
+    activation or router; and for an id outside the vocabulary or of another name.
     """
-    record = write_config(model.config, family=family)
+    record = write_config(model.config, family=family) | _checked_ids(token_ids or {}, model.config.vocab_size)
     chosen = FAMILIES[record["model_type"]]
     record["dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
     folder = Path(folder)
@@ -89,6 +98,16 @@ def to_hugging_face(model: Transformer, folder: str | Path, *, family: str | Non
         for path in pending.values():
             path.unlink(missing_ok=True)
     return folder
+
+
+def _checked_ids(ids: Mapping[str, int | list[int] | None], vocab_size: int) -> dict[str, int | list[int] | None]:
+    for name, given in ids.items():
+        if name not in TOKEN_IDS:
+            raise ValueError(f"token_ids must name {', '.join(TOKEN_IDS)}, got {name!r}")
+        for one in given if isinstance(given, list) else [] if given is None else [given]:
+            if not 0 <= one < vocab_size:
+                raise ValueError(f"token_ids: {name} must be in [0, vocab_size={vocab_size}), got {one}")
+    return dict(ids)
 
 
 def _their_tensors(model: Transformer, family: Family) -> dict[str, Tensor]:

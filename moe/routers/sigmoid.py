@@ -27,7 +27,9 @@ class SigmoidRouter(LinearRouter):
     bias b [E]: a float32 buffer, whatever the dtype of the weights, that no gradient reaches. Once an optimiser step,
     after it, :meth:`after_step` adds bias_update · sign(mean load − load), for the loads of all forwards in training
     since the last such call: micro-batches add up; evaluation, replays and the recomputation of activation
-    checkpointing count for nothing. The counts are no buffer, so that DistributedDataParallel leaves each rank's alone.
+    checkpointing count for nothing (but for the recomputation of a layer that was compiled inside the checkpoint, which
+    counts again: compile around the checkpoint). The counts are no buffer, so that DistributedDataParallel leaves each
+    rank's alone.
     Routing.scores holds s divided by its sum over all experts. DeepSeek-V3, eq. 12-16 (arXiv:2412.19437).
     Raises: ValueError for sizes that do not fit each other, for a scale that is not positive, for a bias_update < 0;
     FloatingPointError for NaN or infinite logits of a real token.

@@ -197,3 +197,14 @@ def test_errors():
         with pytest.raises(FloatingPointError, match="1 of 6 tokens"):
             x[1, 1] = math.nan
             depths(x, lambda rows, _: rows)
+
+
+def test_a_predictor_that_is_no_number_is_an_error_and_not_a_skipped_token():
+    depths = MixtureOfDepths(4, name="layers.3").eval()
+    with torch.no_grad():
+        list(depths.predictor.parameters())[-1].fill_(math.nan)
+    x, real = torch.randn(2, 3, 4), torch.tensor([[True, True, False], [False, False, False]])
+    with pytest.raises(FloatingPointError, match=r"layers\.3: the predictor's logits must be finite.* 2 of 6 tokens"):
+        depths(x, lambda rows, _: rows, padding_mask=real)
+    y, _ = depths(x, lambda rows, _: rows, padding_mask=torch.zeros_like(real))
+    assert torch.equal(y, x)

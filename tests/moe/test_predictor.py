@@ -4,9 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from moe.predictor import active_neurons, foresight, recall_threshold, train_predictor, train_predictors
+from moe.predictor import (
+    ActivePredictor,
+    active_neurons,
+    foresight,
+    recall_threshold,
+    train_predictor,
+    train_predictors,
+)
 from moe.sparsified import FeedForwardSite, sparsify_activations
-from moe.thresholded import Thresholds
+from moe.thresholded import ThresholdedFeedForward, Thresholds
 from tests.typecheck import unchecked
 
 
@@ -24,6 +31,16 @@ def test_the_predictor_keeps_the_recall_and_leaves_out_most_idle_neurons():
     everything = train_predictor(x, active, rank=1, recall=1.0, generator=generator, steps=1)
     with torch.no_grad():
         assert everything.active(held_x)[held].all()
+
+
+@pytest.mark.parametrize("execution", ["auto", "sparse", "dense"])
+def test_a_nan_reaches_the_output(execution):
+    layer = ThresholdedFeedForward(8, 24, predictor=ActivePredictor(8, 24, rank=2), execution=execution).eval()
+    x = torch.randn(2, 8)
+    x[1, 3] = torch.nan
+    with torch.no_grad():
+        y = layer(x)
+    assert y[0].isfinite().all() and y[1].isnan().any()
 
 
 @pytest.fixture

@@ -356,3 +356,14 @@ def test_smollm2(tmp_path):
     assert torch.equal(generate(read, prompt, max_new_tokens=6), expected)
     sparse = upcycle(read, num_experts=2, k=2, granularity=2, layers=[0, 15, 29])
     torch.testing.assert_close(ours(sparse), ours(read), rtol=1e-4, atol=1e-3)
+
+
+def test_the_ends_of_texts_are_written_where_they_are_told(tmp_path):
+    model = Transformer(uniform())
+    ids = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None}
+    again = transformers.AutoModelForCausalLM.from_pretrained(to_hugging_face(model, tmp_path, token_ids=ids))
+    assert again.generation_config.eos_token_id == [2, 3] and again.config.bos_token_id == 1
+    with pytest.raises(ValueError, match=r"token_ids: eos_token_id must be in \[0, vocab_size=\d+\), got 10000"):
+        to_hugging_face(model, tmp_path, token_ids={"eos_token_id": 10000})
+    with pytest.raises(ValueError, match="token_ids must name bos_token_id, .*, got 'end'"):
+        to_hugging_face(model, tmp_path, token_ids={"end": 2})
