@@ -5,6 +5,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moe.checks import at_least
 from moe.experts import Experts
 from moe.layer import MoE
 from moe.nonlinearity import Activation
@@ -46,8 +47,8 @@ def upcycle(
 
     With k = 1 the renormalised gate is the constant 1, and the router gets no gradient from the output.
     generator: draws the router, then the neurons; default torch's global one.
-    Raises: ValueError for matrices of other shapes, a gate that does not go with the activation, granularity that does
-    not divide F, num_experts and k, k outside [1, num_experts], or reinitialize outside [0, 1].
+    Raises: ValueError for matrices of other shapes, a gate that does not go with the activation, granularity that is
+    no int >= 1 or does not divide F, num_experts and k, k outside [1, num_experts], or reinitialize outside [0, 1].
 
     >>> layer = upcycle(None, torch.randn(6, 4), torch.randn(4, 6), num_experts=3, k=2, activation="gelu")
     >>> layer.experts.down.shape
@@ -106,8 +107,7 @@ def _check_matrices(gate: Tensor | None, up: Tensor, down: Tensor, activation: A
 
 
 def _check_granularity(granularity: int, *, hidden: int, num_experts: int, k: int) -> None:
-    if granularity < 1:
-        raise ValueError(f"granularity must be >= 1, got {granularity}")
+    at_least("granularity", granularity, 1)
     for name, size in (("F", hidden), ("num_experts", num_experts), ("k", k)):
         if size % granularity:
             raise ValueError(f"granularity must divide {name}={size}, got {granularity}")

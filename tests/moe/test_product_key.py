@@ -277,6 +277,17 @@ def test_stats_of_even_and_of_single_use_and_of_nothing():
         memory_stats([one, type(lookup)(one.slots, one.weights, 9)])
 
 
+@pytest.mark.parametrize("draw", ["made", "reset"])
+def test_fresh_values_have_the_deviation_of_their_width_and_not_of_their_number(draw):
+    values = MemoryValues(2500, 16)
+    if draw == "reset":
+        with torch.no_grad():
+            values.weight.zero_()
+        values.reset_parameters()
+    assert values.weight.std().item() == pytest.approx(16**-0.5, rel=0.03)
+    assert abs(values.weight.mean().item()) < 0.01
+
+
 @given(st.integers(1, 40), st.data())
 def test_top_scores_are_those_of_a_sort_with_ties_and_infinities(n, data):
     k = data.draw(st.integers(1, n))

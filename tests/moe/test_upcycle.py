@@ -68,6 +68,20 @@ def test_the_experts_hold_the_shards_and_only_their_product_is_scaled():
     assert layer.experts.up.dtype == torch.float64 and all(p.requires_grad for p in layer.parameters())
 
 
+@pytest.mark.parametrize(
+    ("activation", "up_scale", "down_scale"), [("gelu", 1.0, 4.0), ("relu2", 4 ** (1 / 3), 4 ** (1 / 3))]
+)
+def test_without_a_gate_the_scale_is_on_the_matrices_in_which_the_shard_is_homogeneous(
+    activation, up_scale, down_scale
+):
+    _, up, down = matrices(activation, dtype=torch.float64)
+    layer = upcycle(None, up, down, num_experts=8, k=4, granularity=4, activation=activation)
+    for e in range(8):
+        cut = slice(6 * (e % 4), 6 * (e % 4) + 6)
+        close(layer.experts.up[e], up[cut].T * up_scale)
+        close(layer.experts.down[e], down[:, cut] * down_scale)
+
+
 def test_nothing_is_shared_with_the_dense_weights_and_the_generator_decides_the_router():
     gate, up, down = matrices("swiglu")
     options = {"num_experts": 4, "k": 2}
@@ -121,6 +135,7 @@ def test_reinitialising_all_leaves_nothing_of_the_dense_network():
     ("change", "message"),
     [
         ({"granularity": 0}, "granularity must be >= 1, got 0"),
+        ({"granularity": 2.0}, "granularity must be an int >= 1, got 2.0"),
         ({"granularity": 5}, "granularity must divide F=24, got 5"),
         ({"granularity": 3}, "granularity must divide num_experts=4, got 3"),
         ({"granularity": 2, "k": 1}, "granularity must divide k=1, got 2"),
