@@ -16,6 +16,7 @@ from moe.experts import Experts
 from moe.layer import MoE
 from moe.losses import load_balancing_loss
 from moe.nonlinearity import Activation
+from moe.routers.hash import HashRouter
 from moe.routers.linear import LinearRouter
 from moe.routers.top_k import draw_seed, record_choice, require_replay_of, router_logits
 from moe.routing import Routing
@@ -30,9 +31,10 @@ class FairscaleGate(nn.Module):
     forward(x [S, M]) → (l_aux, combine_weights [S, E, C], dispatch_mask [S, E, C]): entry (s, e, c) says with what
     weight token s sits in place c of expert e. C is the largest load, over the ranks of ``group`` where there are
     several (one all-reduce), for all ranks must exchange blocks of one shape.
-    router: for all experts of all ranks. It sees no padding mask and no token ids, so that a hash router cannot serve.
+    router: for all experts of all ranks. It sees no padding mask and no token ids: a hash router cannot serve.
     capacity_factor, drop_priority: as in :class:`moe.MoE`; None keeps every assignment. loss: of the routing, l_aux.
     The routing of the last call stays in ``.routing``, with its graph, for further losses; a copy of the gate has none.
+    Raises: ValueError for a hash router, or a capacity_factor that is not finite and positive.
 
     >>> layer = MOELayer(FairscaleGate(TopKRouter(8, 4, k=2)), nn.ModuleList(experts))
     """
@@ -49,6 +51,11 @@ class FairscaleGate(nn.Module):
         super().__init__()
         if capacity_factor is not None:
             expert_capacity(0, 1, capacity_factor)
+        if any(isinstance(module, HashRouter) for module in router.modules()):
+            raise ValueError(
+                "router must choose by x alone, all that fairscale's MOELayer gives its gate, "
+                "got HashRouter, which reads token_ids: use it in moe.MoE"
+            )
         self.router, self.capacity_factor, self.drop_priority = router, capacity_factor, drop_priority
         self.loss, self.group = loss, group
         self.routing: Routing | None = None
@@ -172,7 +179,9 @@ def from_fairscale(layer: nn.Module, *, capacity_factor: float | None = 1.0, noi
     layer: all experts in one process, gated by ``Top2Gate`` (or :class:`FairscaleGate`, whose router and capacity are
     taken over). Each expert is a module of Linears without bias that computes down(silu(gate x) ⊙ up x),
     down(gelu(up x)) or down(relu(up x)²); which Linear is which is found by comparing outputs on random rows, in
-    float64. Dropout inside experts is not taken over.
+    float64. Dropout inside experts is not taken over. Experts with biases, or of another function such as nn.ReLU,
+    SiLU without a gate or tanh-GELU, are refused: :class:`moe.Experts` has no biases and no such activation, and a
+    trained bias cannot be left out without changing the outputs.
     capacity_factor 1 is fairscale's own capacity 2S/E: what is dropped, and the weights of what is kept, are the same
     too. None drops nothing. noise: see :class:`GumbelTop2Router`. The draws come from other generators: outputs are
     equal where the second experts are, as they always are with two experts.
@@ -227,7 +236,9 @@ def _read_expert(expert: nn.Module, dim: int, name: str) -> Experts:
     others = sorted(dict(expert.named_parameters()).keys() - linears.keys())
     if others or len(linears) not in (2, 3):
         found = f"{len(linears)} Linears" + (f" and {', '.join(others)}" if others else "")
-        raise ValueError(f"{name} must consist of two or three Linears without bias, got {found}")
+        raise ValueError(
+            f"{name} must consist of two or three Linears without bias, as moe.Experts holds no biases, got {found}"
+        )
     exact = copy.deepcopy(expert).double().eval()
     rows = torch.randn(_PROBES, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for matrices in permutations(linear.weight for linear in linears.values()):
@@ -236,7 +247,10 @@ def _read_expert(expert: nn.Module, dim: int, name: str) -> Experts:
             again = copy.deepcopy(built).double().forward_one(0, rows)
             if torch.allclose(exact(rows), again, rtol=1e-9, atol=1e-9 * float(again.abs().max())):
                 return built
-    raise ValueError(f"{name} must be a swiglu, gelu or relu2 network, got another function of its Linears")
+    raise ValueError(
+        f"{name} must be a swiglu, gelu or relu2 network, the activations of moe.Experts; ReLU, SiLU without a gate "
+        f"and tanh-GELU are not read: got another function of its Linears"
+    )
 
 
 def _candidates(matrices: tuple[Tensor, ...], dim: int) -> list[Experts]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from moe import (
     ExpertChoiceRouter,
+    HashRouter,
     MoE,
     NoisyTopKRouter,
     SigmoidRouter,
@@ -246,8 +247,15 @@ def test_bad_input_says_what_is_wrong(monkeypatch):
     with pytest.raises(ValueError, match="all num_experts=4 experts of its gate, got 3"):
         from_fairscale(short)
     for expert, message in {
-        nn.Sequential(nn.Linear(DIM, 3), nn.GELU(), nn.Linear(3, DIM)): "got 2 Linears and 0.bias, 2.bias",
+        nn.Sequential(nn.Linear(DIM, 3), nn.GELU(), nn.Linear(3, DIM)): (
+            "experts.2 must consist of two or three Linears without bias, as moe.Experts holds no biases, "
+            "got 2 Linears and 0.bias, 2.bias"
+        ),
         nn.Linear(DIM, DIM, bias=False): "got 1 Linears",
+        sequence(nn.ReLU()): (
+            "experts.2 must be a swiglu, gelu or relu2 network, the activations of moe.Experts; ReLU, SiLU without a "
+            "gate and tanh-GELU are not read"
+        ),
         sequence(nn.GELU(approximate="tanh")): "experts.2 must be a swiglu, gelu or relu2 network",
         sequence(nn.Tanh()): "experts.2 must be a swiglu, gelu or relu2 network",
         sequence(nn.GELU()): "experts must be alike",
@@ -263,6 +271,8 @@ def test_bad_input_says_what_is_wrong(monkeypatch):
         GumbelTop2Router(DIM, 1)
     with pytest.raises(ValueError, match="capacity_factor must be a finite number > 0, got 0"):
         FairscaleGate(TopKRouter(DIM, 4, k=2), capacity_factor=0.0)
+    with pytest.raises(ValueError, match="router must choose by x alone.*got HashRouter, which reads token_ids"):
+        FairscaleGate(HashRouter(DIM, 4))
     monkeypatch.setitem(sys.modules, "fairscale.nn", None)
     with pytest.raises(ImportError, match=r"pip install 'sparse-transformers\[fairscale\]'"):
         from_fairscale(theirs(4))
