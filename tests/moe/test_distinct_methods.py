@@ -8,6 +8,7 @@ from itertools import combinations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe import (
@@ -17,11 +18,14 @@ from moe import (
     HeadDropout,
     LayerDrop,
     MixtureOfDepths,
+    MoE,
     NoisyTopKRouter,
     PathDropout,
     ProductKeyMemory,
+    SoftMoE,
     ThresholdedFeedForward,
     Thresholds,
+    TopKRouter,
     calibrate_teal,
     calibrate_thresholds,
     entropy_loss,
@@ -32,7 +36,9 @@ from moe import (
     sparsify_activations,
     upcycle,
 )
+from moe.calibration import feedforward_inputs
 from moe.dispatch import limit_capacity
+from moe.predictor import train_predictor
 from tests.tolerances import close
 
 DIM, HIDDEN, TOKENS = 8, 24, 40
@@ -95,6 +101,24 @@ def rows() -> Tensor:
     return torch.randn(TOKENS, DIM, generator=torch.Generator().manual_seed(1))
 
 
+def trained_predictors(model: nn.Module) -> dict[str, ActivePredictor]:
+    """Of the neurons with a positive gate, about half of them: most are found, and few others."""
+    seen, fresh = (
+        feedforward_inputs(model, [torch.randn(400, DIM, generator=torch.Generator().manual_seed(seed))])
+        for seed in (11, 12)
+    )
+    predictors = {}
+    for name, x in seen.items():
+        gate = model.get_submodule(name).gate
+        found = train_predictor(
+            x, gate(x) > 0, rank=DIM, recall=0.9, steps=150, generator=torch.Generator().manual_seed(13)
+        )
+        active, predicted = gate(fresh[name]) > 0, found(fresh[name]) > found.threshold
+        assert predicted[active].float().mean() > 0.8 and predicted[~active].float().mean() < 0.2
+        predictors[name] = found
+    return predictors
+
+
 def test_ways_to_drop_activations(model: nn.Module) -> None:
     found = {"dense": model(rows())}
     for method in ("hard", "cats", "cett", "teal"):
@@ -107,9 +131,7 @@ def test_ways_to_drop_activations(model: nn.Module) -> None:
         "top_k": {"method": "hard", "top_k": HIDDEN // 2},
         "relu": {"method": "relu"},
         "teal with attention": {"method": "teal", "thresholds": both.feedforward, "attention": both.attention},
-        "predictor": {"method": "hard", "predictors": {
-            f"{at}.feedforward": ActivePredictor(DIM, HIDDEN, rank=2) for at in (0, 1)
-        }},
+        "predictor": {"method": "hard", "predictors": trained_predictors(model)},
     }.items():  # fmt: skip
         sparse = sparsify_activations(model, **options)
         found[name] = model(rows())
@@ -164,6 +186,47 @@ def test_losses_of_a_router() -> None:
         "entropy": entropy_loss(routing),
     }
     all_differ({name: loss.detach()[None, None] for name, loss in found.items()}, least=0.9)
+
+
+def test_scopes_of_the_balance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over two processes of one sequence each, "global" is the loss of the whole batch, "sequence" a mean of losses.
+
+    The all-reduce is played by adding what the other process would send.
+    """
+    torch.manual_seed(14)
+    router, x = TopKRouter(DIM, 4, k=2), rows()
+    x = x + router.weight[:2].repeat_interleave(TOKENS // 2, 0)  # the sequences prefer different experts
+    whole, halves = router(x), [router(part) for part in x.chunk(2)]
+    sent = [torch.tensor([*routing.loads().tolist(), TOKENS // 2], dtype=torch.float32) for routing in halves]
+    each = load_balancing_loss(whole, scope="sequence", sequences=2)
+    close(each, sum(load_balancing_loss(routing) for routing in halves) / 2)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    shares = []
+    for routing, others in zip(halves, reversed(sent), strict=True):
+        monkeypatch.setattr(dist, "all_reduce", lambda sums, group=None, others=others: sums.add_(others))
+        shares.append(load_balancing_loss(routing, scope="global"))
+    together = sum(shares) / 2
+    close(together, load_balancing_loss(whole))
+    assert each > 1.05 * together, "a sequence that is all of one kind costs more under its own scope"
+
+
+def test_soft_slots_are_no_choice_of_experts() -> None:
+    """One set of experts and of router directions: weighted averages, all experts, the two best."""
+    torch.manual_seed(15)
+    soft, x = SoftMoE(DIM, HIDDEN, 4), 2 * rows()[None]
+    found = {"soft": soft(x)[0].detach()}
+    changed = x.clone()
+    changed[:, -1] += 1
+    assert differing(soft(changed)[0, :-1], found["soft"][:-1]) > 0.9, "a slot holds every token"
+    for k in (2, 4):
+        layer = MoE(DIM, HIDDEN, 4, TopKRouter(DIM, 4, k=k))
+        with torch.no_grad():
+            layer.router.weight.copy_(soft.phi.T)
+            layer.experts.load_state_dict(soft.experts.state_dict())
+        found[f"top {k}"] = layer(x)[0][0].detach()
+        assert differing(layer(changed)[0][0, :-1], found[f"top {k}"][:-1]) == 0
+    all_differ(found, least=0.9)
 
 
 def test_ways_to_drop_while_training() -> None:
