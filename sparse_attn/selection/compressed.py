@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparse_attn.selection.ranking import best_columns
 from sparse_attn.selection.scoring import PLAIN, Pairs, ScoreOptions
 
 # scores that are worked on at once: 4 MiB of float32
@@ -219,8 +220,7 @@ def _best(score: Float[Tensor, "P m C"], first: int, geometry: Geometry) -> Int[
     column = torch.arange(score.shape[2], device=score.device)
     always = (column < geometry.initial) | (column > own - geometry.local)
     ranked = score.masked_fill_(always, torch.inf).masked_fill_(column > own, -torch.inf)
-    best, blocks = ranked.topk(min(geometry.top_n, score.shape[2]), dim=-1, sorted=False)
-    return blocks.masked_fill_(best == -torch.inf, -1)
+    return best_columns(ranked, geometry.top_n)
 
 
 def _gradients(work: _Stretches, q: Tensor, out: Tensor, grad_out: Tensor, scale: float) -> tuple[Tensor, ...]:

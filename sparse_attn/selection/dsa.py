@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from sparse_attn.checking import check_shapes
 from sparse_attn.patterns import Pattern, causal
 from sparse_attn.selection.padding import without_padding
+from sparse_attn.selection.ranking import coarse
 from sparse_attn.selection.record import Selected
 from sparse_attn.selection.scoring import PLAIN, Pairs, ScoreOptions, attend_pattern
 from sparse_attn.selection.tokens import TokenSelection, attend_tokens
@@ -32,8 +33,10 @@ def index_scores(
 def best_tokens(scores: Float[Tensor, "B L S"], top_k: int) -> Int[Tensor, "B L n"]:
     """The ``top_k`` tokens of highest score above -inf, in ascending order, -1 where there are fewer.
 
-    Of equal scores the later tokens win: ReLU makes exact zeros, and a choice among them must not depend on the shape.
+    Of equal scores (:func:`coarse`) the later tokens win: ReLU makes exact zeros, and a choice among them must not
+    depend on the shape.
     """
+    scores = coarse(scores)
     width = min(top_k, scores.shape[2])
     if width == 0:
         return torch.full((*scores.shape[:2], 0), -1, device=scores.device)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from sparse_attn.checking import check_mask, check_shapes
 from sparse_attn.selection.padding import without_padding
+from sparse_attn.selection.ranking import best_columns
 from sparse_attn.selection.record import BlockSelection, Selected
 from sparse_attn.selection.scoring import PLAIN, ScoreOptions
 from sparse_attn.selection.selected import attend_selected
@@ -72,8 +73,7 @@ def moba(
     if key_mask is not None:
         scores.masked_fill_(~_any_real(key_mask, block)[:, None, None], -torch.inf)
     scores.masked_fill_(column == own, torch.inf)
-    best, blocks = scores.topk(min(top_k, means.shape[2]), dim=-1, sorted=False)
-    return BlockSelection(blocks.masked_fill_(best == -torch.inf, -1), block, keys, offset)
+    return BlockSelection(best_columns(scores, top_k), block, keys, offset)
 
 
 def block_means(
