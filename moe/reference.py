@@ -45,7 +45,7 @@ def combine_weights(
     chosen = {t: _best(logits[t], k) for t in range(num_tokens) if real is None or real[t]}
     room = math.inf
     if capacity_factor is not None:
-        room = math.ceil(k * len(chosen) / num_experts * capacity_factor - 1e-9)
+        room = max(1, math.ceil(k * len(chosen) / num_experts * capacity_factor - 1e-9))
     taken = [0] * num_experts
     rows = []
     for t in range(num_tokens):
