@@ -180,8 +180,11 @@ class _And(Pattern):
 
     def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
         # a complement may see anything: the other parts bound it
-        parts = [part for part in self.parts if not isinstance(part, _Not)] or list(self.parts)
-        return reduce(_intersect, (part.reach(first, last, key_end) for part in parts))
+        parts = [part for part in self.parts if not isinstance(part, _Not)]
+        reached = reduce(_intersect, (part.reach(first, last, key_end) for part in parts or self.parts))
+        if 0 < len(parts) < len(self.parts):
+            _check_reached(self, reached, len(first), key_end)
+        return reached
 
     def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
         return [column for part in self.parts for column in part.signature(query, key, block)]
@@ -345,6 +348,17 @@ def per_head(*patterns: Pattern) -> Pattern:
         if not isinstance(pattern, Pattern) or isinstance(pattern, PerHead):
             raise ValueError(f"per_head must get patterns that are not per head themselves, got {pattern!r}")
     return PerHead(patterns)
+
+
+def _check_reached(pattern: Pattern, reached: Intervals, rows: int, key_end: int) -> None:
+    """Raises: ValueError where what bounds a complement leaves both too many keys and more than an eighth of all."""
+    sizes = np.maximum(np.minimum(reached[1], key_end) - np.maximum(reached[0], 0), 0).sum(1)
+    keys, most = int(np.minimum(sizes, key_end).sum()), max(COMPLEMENT_CELLS, rows * key_end // 8)
+    if keys > most:
+        raise ValueError(
+            f"{pattern} looks at every block that is left beside ~: the keys of all query blocks must be <= {most}"
+            f" ({COMPLEMENT_CELLS}, or an eighth of {rows} x {key_end}), got {keys}: shorten it, or bound ~ by a window"
+        )
 
 
 def everything(first: Positions, key_end: int) -> Intervals:

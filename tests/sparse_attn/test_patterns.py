@@ -109,6 +109,16 @@ def test_bad_arguments():
         causal() & 3
 
 
+def test_a_complement_has_a_longest_length_unless_something_bounds_it():
+    with pytest.raises(ValueError, match=re.escape("~sinks(4) looks at every block: query blocks x keys must be <=")):
+        (~sinks(4)).layout(65_537)
+    with pytest.raises(ValueError, match=re.escape("(67108864, or an eighth of 15625 x 1000000), got 7813000000")):
+        (causal() & ~sliding_window(256)).layout(1_000_000)
+    bounded = causal() & sliding_window(1024) & ~sliding_window(256)
+    assert bounded.layout(1_000_000).visited_blocks < 15 * 15_625
+    assert (causal() & ~sliding_window(256)).layout(1, 1_000_000).visited_blocks == 15_621
+
+
 @pytest.mark.parametrize(
     "text", ["full()", "causal()", "causal() & sliding_window(3)", "sinks(2)", "causal() | sinks(2)"]
 )
