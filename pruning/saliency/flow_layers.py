@@ -74,7 +74,9 @@ def flow_forward(module: Any, stream: Stream) -> Callable[..., Any] | None:
         return _memory(module, stream)
     if hasattr(module, "hidden_one") and hasattr(module, "forward_one"):
         # called past the module's own forward
-        vars(module)["hidden_one"] = _hidden(module)
+        hidden = _hidden(module)
+        vars(module)["hidden_one"] = hidden
+        vars(module)["forward_one"] = lambda expert, rows: hidden(expert, rows) @ module.down[expert].mT
         return None
     if _is_matrix(module, "fc1") and _is_matrix(module, "fc2"):
         # OPT's feed-forward has no module of its own: its last projection ends the branch
