@@ -9,8 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from moe import Noise
 from sparse_attn.selection import ScoreOptions
 from tests.tolerances import close
+from tests.transformer.generation import assert_generates_each_as_alone
 from tests.transformer.test_selection import LENGTH, VARIANTS, ids
-from transformer import AttentionConfig, DenseConfig, LayerConfig, Transformer, TransformerConfig, generate
+from transformer import AttentionConfig, DenseConfig, LayerConfig, Transformer, TransformerConfig
 from transformer.build import build_attention
 
 SLOPES = (0.5, 0.2, 0.1, 0.0)
@@ -73,13 +74,7 @@ def test_cached_decoding_equals_the_full_forward(kind):
 
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_prompts_of_unequal_length_are_each_as_if_alone(kind):
-    built, tokens = model(kind).eval(), ids()[:, :9]
-    mask = torch.ones(2, 9, dtype=torch.long)
-    mask[1, :5] = 0
-    options = {"max_new_tokens": 5, "prefill_chunk": 4}
-    both = generate(built, tokens, attention_mask=mask, **options)
-    assert both[:1].equal(generate(built, tokens[:1], **options))
-    assert both[1:, 5:].equal(generate(built, tokens[1:, 5:], **options))
+    assert_generates_each_as_alone(model(kind).eval(), ids()[:, :9])
 
 
 @pytest.mark.parametrize("kind", VARIANTS)

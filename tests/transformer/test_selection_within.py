@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from tests.tolerances import close
+from tests.transformer.generation import assert_generates_each_as_alone
 from tests.transformer.test_selection import CHOICES, LENGTH, chosen, ids
 from training.model_config import ModelConfig, model_config
-from transformer import AttentionConfig, DenseConfig, LayerConfig, Transformer, TransformerConfig, generate
+from transformer import AttentionConfig, DenseConfig, LayerConfig, Transformer, TransformerConfig
 from transformer.selection_cost import selection_flops
 
 PATTERNS = {
@@ -51,13 +52,7 @@ def test_cached_decoding_is_the_full_forward_and_nothing_else_is_chosen(kind, na
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_prompts_of_unequal_length_are_each_as_if_alone(kind, name):
-    built, tokens = model(kind, name).eval(), ids()[:, :9]
-    mask = torch.ones(2, 9, dtype=torch.long)
-    mask[1, :5] = 0
-    options = {"max_new_tokens": 5, "prefill_chunk": 4}
-    both = generate(built, tokens, attention_mask=mask, **options)
-    assert both[:1].equal(generate(built, tokens[:1], **options))
-    assert both[1:, 5:].equal(generate(built, tokens[1:, 5:], **options))
+    assert_generates_each_as_alone(model(kind, name).eval(), ids()[:, :9])
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
