@@ -25,7 +25,8 @@ HALVES = (torch.bfloat16, torch.float16)
 FEW_TOKENS = 16
 _library = torch.library.Library("moe", "FRAGMENT")
 _library.define(
-    "few_tokens(Tensor x, Tensor token, Tensor expert, Tensor weight, Tensor up, Tensor down, str activation) -> Tensor"
+    "few_tokens(Tensor x, Tensor token, Tensor expert, Tensor weight, Tensor up, Tensor down, str activation,"
+    " Tensor? up_bias=None, Tensor? down_bias=None) -> Tensor"
 )
 
 
@@ -44,10 +45,12 @@ def mix_few_tokens(
     up: Float[Tensor, "E D A"],
     down: Float[Tensor, "E D F"],
     activation: Activation,
+    up_bias: Float[Tensor, "E A"] | None = None,
+    down_bias: Float[Tensor, "E D"] | None = None,
     *,
     compiled: bool = False,
 ) -> Float[Tensor, "T D"]:
-    """y_t = Σ_{n: token_n = t} weight_n · act(x_t · up_{expert_n}) · down_{expert_n}ᵀ, without a graph.
+    """:func:`moe.grouped.expert_mixture` without a graph.
 
     Touches the chosen experts only, and copies none where x has the weights' dtype. Sums over experts in float32.
     compiled: by loops that torch.compile makes at the first call.
@@ -61,7 +64,7 @@ def mix_few_tokens(
         mix = torch.ops.moe.few_tokens
     else:
         mix = _compiled_mixture() if compiled else _few_tokens
-    return mix(x, token, expert, weight, up, down, activation)
+    return mix(x, token, expert, weight, up, down, activation, up_bias, down_bias)
 
 
 def lies_for_decoding(up: Float[Tensor, "E D A"]) -> bool:
@@ -70,14 +73,22 @@ def lies_for_decoding(up: Float[Tensor, "E D A"]) -> bool:
 
 
 def fused_mixture(
-    x: Tensor, token: Tensor, expert: Tensor, weight: Tensor, up: Tensor, down: Tensor, activation: str
+    x: Tensor,
+    token: Tensor,
+    expert: Tensor,
+    weight: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
     """The mixture as gathers and sums, for a compiler to fuse: run as it stands, it copies the chosen experts."""
     wide = torch.promote_types(x.dtype, torch.float32)
     rows = x if x.shape[0] == 1 else x[token]
-    pre = (rows[:, None].to(wide) * up.mT[expert].to(wide)).sum(-1)
+    pre = _plus((rows[:, None].to(wide) * up.mT[expert].to(wide)).sum(-1), up_bias, expert)
     hidden = activate(pre, cast(Activation, activation))
-    out = (hidden[:, None] * down[expert].to(wide)).sum(-1) * weight[:, None].to(wide)
+    out = _plus((hidden[:, None] * down[expert].to(wide)).sum(-1), down_bias, expert) * weight[:, None].to(wide)
     if x.shape[0] == 1:
         return out.sum(0, keepdim=True).to(x.dtype)
     return torch.zeros(x.shape, dtype=wide, device=x.device).index_add(0, token, out).to(x.dtype)
@@ -88,8 +99,20 @@ def _compiled_mixture() -> Callable[..., Tensor]:
     return torch.compile(fused_mixture)
 
 
+def _plus(rows: Tensor, bias: Tensor | None, expert: Tensor) -> Tensor:
+    return rows if bias is None else rows + bias[expert].to(rows.dtype)
+
+
 def _few_tokens(
-    x: Tensor, token: Tensor, expert: Tensor, weight: Tensor, up: Tensor, down: Tensor, activation: str
+    x: Tensor,
+    token: Tensor,
+    expert: Tensor,
+    weight: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
     experts = expert.tolist()
     if not experts:
@@ -102,8 +125,8 @@ def _few_tokens(
         groups = _groups([experts[place] for place in order])
     one = x.shape[0] == 1
     rows = x.expand(len(experts), -1) if one else x[token]
-    hidden = activate(_products(rows, expert, up, groups), cast(Activation, activation))
-    out = _products(hidden, expert, down.mT, groups)
+    hidden = activate(_plus(_products(rows, expert, up, groups), up_bias, expert), cast(Activation, activation))
+    out = _plus(_products(hidden, expert, down.mT, groups), down_bias, expert)
     if weight.dtype != x.dtype:
         out, weight = _in_the_wider(out, weight)
     if one:
