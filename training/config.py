@@ -39,6 +39,8 @@ class DataConfig:
     """Tokens of a learnt bpe, the 256 bytes and the separator included."""
     held_out: float = 0.05
     """Share of the documents kept for evaluation."""
+    validation: float = 0.0
+    """Share of the documents kept for choices between runs: not trained on, and evaluated beside those held out."""
     split: str = "train"
     """Split of a Hugging Face dataset."""
     text_field: str = "text"

@@ -26,13 +26,15 @@ NOT_LIBRARY = frozenset({"test", "tests", "idlelib", "site-packages", "dist-pack
 class Corpus:
     """Documents, in a fixed order, already split.
 
-    train, held_out: whole documents; no text occurs twice. skipped: files that are not UTF-8 text.
+    train, held_out, validation: whole documents; no text occurs twice. validation: kept from both, for choices between
+    runs. skipped: files that are not UTF-8 text.
     """
 
     name: str
     train: tuple[str, ...]
     held_out: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
 
     @property
     def held_out_bytes(self) -> int:
@@ -47,7 +49,7 @@ class Corpus:
     def fingerprint(self) -> str:
         """A hash of every document and its side of the split."""
         digest = hashlib.blake2b(digest_size=16)
-        for side in (self.train, self.held_out):
+        for side in (self.train, self.held_out, *([self.validation] if self.validation else [])):
             digest.update(b"side")
             for text in side:
                 digest.update(_digest(text))
@@ -58,6 +60,7 @@ def load_corpus(
     name: str,
     *,
     held_out: float = 0.05,
+    validation: float = 0.0,
     split: str = "train",
     field: str = "text",
     max_documents: int | None = None,
@@ -66,15 +69,20 @@ def load_corpus(
     """The documents called ``name``, split into training and held-out text.
 
     name: ``stdlib``; a file, folder or glob; or ``hf:dataset[:config]`` (see :func:`read_files`, :func:`read_hub`).
-    held_out: share of the documents kept for evaluation, at least one. Documents are ordered by the hash of their
-    text, so that order and split depend on nothing but the texts. A corpus of one document is cut at a line end.
+    held_out: share of the documents kept for evaluation, at least one. validation: share kept for choices between runs,
+    none at 0; taken from the training documents, so that the held-out ones are the same with and without it. Documents
+    are ordered by the hash of their text, so that order and split depend on nothing but the texts. A corpus of one
+    document is cut at a line end.
     split, field: of a Hugging Face dataset; ``field`` also of JSON lines. max_documents: at most so many, the first by
     hash; with ``streaming`` the first that arrive, and nothing beyond them is downloaded.
 
-    Raises: ValueError if there is no text, or held_out is outside (0, 1); FileNotFoundError if no file matches.
+    Raises: ValueError if there is no text, held_out is outside (0, 1), or validation outside [0, 1 - held_out);
+    FileNotFoundError if no file matches.
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
+    if not 0 <= validation < 1 - held_out:
+        raise ValueError(f"validation must be in [0, 1 - held_out={1 - held_out:g}), got {validation}")
     if streaming and (max_documents is None or not name.startswith(HUGGING_FACE)):
         raise ValueError(f"streaming needs an hf: corpus and max_documents, got {name!r} and {max_documents}")
     skipped: list[str] = []
@@ -89,7 +97,10 @@ def load_corpus(
     if not documents:
         raise ValueError(f"corpus {name!r} is empty: it has no document with text ({len(skipped)} files are not UTF-8)")
     train, rest = split_documents(documents, held_out=held_out)
-    return Corpus(name=name, train=train, held_out=rest, skipped=tuple(skipped))
+    kept: tuple[str, ...] = ()
+    if validation:
+        train, kept = split_documents(list(train), held_out=validation / (1 - held_out))
+    return Corpus(name=name, train=train, held_out=rest, skipped=tuple(skipped), validation=kept)
 
 
 def in_hash_order(texts: Iterable[str]) -> list[str]:

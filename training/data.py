@@ -60,6 +60,7 @@ class Data:
 
     Every token of a document and the separator after it is predicted once in an epoch (the last length-1 or fewer of
     an epoch's tokens wait for the next), and exactly once in an evaluation. skipped: files left out as not UTF-8.
+    validation: of documents that are neither trained on nor held out, for choices between runs; None without any.
     """
 
     tokenizer: Tokenizer
@@ -69,6 +70,7 @@ class Data:
     held_out_bytes: int
     fingerprint: str
     skipped: tuple[str, ...] = ()
+    validation: np.ndarray | None = None
 
 
 def prepare(
@@ -89,7 +91,10 @@ def prepare(
         )
     held_out = tokenise(corpus.held_out, encoder, cache=cache)
     print_of_content = hashlib.blake2b((corpus.fingerprint() + encoder.to_json()).encode(), digest_size=16).hexdigest()
-    return Data(encoder, train, held_out, corpus.train_bytes, corpus.held_out_bytes, print_of_content, corpus.skipped)
+    return Data(
+        encoder, train, held_out, corpus.train_bytes, corpus.held_out_bytes, print_of_content, corpus.skipped,
+        tokenise(corpus.validation, encoder, cache=cache) if corpus.validation else None,
+    )  # fmt: skip
 
 
 def make_tokenizer(corpus: Corpus, *, kind: str, vocab_size: int, cache: Path | None = None) -> Tokenizer:

@@ -4,8 +4,9 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,16 @@ class Evaluation:
     dead_experts: tuple[int, ...] = ()
     passed: tuple[float, ...] = ()
     memories: tuple[MemoryStats, ...] = ()
+
+    def line(self) -> dict[str, Any]:
+        """As it stands in metrics.jsonl."""
+        return {
+            "eval_loss": self.loss,
+            "bits_per_byte": self.bits_per_byte,
+            "dead_experts": list(self.dead_experts),
+            "passed": list(self.passed),
+            "memories": [asdict(use) for use in self.memories],
+        }
 
 
 def evaluate(

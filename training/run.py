@@ -213,6 +213,7 @@ def read_corpus(config: DataConfig) -> Corpus:
     return load_corpus(
         config.corpus,
         held_out=config.held_out,
+        validation=config.validation,
         split=config.split,
         field=config.text_field,
         max_documents=config.max_documents,

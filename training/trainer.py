@@ -1,6 +1,5 @@
 """The training loop."""
 
-import dataclasses
 import errno
 import math
 import shutil
@@ -12,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -175,7 +175,7 @@ class Trainer:
                 if self._due(self.train.eval_every):
                     result = self.evaluate()
                     observe_all(self.sparsifiers, result.loss)
-                    metrics.write(_evaluation_line(self.step, result))
+                    metrics.write({"step": self.step} | result.line() | self._validated())
                     console.print(f"step {self.step}: held-out {result.bits_per_byte:.4f} bits per byte")
                 if self.train.sample_every and self.step % self.train.sample_every == 0:
                     text = self.sample()
@@ -223,12 +223,12 @@ class Trainer:
         line = self._line(output, loss=loss, lr=lr, norm=norm.item(), rate=batch.inputs.numel() / seconds)
         return self.parallel.reduced(line)
 
-    def evaluate(self) -> Evaluation:
-        """Loss on the held-out text, with the weights that the sparsifiers give evaluation."""
+    def evaluate(self, tokens: np.ndarray | None = None) -> Evaluation:
+        """Loss on the held-out text, or on ``tokens``, with the weights that the sparsifiers give evaluation."""
         with evaluating(self.model), parametrised(self.sparsifiers):
             result = evaluate(
                 self.model,
-                self.data.held_out,
+                self.data.held_out if tokens is None else tokens,
                 self.data.tokenizer,
                 length=self.length,
                 batch=self.train.batch,
@@ -274,6 +274,10 @@ class Trainer:
         )
         self.saved = (self.step, folder)
         return folder
+
+    def _validated(self) -> dict[str, float]:
+        tokens = self.data.validation
+        return {} if tokens is None else {"validation_bits_per_byte": self.evaluate(tokens).bits_per_byte}
 
     def _check_prompt(self) -> None:
         count, room = len(self.data.tokenizer.encode(self.train.prompt)), self.model.config.max_length
@@ -386,14 +390,3 @@ def require_room(folder: Path, needed: int) -> None:
             errno.ENOSPC,
             f"{folder} has {free / 2**20:.0f} MiB free, a checkpoint needs about {needed / 2**20:.0f}: free some space",
         )
-
-
-def _evaluation_line(step: int, result: Evaluation) -> dict[str, Any]:
-    return {
-        "step": step,
-        "eval_loss": result.loss,
-        "bits_per_byte": result.bits_per_byte,
-        "dead_experts": list(result.dead_experts),
-        "passed": list(result.passed),
-        "memories": [dataclasses.asdict(use) for use in result.memories],
-    }

@@ -36,6 +36,24 @@ def test_split_is_by_document_and_depends_only_on_the_texts(tmp_path: Path) -> N
     assert again.fingerprint() == corpus.fingerprint()
 
 
+def test_validation_text_is_taken_from_training_alone(tmp_path: Path) -> None:
+    folder = str(write_corpus(tmp_path))
+    whole, parted = load_corpus(folder, held_out=0.2), load_corpus(folder, held_out=0.2, validation=0.25)
+    assert parted.held_out == whole.held_out and len(parted.validation) == 5
+    assert sorted(parted.train + parted.validation) == sorted(whole.train)
+    assert parted.fingerprint() != whole.fingerprint() == load_corpus(folder, held_out=0.2, validation=0).fingerprint()
+    data = prepare(parted, length=8, tokenizer="bytes")
+    assert data.tokenizer.decode(data.validation[1:-1].tolist()).startswith(parted.validation[0])
+    assert prepare(whole, length=8, tokenizer="bytes").validation is None
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "only.txt").write_text(text := "".join(f"line {number}\n" for number in range(100)))
+    one = load_corpus(str(tmp_path / "one"), held_out=0.1, validation=0.2)
+    assert one.train[0] + one.validation[0] + one.held_out[0] == text
+    assert 0.18 < len(one.validation[0]) / len(text) < 0.22
+    with pytest.raises(ValueError, match=r"validation must be in \[0, 1 - held_out=0.8\), got 0.8"):
+        load_corpus(folder, held_out=0.2, validation=0.8)
+
+
 def test_one_document_is_cut_at_a_line_end(tmp_path: Path) -> None:
     text = "".join(f"line {number}\n" for number in range(100))
     (tmp_path / "only.txt").write_text(text)

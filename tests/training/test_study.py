@@ -195,6 +195,32 @@ def test_every_arm_tries_every_rate_and_a_cell_of_both_phases_is_one(toy):
     }
 
 
+def test_rates_are_chosen_on_text_that_is_neither_trained_on_nor_reported(toy, tmp_path, in_this_process):
+    """The sweep keeps a fifth of the documents from training; the runs that are compared are those without it."""
+    plain, study, records = toy(), toy(extra="validation = 0.2"), tmp_path / "records.jsonl"
+    lines = run_study(study, out=tmp_path / "out", records=records)
+    swept, final = [], []
+    for line in lines:
+        if line["kind"] == "cell":
+            (swept if "validation_bits_per_byte" in line else final).append(line)
+    assert len(swept) == 4 and len(final) == 4 and not missing(study, lines)
+    rates = best_rates(study, lines)
+    for arm in rates:
+        by = {line["lr"]: line["validation_bits_per_byte"] for line in swept if line["arm"] == arm}
+        assert rates[arm] == min(by, key=by.get) and results(study, lines)[arm == "moe"].sweep == by
+    assert {line["key"] for line in final} == {cell_key(plain, cell) for cell in seed_cells(plain, rates)}
+    assert not {cell_key(study, cell) for cell in sweep_cells(study)} & {cell_key(plain, c) for c in sweep_cells(plain)}
+    # the worst rate by validation made the best by held-out text: the choice stays, and the page says so
+    for line in swept:
+        line["bits_per_byte"] = -line["validation_bits_per_byte"]
+    assert best_rates(study, lines) == rates
+    text = page_text(study, lines)
+    assert "by validation bits per byte" in text and "another 20.0% of the documents" in text
+    assert f"but for Dense {({1e-3, 1e-2} - {rates['dense']}).pop():g}, Mixture" in text
+    one = {line["key"]: line for line in lines if line["kind"] == "speed"}
+    assert len(one) == 2 and "on the text that the table reports" in page_text(plain, lines)
+
+
 def test_a_sweep_goes_on_beyond_the_end_at_which_its_best_rate_is(toy, tmp_path, monkeypatch):
     """Bits a byte are lowest at 1.0 for one arm and at 5e-4 for the other, whose rates between are all worse."""
     study, asked = toy(extra="beyond = 2"), []
@@ -312,6 +338,9 @@ def test_the_page_shows_the_records_numbers_and_says_what_is_missing(toy, tmp_pa
     "extra, arm, message",
     [
         ("", 'changes = { "optim.lr" = 1.0 }', "arm 'moe' must not set optim.lr: the study does"),
+        ("validation = 0.8", "", r"validation must be in \[0, 1 - data.held_out=0.8\), got 0.8"),
+        ("validation = -0.1", "", r"validation must be in .* got -0.1"),
+        ('validation = 0.1\nregimes = ["few_batches"]', "", "validation must be 0 with regimes"),
         ("sweep_steps = 9", "", r"sweep_steps must be in \[1, train.steps=4\], got 9"),
         ("beyond = -1", "", "beyond must be at least 0, got -1"),
         ("lr = 1", "", "unknown key 'lr' in .*did you mean 'lrs'"),

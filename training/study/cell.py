@@ -83,6 +83,7 @@ def _result(config: RunConfig, outcome: Outcome, facts: Line) -> Line:
     return {
         "status": DONE,
         "bits_per_byte": lines[-1]["bits_per_byte"],
+        **{name: lines[-1][name] for name in ("validation_bits_per_byte",) if name in lines[-1]},
         "loss": lines[-1]["eval_loss"],
         "train_loss": outcome.loss if outcome.loss == outcome.loss else None,
         "tokens": outcome.tokens,

@@ -26,8 +26,8 @@ text { font: 12px system-ui, sans-serif; fill: #1f2933 } .muted { fill: #5f6b7a 
 def study_svg(results: Sequence[ArmResult], *, reference: ArmResult) -> str:
     """One row an arm. Left: a dot for each seed, a bar at their mean, a dashed line at the reference's mean.
 
-    Right: bits a byte of the first seed against the learning rate (logarithmic), each row on its own scale; the ring
-    is the best rate, a cross on top a loss that was not finite.
+    Right: bits a byte of the text that chooses rates, of the first seed, against the learning rate (logarithmic), each
+    row on its own scale; the ring is the best rate, a cross on top a loss that was not finite.
 
     Raises: ValueError if no arm has a result.
     """

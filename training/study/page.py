@@ -8,7 +8,17 @@ from training.study.answers import answers
 from training.study.figure import study_svg
 from training.study.sections import sections
 from training.study.spec import Study, sweep_cells
-from training.study.summary import ArmResult, Comparison, Outcome, compare, missing, missing_in_regimes, results
+from training.study.summary import (
+    ArmResult,
+    Comparison,
+    Outcome,
+    best_rates,
+    compare,
+    missing,
+    missing_in_regimes,
+    rates_by_held_out,
+    results,
+)
 
 RULE = (
     "*Better* or *worse* means: the means differ by more than the seeds' spread, √(s² + s²) of the two sample standard "
@@ -181,9 +191,9 @@ def _conditions(study: Study, lines: list[Line]) -> list[str]:
     said = [
         f"Command: `sparse-transformers study {study.name}`; records: {len(cells)} cells"
         f"{f', {len(regimes)} runs in other regimes' if regimes else ''}{f', {len(speeds)} speeds' if speeds else ''}.",
-        f"Every arm tried the learning rates {rates} with seed {study.seeds[0]}{swept}; its best, by held-out bits per "
-        f"byte, was run with the seeds {', '.join(map(str, study.seeds))}. The rate is chosen on the text that the "
-        f"table reports: equally for all arms.{_taken(study)}{_beyond(study, lines)}",
+        f"Every arm tried the learning rates {rates} with seed {study.seeds[0]}{swept}; its best, by "
+        f"{'validation' if study.validation else 'held-out'} bits per byte, was run with the seeds "
+        f"{', '.join(map(str, study.seeds))}. {_chosen(study, lines)}{_taken(study)}{_beyond(study, lines)}",
         f"Cells: {_values(cells, 'steps')} steps, {_values(cells, 'tokens')} tokens; {_values(cells, 'dtype')}, "
         f"{_values(cells, 'threads')} threads, {_values(cells, 'device')}, torch {_values(cells, 'torch')}, "
         f"commit {_values(cells + regimes, 'commit')}; "
@@ -201,6 +211,19 @@ def _conditions(study: Study, lines: list[Line]) -> list[str]:
             f"ratios within a round; load of the machine when it began {_values(speeds, 'load_before')}."
         )
     return said
+
+
+def _chosen(study: Study, lines: list[Line]) -> str:
+    """Which text chose the rates, and what the reported one would have chosen."""
+    if not study.validation:
+        return "The rate is chosen on the text that the table reports: equally for all arms."
+    rates, held_out = best_rates(study, lines), rates_by_held_out(study, lines)
+    others = [f"{study.named(name).label} {lr:g}" for name, lr in held_out.items() if lr != rates[name]]
+    return (
+        f"Validation text is another {study.validation:.1%} of the documents, which the sweep's cells do not train on; "
+        "the runs that the table reports train on all but the held-out text. The held-out text, which the table "
+        f"reports, would have chosen the same rates{' but for ' if others else ''}{', '.join(others)}."
+    )
 
 
 def _taken(study: Study) -> str:

@@ -90,7 +90,8 @@ def cells_left(study: Study, lines: list[Line]) -> int:
 
 def _after_sweep(study: Study) -> int:
     """Cells still to run when the sweep has ended, of which an arm's best run counts if it had full length."""
-    counted = sum(arm.rate_of is None for arm in study.arm) if study.sweep_steps in (None, study.steps) else 0
+    full = study.sweep_steps in (None, study.steps) and not study.validation
+    counted = sum(arm.rate_of is None for arm in study.arm) if full else 0
     return len(study.arm) * len(study.seeds) - counted
 
 

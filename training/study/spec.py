@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from training.config import RunConfig, from_dict
+from training.config import DataConfig, RunConfig, from_dict
 from training.records import Line
 from training.run import flat
 from training.sparsify_config import READS, SparsifyConfig, unread
@@ -19,7 +19,7 @@ from training.study.records import cells_by_key, regimes_by_key
 from training.study.widening import tried
 
 FOLDER = Path("examples/studies")
-SET_BY_STUDY = ("optim.lr", "seed", "out")
+SET_BY_STUDY = ("optim.lr", "seed", "out", "data.validation")
 # They decide where a cell runs and what it leaves behind, not what it computes.
 NOT_IN_KEY = frozenset({"out", "data.cache", "train.threads", "train.keep", "train.save_every", "train.log_every",
                         "train.tensorboard"})  # fmt: skip
@@ -51,14 +51,15 @@ class Study:
 
     base: the tables of a run config. arm: the contenders, ``reference`` one of their names. lrs: peak learning rates,
     each tried by every arm with the first seed, for ``sweep_steps`` steps (the run's own if left out); the best of an
-    arm is run with every seed. beyond: rates that an arm may try besides, each the next beyond the end of its sweep at
-    which its best rate is, until the best is inside (:mod:`training.study.widening`). memory_lr: whether the rate is
-    also that of the tables of memories. match_flops: relative tolerance of equal active FLOPs. grid: dotted key →
-    values; an arm other than the reference becomes one arm for each combination; with sweep_at, dotted key → value,
-    only those of these values have a sweep, and the others of the same arm take its best rate. expected: what was
-    expected beforehand. measures: taken of the model at the end of each cell of full length
-    (:mod:`training.study.measures`). regimes: further trainings of every arm, each with a sweep of its own over
-    ``regime_lrs`` (``lrs`` if left out) with the first seed, then all seeds at the best rate
+    arm is run with every seed. validation: share of the documents that the sweep's cells do not train on and that
+    chooses the rates, while the held-out text compares the arms; 0: the held-out text does both. beyond: rates that an
+    arm may try besides, each the next beyond the end of its sweep at which its best rate is, until the best is inside
+    (:mod:`training.study.widening`). memory_lr: whether the rate is also that of the tables of memories. match_flops:
+    relative tolerance of equal active FLOPs. grid: dotted key → values; an arm other than the reference becomes one arm
+    for each combination; with sweep_at, dotted key → value, only those of these values have a sweep, and the others of
+    the same arm take its best rate. expected: what was expected beforehand. measures: taken of the model at the end of
+    each cell of full length (:mod:`training.study.measures`). regimes: further trainings of every arm, each with a
+    sweep of its own over ``regime_lrs`` (``lrs`` if left out) with the first seed, then all seeds at the best rate
     (:mod:`training.study.regimes`); ``regime_changes``: regime → dotted keys over the base there. ask: questions that
     the page answers besides the comparison with the reference. sections: more parts of the page
     (:mod:`training.study.page`). speeds: whether step times are taken. why: paragraphs below the answers, in the
@@ -75,6 +76,7 @@ class Study:
     budget_minutes: float
     match_flops: float = 0.02
     sweep_steps: int | None = None
+    validation: float = 0.0
     beyond: int = 0
     memory_lr: bool = False
     grid: dict = field(default_factory=dict)
@@ -107,16 +109,23 @@ class Study:
         """Optimiser steps of the base run."""
         return int(flat(self.base)["train.steps"])
 
+    @property
+    def chosen_by(self) -> str:
+        """The number in a sweep cell's record by which rates are chosen."""
+        return "validation_bits_per_byte" if self.validation else "bits_per_byte"
+
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run of a study. steps None: the arm's own. regime: None, or which of the study's."""
+    """One training run of a study. steps None: the arm's own. regime: None, or which of the study's. validation: share
+    of the documents kept from training."""
 
     arm: Arm
     lr: float
     seed: int
     steps: int | None = None
     regime: str | None = None
+    validation: float = 0.0
 
 
 def find_study(name: str) -> Path:
@@ -152,10 +161,11 @@ def sweep_cells(study: Study, lines: Sequence[Line] = ()) -> list[Cell]:
     arms, known = [arm for arm in study.arm if arm.rate_of is None], cells_by_key(lines)
 
     def cell(arm: Arm, lr: float) -> Cell:
-        return Cell(arm, lr, study.seeds[0], study.sweep_steps)
+        return Cell(arm, lr, study.seeds[0], study.sweep_steps, validation=study.validation)
 
     def rates(arm: Arm) -> list[float]:
-        return tried(study.lrs, beyond=study.beyond, look=lambda lr: known.get(cell_key(study, cell(arm, lr))))
+        return tried(study.lrs, beyond=study.beyond, look=lambda lr: known.get(cell_key(study, cell(arm, lr))),
+                     score=study.chosen_by)  # fmt: skip
 
     further = [cell(arm, lr) for arm in arms for lr in rates(arm)[len(study.lrs) :]]
     return [cell(arm, lr) for lr in study.lrs for arm in arms] + further
@@ -188,7 +198,7 @@ def regime_seeds(study: Study, regime: str, best: dict[str, float]) -> list[Cell
 
 def measures_of(study: Study, cell: Cell) -> tuple[str, ...]:
     """What is measured when the cell ends; nothing after a short run of a sweep, or in a regime."""
-    if cell.regime is not None:
+    if cell.regime is not None or cell.validation:
         return ()
     return (*study.measures, *cell.arm.measures) if cell.steps in (None, study.steps) else ()
 
@@ -199,6 +209,8 @@ def declared(study: Study, cell: Cell) -> dict[str, Any]:
     values = base | flat(cell.arm.changes) | {"optim.lr": cell.lr, "seed": cell.seed}
     if study.memory_lr:
         values["optim.memory_lr"] = cell.lr
+    if cell.validation:
+        values["data.validation"] = cell.validation
     return values if cell.steps is None else values | {"train.steps": cell.steps}
 
 
@@ -274,11 +286,16 @@ def _check(study: Study) -> None:
             raise ValueError(f"{name} must be positive, each once, got {list(rates)}")
     if not 0 < study.budget_minutes < math.inf:
         raise ValueError(f"budget_minutes must be positive, got {study.budget_minutes}")
+    if study.validation and study.regimes:
+        raise ValueError(f"validation must be 0 with regimes, which choose by their own text, got {study.validation}")
     if study.beyond < 0:
         raise ValueError(f"beyond must be at least 0, got {study.beyond}")
     if not study.match_flops >= 0:
         raise ValueError(f"match_flops must be at least 0, got {study.match_flops}")
     base = flat(study.base)
+    left = 1 - base.get("data.held_out", DataConfig.held_out)
+    if not 0 <= study.validation < left:
+        raise ValueError(f"validation must be in [0, 1 - data.held_out={left:g}), got {study.validation}")
     if "train.steps" not in base or base.get("train.dtype", "auto") == "auto":
         raise ValueError("base must state train.steps, and train.dtype other than 'auto', which a busy machine changes")
     if study.sweep_steps is not None and not 0 < study.sweep_steps <= base["train.steps"]:

@@ -17,10 +17,10 @@ Outcome = Literal["better", "worse", "undecided"]
 class ArmResult:
     """What the records say of an arm.
 
-    lr: the best of ``sweep`` (rate → held-out bits a byte, None where the loss was not finite), None if none worked.
-    bits: seed → held-out bits a byte at that rate. diverged: seeds whose loss was not finite. facts: one of its cells'
-    records, speed: its speed's. runs: seed → the record of the cell that ended with a finite loss, with what it gave in
-    each regime at that regime's best rate under ``regimes → name`` (its values, and ``lr``).
+    lr: the best of ``sweep`` (rate → bits a byte of the text that chooses it, None where the loss was not finite), None
+    if none worked. bits: seed → held-out bits a byte at that rate. diverged: seeds whose loss was not finite. facts:
+    one of its cells' records, speed: its speed's. runs: seed → the record of the cell that ended with a finite loss,
+    with what it gave in each regime at that regime's best rate under ``regimes → name`` (its values, and ``lr``).
     """
 
     arm: Arm
@@ -65,14 +65,23 @@ class Comparison:
 
 
 def best_rates(study: Study, lines: list[Line]) -> dict[str, float]:
-    """Arm's name → the sweep's rate with the fewest held-out bits a byte, or that of the arm whose rate it takes; arms
-    with no finite result are left out."""
+    """Arm's name → the sweep's rate with the fewest bits a byte of the text that chooses, or that of the arm whose rate
+    it takes; arms with no finite result are left out."""
+    return _best(study, lines, study.chosen_by)
+
+
+def rates_by_held_out(study: Study, lines: list[Line]) -> dict[str, float]:
+    """As :func:`best_rates`, had the held-out text, which the table reports, chosen them."""
+    return _best(study, lines, "bits_per_byte")
+
+
+def _best(study: Study, lines: list[Line], score: str) -> dict[str, float]:
     cells = cells_by_key(lines)
     found: dict[str, tuple[float, float]] = {}
     for cell in sweep_cells(study, lines):
         line = cells.get(cell_key(study, cell))
         if line is not None and line["status"] == DONE:
-            name, candidate = cell.arm.name, (line["bits_per_byte"], cell.lr)
+            name, candidate = cell.arm.name, (line[score], cell.lr)
             found[name] = min(found.get(name, candidate), candidate)
     rates = {name: lr for name, (_, lr) in found.items()}
     taken = {arm.name: rates[arm.rate_of] for arm in study.arm if arm.rate_of in rates}
@@ -137,7 +146,7 @@ def missing_in_regimes(study: Study, lines: list[Line]) -> list[Cell]:
 def _result(study: Study, arm: Arm, lr: float | None, lines: list[Line]) -> ArmResult:
     cells = cells_by_key(lines)
     sweep = {
-        cell.lr: cells[key]["bits_per_byte"]
+        cell.lr: None if cells[key]["status"] != DONE else cells[key][study.chosen_by]
         for cell in sweep_cells(study, lines)
         if cell.arm is arm and (key := cell_key(study, cell)) in cells
     }
