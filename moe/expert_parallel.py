@@ -31,10 +31,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from moe.checks import at_least
-from moe.experts import Experts
+from moe.experts import Experts, output_of
 from moe.grouped import expert_mixture
 from moe.layer import MoE
-from moe.nonlinearity import activate
 from moe.routing import Routing, count_experts
 
 # what a rank says along with its numbers of rows: gradients of rows and weights, or of its experts, are wanted
@@ -77,7 +76,7 @@ def shard_experts(model: nn.Module, group: dist.ProcessGroup | None = None, *, a
     for name, layer in layers:
         layer.set_submodule("experts", ShardedExperts(layer.experts, group, average=average))
         prefix = f"{name}." if name else ""
-        found += [f"{prefix}experts.up", f"{prefix}experts.down"]
+        found += [f"{prefix}experts.{name}" for name, _ in layer.experts.named_parameters(recurse=False)]
     return found
 
 
@@ -94,8 +93,8 @@ def gather_experts(model: nn.Module) -> None:
 class ShardedExperts(nn.Module):
     """This rank's run of a layer's experts, and the exchange with the other ranks.
 
-    up [E_here, D, G·F], down [E_here, D, F]: as :class:`moe.experts.Experts`. num_experts counts those of all ranks,
-    ``first`` is the index of the first one here. ``traffic`` tells what the last forward pass sent.
+    up [E_here, D, G·F], down [E_here, D, F] and biases: as :class:`moe.experts.Experts`. num_experts counts those of
+    all ranks, ``first`` is the index of the first one here. ``traffic`` tells what the last forward pass sent.
     """
 
     exchanges = True  # forward takes ``meanwhile``
@@ -108,8 +107,9 @@ class ShardedExperts(nn.Module):
         self.activation = experts.activation
         self.bounds = shares(experts.num_experts, self.ranks)
         self.first = self.bounds[self.rank]
-        self.up = self._own(experts.up)
-        self.down = self._own(experts.down)
+        self.up, self.down = self._own(experts.up), self._own(experts.down)
+        biases = (experts.up_bias, experts.down_bias)
+        self.up_bias, self.down_bias = (None if bias is None else self._own(bias) for bias in biases)
         self.traffic = Traffic(0, 0, 0, 0)
         self._mesh: DeviceMesh | None = None
         self._starts: Tensor | None = None
@@ -154,12 +154,13 @@ class ShardedExperts(nn.Module):
         if len(self.up) == 0:
             # nothing can have come; zeros, whatever padding holds, that keep the graph whole for the way back
             return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0.0)
-        return expert_mixture(x, token, expert, weight, self.up, self.down, self.activation)
+        held = (self.up, self.down, self.activation, self.up_bias, self.down_bias)
+        return expert_mixture(x, token, expert, weight, *held)
 
     def _learning(self, x: Tensor, routing: Routing) -> int:
         if not torch.is_grad_enabled():
             return 0
-        experts = len(self.up) > 0 and (self.up.requires_grad or self.down.requires_grad)
+        experts = len(self.up) > 0 and any(parameter.requires_grad for parameter in self.parameters())
         return ROWS_LEARN * (x.requires_grad or routing.weight.requires_grad) | EXPERTS_LEARN * experts
 
     def _plan(self, routing: Routing, learning: int) -> "_Plan":
@@ -198,8 +199,7 @@ class ShardedExperts(nn.Module):
         last = self.bounds[self.rank + 1]
         if not self.first <= expert < last:
             raise IndexError(f"expert must be in [{self.first}, {last}), those of rank {self.rank}, got {expert}")
-        here = expert - self.first
-        return activate(rows @ self.up[here], self.activation) @ self.down[here].mT
+        return output_of(self, expert - self.first, rows)
 
     def as_whole(self, part: Shaped[Tensor, "e *rest"]) -> DTensor:
         """A tensor of this rank's experts, such as ``up``, its gradient or a mask, as one of all experts [E, *rest]: a
@@ -214,7 +214,8 @@ class ShardedExperts(nn.Module):
     @torch.no_grad()
     def whole(self) -> Experts:
         """All experts, gathered from their ranks; every rank must call it."""
-        experts = Experts(self.dim, self.hidden, self.num_experts, activation=self.activation).to(self.up)
+        bias = self.up_bias is not None
+        experts = Experts(self.dim, self.hidden, self.num_experts, activation=self.activation, bias=bias).to(self.up)
         for name, full in experts.named_parameters():
             for rank, (start, stop) in enumerate(itertools.pairwise(self.bounds)):
                 part = self.get_parameter(name).clone() if rank == self.rank else torch.empty_like(full[start:stop])

@@ -1,9 +1,10 @@
 """The lean mixture: a weighted sum of experts that saves x, the routing and the pre-activation, and nothing else.
 
-Forward, for the rows of one expert: A = X·up, H = act(A), O = H·downᵀ; then y_t = Σ weight_n O_n. Saved: x [T, D] and
-A [N, G·F]. The gathered rows X, the activation H and the expert outputs O are not: the backward pass gathers and
-activates again, and takes the gradient of the weight from d_weight_n = ⟨dH_n, H_n⟩ with dH = dY·down unweighted
-(SonicMoE, arXiv:2512.14080), which needs no O.
+Forward, for the rows of one expert: A = X·up + a, H = act(A), O = H·downᵀ + b, without biases a and b where there are
+none; then y_t = Σ weight_n O_n. Saved: x [T, D] and A [N, G·F]. The gathered rows X, the activation H and the expert
+outputs O are not: the backward pass gathers and activates again, and takes the gradient of the weight from d_weight_n
+= ⟨dH_n, H_n⟩ + ⟨dY_n, b⟩ with dH = dY·down unweighted (SonicMoE, arXiv:2512.14080), which needs no O. Those of the
+biases are da = Σ weight_n dA_n and db = Σ weight_n dY_n over the rows of their expert, 0 where it has none.
 
 Kept for the backward pass, weights left out: D + K·(G·F + 1) floating-point elements a token (SwiGLU: D + K·(2F + 1)),
 three integers an assignment and four a block. On CPU experts may share a product, their rows filled up to equal
@@ -27,7 +28,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moe.decode import few_without_graph, mix_few_tokens
 from moe.dispatch import Block, group_by_expert, plan_blocks
-from moe.nonlinearity import Activation, activate_into, differentiate_into
+from moe.nonlinearity import Activation, activate_into, differentiate_into, sum_rows
 
 # rows of one expert that are worked on at once: bounds the buffers when all tokens meet in one expert
 CHUNK_ROWS = 1024
@@ -49,10 +50,13 @@ def expert_mixture(
     up: Float[Tensor, "E D A"],
     down: Float[Tensor, "E D F"],
     activation: Activation,
+    up_bias: Float[Tensor, "E A"] | None = None,
+    down_bias: Float[Tensor, "E D"] | None = None,
     *,
     compiled: bool = False,
 ) -> Float[Tensor, "T D"]:
-    """y_t = Σ_{n: token_n = t} weight_n · act(x_t · up_{expert_n}) · down_{expert_n}ᵀ; tokens ascend.
+    """y_t = Σ_{n: token_n = t, expert_n = e} weight_n · (act(x_t · up_e + up_bias_e) · down_eᵀ + down_bias_e); tokens
+    ascend. Both biases or none.
 
     Computes in the dtype of x, or in autocast's, to which it converts the weights expert by expert; gradients come
     back in the dtype of each input. Differentiable once, in reverse mode. compiled: a few tokens without a graph pass
@@ -60,18 +64,29 @@ def expert_mixture(
     Raises: ValueError where x and the weights differ in dtype outside autocast.
     """
     device = x.device.type
+    held = (up, down) if up_bias is None or down_bias is None else (up, down, up_bias, down_bias)
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    elif x.dtype != up.dtype or x.dtype != down.dtype:
+    elif any(x.dtype != tensor.dtype for tensor in held):
         raise ValueError(f"x must have the dtype of the expert weights, {up.dtype}, outside autocast, got {x.dtype}")
-    if few_without_graph(x, weight, up, down):
-        return mix_few_tokens(x, token, expert, weight, up, down, activation, compiled=compiled)
-    return mixture_forward(x, token, expert, weight, up, down, activation)[0]
+    if few_without_graph(x, weight, *held):
+        return mix_few_tokens(
+            x, token, expert, weight, up, down, activation, up_bias, down_bias, compiled=compiled
+        )  # fmt: skip
+    return mixture_forward(x, token, expert, weight, up, down, activation, up_bias, down_bias)[0]
 
 
 @torch.library.custom_op("moe::expert_mixture", mutates_args=())
 def mixture_forward(
-    x: Tensor, token: Tensor, expert: Tensor, weight: Tensor, up: Tensor, down: Tensor, activation: str
+    x: Tensor,
+    token: Tensor,
+    expert: Tensor,
+    weight: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The mixture y [T, D], the pre-activation A [R, G·F], and what the backward pass needs to find its rows.
 
@@ -83,9 +98,9 @@ def mixture_forward(
     for block, index, a, y in zip(blocks, *_parts(blocks, source, pre, out), strict=True):
         gathered, hidden = rooms[block.experts * block.rows]
         torch.index_select(x, 0, index, out=gathered)
-        _product(gathered, _weights(up, block, x), block, out=a)
+        _product(gathered, _weights(up, block, x), block, out=a, bias=_biases(up_bias, block, x))
         activate_into(a, cast(Activation, activation), hidden)
-        _product(hidden, _weights(down, block, x).mT, block, out=y)
+        _product(hidden, _weights(down, block, x).mT, block, out=y, bias=_biases(down_bias, block, x))
     plan = torch.tensor([(b.first, b.experts, b.rows, b.start) for b in blocks], dtype=torch.int64).reshape(-1, 4)
     return _combine(out, token, place, weight, x.shape[0]), pre, source, place, plan
 
@@ -104,13 +119,15 @@ def mixture_backward(
     place: Tensor,
     plan: Tensor,
     experts_need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, up and down; the last two are empty unless asked for."""
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, up, down and the two biases; the last four are empty unless asked for."""
     blocks = [Block(*row) for row in plan.tolist()]
     scale = x.new_zeros(len(source))
     scale[place] = weight.to(x.dtype)
     d_rows, dot = x.new_empty(len(source), x.shape[1]), weight.new_empty(len(source))
-    d_up, d_down = (torch.empty_like(w) if experts_need_grad else w.new_empty(0) for w in (up, down))
+    gradients = _empty_gradients(up, down, up_bias, down_bias, wanted=experts_need_grad)
     rooms = _rooms(blocks, x, x.shape[1], down.shape[2], down.shape[2], up.shape[2])
     done = 0
     parts = _parts(blocks, source, pre, d_rows, dot, scale[:, None])
@@ -119,20 +136,61 @@ def mixture_backward(
         torch.index_select(d_y, 0, index, out=gathered)
         _product(gathered, _weights(down, block, x), block, out=d_h)
         differentiate_into(a, d_h, cast(Activation, activation), h=h, d_a=d_a, dot=d_weight)
+        if down_bias is not None:
+            _add_dot(gathered, _biases(down_bias, block, x), block, room=d_row, dot=d_weight)
         _product(d_a, _weights(up, block, x).mT, block, out=d_row)
         if experts_need_grad:
-            # the combine weight scales d_y and x, D wide, rather than dA and H, which are wider
-            first = block.first >= done
-            _outer(gathered.mul_(factor), h, block, out=d_down, first=first)
-            torch.index_select(x, 0, index, out=gathered)
-            _outer(gathered.mul_(factor), d_a, block, out=d_up, first=first, turn=True)
-            if block.first > done:
-                d_up[done : block.first].zero_()
-                d_down[done : block.first].zero_()
+            _add_gradients(block, gathered, factor, h, d_a, x, index, gradients, done)
             done = block.first + block.experts
-    d_up[done:].zero_()
-    d_down[done:].zero_()
-    return _combine(d_rows, token, place, weight, x.shape[0]), dot[place], d_up, d_down
+    for gradient in gradients:
+        gradient[done:].zero_()
+    return _combine(d_rows, token, place, weight, x.shape[0]), dot[place], *gradients
+
+
+def _empty_gradients(*weights: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for the gradients of up, down and their biases; of no element for what is not there or not wanted."""
+    up, *rest = (None if w is None else torch.empty_like(w) if wanted else w.new_empty(0) for w in weights)
+    assert up is not None
+    down, up_bias, down_bias = (up.new_empty(0) if gradient is None else gradient for gradient in rest)
+    return up, down, up_bias, down_bias
+
+
+def _add_gradients(
+    block: Block,
+    gathered: Tensor,
+    factor: Tensor,
+    h: Tensor,
+    d_a: Tensor,
+    x: Tensor,
+    index: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor],
+    done: int,
+) -> None:
+    """The block's share of the experts' gradients, and zeros for the experts without rows from ``done`` to the block.
+
+    gathered: d_y of each row, unweighted; it is overwritten."""
+    d_up, d_down, d_up_bias, d_down_bias = gradients
+    first = block.first >= done
+    if len(d_up_bias):
+        _outer(factor, d_a, block, out=d_up_bias[:, None], first=first)
+        _outer(factor, gathered, block, out=d_down_bias[:, None], first=first)
+    # the combine weight scales d_y and x, D wide, rather than dA and H, which are wider
+    _outer(gathered.mul_(factor), h, block, out=d_down, first=first)
+    torch.index_select(x, 0, index, out=gathered)
+    _outer(gathered.mul_(factor), d_a, block, out=d_up, first=first, turn=True)
+    if block.first > done:
+        for gradient in gradients:
+            gradient[done : block.first].zero_()
+
+
+def _add_dot(d_y: Tensor, bias: Tensor | None, block: Block, *, room: Tensor, dot: Tensor) -> None:
+    """dot ← dot + ⟨d_y, the bias of its expert⟩ row by row. room: memory as large as d_y, overwritten."""
+    assert bias is not None
+    shape = (block.experts, block.rows, -1)
+    torch.mul(d_y.view(shape), bias.view(block.experts, 1, -1), out=room.view(shape))
+    more = torch.empty_like(dot)
+    sum_rows(room, more)
+    dot.add_(more)
 
 
 def _lay_out(token: Tensor, expert: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[list[Block], Tensor, Tensor]:
@@ -208,13 +266,19 @@ def _weights(stacked: Tensor, block: Block, x: Tensor) -> Tensor:
     return mine if mine.dtype == x.dtype else mine.to(x.dtype)
 
 
-def _product(rows: Tensor, weights: Tensor, block: Block, *, out: Tensor) -> None:
-    """out ← rows · weights, expert by expert."""
+def _biases(stacked: Tensor | None, block: Block, x: Tensor) -> Tensor | None:
+    """Those of the block's experts, to be added to every row: [1, A] or [1, D] of one, stacked of several."""
+    return None if stacked is None else _weights(stacked, block, x).unsqueeze(-2)
+
+
+def _product(rows: Tensor, weights: Tensor, block: Block, *, out: Tensor, bias: Tensor | None = None) -> None:
+    """out ← rows · weights + bias, expert by expert."""
     if block.experts == 1:
-        torch.mm(rows, weights, out=out)
+        torch.mm(rows, weights, out=out) if bias is None else torch.addmm(bias, rows, weights, out=out)
     else:
         shape = (block.experts, block.rows, -1)
-        torch.bmm(rows.view(shape), weights, out=out.view(shape))
+        rows, out = rows.view(shape), out.view(shape)
+        torch.bmm(rows, weights, out=out) if bias is None else torch.baddbmm(bias, rows, weights, out=out)
 
 
 def _outer(a: Tensor, b: Tensor, block: Block, *, out: Tensor, first: bool, turn: bool = False) -> None:
@@ -242,7 +306,7 @@ def _combine(rows: Tensor, token: Tensor, place: Tensor, weight: Tensor, num_tok
 
 
 @mixture_forward.register_fake
-def _(x, token, expert, weight, up, down, activation):  # type: ignore[no-untyped-def]
+def _(x, token, expert, weight, up, down, activation, up_bias=None, down_bias=None):  # type: ignore[no-untyped-def]
     rows, blocks = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
     plan = torch.empty(blocks, 4, dtype=torch.int64)
     return (
@@ -255,27 +319,33 @@ def _(x, token, expert, weight, up, down, activation):  # type: ignore[no-untype
 
 
 @mixture_backward.register_fake
-def _(d_y, x, token, weight, up, down, activation, pre, source, place, plan, experts_need_grad):  # type: ignore[no-untyped-def]
-    d_up, d_down = (torch.empty_like(w) if experts_need_grad else w.new_empty(0) for w in (up, down))
-    return x.new_empty(x.shape), torch.empty_like(weight), d_up, d_down
+def _(d_y, x, token, weight, up, down, activation, pre, source, place, plan, wanted, up_bias=None, down_bias=None):  # type: ignore[no-untyped-def]
+    return (
+        x.new_empty(x.shape),
+        torch.empty_like(weight),
+        *_empty_gradients(up, down, up_bias, down_bias, wanted=wanted),
+    )
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, token, _, weight, up, down, ctx.activation = inputs
+    x, token, _, weight, up, down, ctx.activation, *biases = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, token, weight, up, down, *output[1:])
+    ctx.save_for_backward(x, token, weight, up, down, *biases, *output[1:])
 
 
 def _backward(ctx, d_y, *_):  # type: ignore[no-untyped-def]
     if d_y is None:
-        return (None,) * 7
-    x, token, weight, up, down, *rows = ctx.saved_tensors
-    experts_need_grad = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
+        return (None,) * 9
+    x, token, weight, up, down, up_bias, down_bias, *rows = ctx.saved_tensors
+    wanted = any(ctx.needs_input_grad[4:])
     # contiguous once here, rather than in every gather
-    d_x, d_weight, d_up, d_down = mixture_backward(
-        d_y.contiguous(), x, token, weight, up, down, ctx.activation, *rows, experts_need_grad
+    d_x, d_weight, d_up, d_down, d_up_bias, d_down_bias = mixture_backward(
+        d_y.contiguous(), x, token, weight, up, down, ctx.activation, *rows, wanted, up_bias, down_bias
     )
-    return d_x, None, None, d_weight, *((d_up, d_down) if experts_need_grad else (None, None)), None
+    if not wanted:
+        return d_x, None, None, d_weight, None, None, None, None, None
+    biases = (None, None) if up_bias is None else (d_up_bias, d_down_bias)
+    return d_x, None, None, d_weight, d_up, d_down, None, *biases
 
 
 mixture_forward.register_autograd(_backward, setup_context=_save)
@@ -287,6 +357,6 @@ def _forward_flops(x, token, expert, weight, up, down, *args, **kwargs) -> int: 
 
 
 @register_flop_formula(torch.ops.moe.expert_mixture_backward)
-def _backward_flops(d_y, x, token, weight, up, down, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    products = 4 if args[-1] else 2
+def _backward_flops(d_y, x, token, weight, up, down, activation, pre, source, place, plan, wanted, *args, **kwargs):  # type: ignore[no-untyped-def]
+    products = 4 if wanted else 2
     return products * token[0] * (up[1] * up[2] + down[1] * down[2])

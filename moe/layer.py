@@ -24,6 +24,8 @@ class MoE(nn.Module):
     pass by the residual connection. None, the default, drops nothing. What is dropped depends on the other tokens of
     the batch: drop_in_eval=False drops in training alone, so that evaluation and decoding agree.
     shared_hidden: width of a feed-forward network that every token passes (DeepSeekMoE, arXiv:2401.06066); 0 for none.
+    bias: whether experts, the shared one too, add a bias before their activation and to their output, as those of
+    fairscale, of Switch's and GShard's time, do (:class:`moe.experts.Experts`).
     name: says in errors which layer it was.
 
     >>> layer = MoE(8, 16, 4, TopKRouter(8, 4, k=2))
@@ -44,6 +46,7 @@ class MoE(nn.Module):
         drop_priority: Priority = "first_come",
         drop_in_eval: bool = True,
         shared_hidden: int = 0,
+        bias: bool = False,
         name: str = "moe",
     ) -> None:
         super().__init__()
@@ -56,8 +59,8 @@ class MoE(nn.Module):
             raise ValueError(f"drop_priority must be one of {', '.join(get_args(Priority))}, got {drop_priority!r}")
         self.drop_priority, self.drop_in_eval = drop_priority, drop_in_eval
         self.router = router
-        self.experts = Experts(dim, hidden, num_experts, activation=activation)
-        self.shared = Experts(dim, shared_hidden, 1, activation=activation) if shared_hidden else None
+        self.experts = Experts(dim, hidden, num_experts, activation=activation, bias=bias)
+        self.shared = Experts(dim, shared_hidden, 1, activation=activation, bias=bias) if shared_hidden else None
 
     def forward(
         self,

@@ -12,6 +12,8 @@ def mixture_of_experts(
     router: Float[Tensor, "E D"],
     up: Float[Tensor, "E D A"],
     down: Float[Tensor, "E D F"],
+    up_bias: Float[Tensor, "E A"] | None = None,
+    down_bias: Float[Tensor, "E D"] | None = None,
     *,
     k: int,
     renormalize: bool,
@@ -19,17 +21,22 @@ def mixture_of_experts(
     real: list[bool] | None = None,
     capacity_factor: float | None = None,
 ) -> Float[Tensor, "T D"]:
-    """y_t = Σ_e weights_te · act(x_t · up_e) · down_eᵀ, differentiable in every tensor."""
+    """y_t = Σ_e weights_te · (act(x_t · up_e + up_bias_e) · down_eᵀ + down_bias_e), differentiable in every tensor."""
     weights = combine_weights(x @ router.mT, k=k, renormalize=renormalize, real=real, capacity_factor=capacity_factor)
     hidden = torch.einsum("td,eda->tea", x, up)
+    if up_bias is not None:
+        hidden = hidden + up_bias
     if activation == "swiglu":
         gate, value = hidden[..., : down.shape[2]], hidden[..., down.shape[2] :]
         hidden = gate / (1 + torch.exp(-gate)) * value
     elif activation == "gelu":
         hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+    elif activation == "silu":
+        hidden = hidden / (1 + torch.exp(-hidden))
     else:
-        hidden = torch.where(hidden > 0, hidden, torch.zeros_like(hidden)) ** 2
-    return torch.einsum("te,tef,edf->td", weights, hidden, down)
+        hidden = torch.where(hidden > 0, hidden, torch.zeros_like(hidden)) ** {"relu": 1, "relu2": 2}[activation]
+    y = torch.einsum("te,tef,edf->td", weights, hidden, down)
+    return y if down_bias is None else y + weights @ down_bias
 
 
 def combine_weights(

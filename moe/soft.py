@@ -23,7 +23,8 @@ class SoftMoE(nn.Module):
     Every output depends on every token of its sequence, later ones included: ``sees_future`` is True, and a causal
     transformer refuses this layer unless ``allow_future`` says that the leak is wanted. Padding enters no slot and
     gets zeros.
-    slots_per_expert: S. name: says in errors which layer it was. Raises: ValueError for sizes below 1.
+    slots_per_expert: S. bias: as in :class:`moe.MoE`. name: says in errors which layer it was.
+    Raises: ValueError for sizes below 1.
 
     >>> SoftMoE(8, 16, 4, slots_per_expert=2)(torch.randn(3, 5, 8)).shape
     torch.Size([3, 5, 8])
@@ -39,6 +40,7 @@ class SoftMoE(nn.Module):
         *,
         slots_per_expert: int = 1,
         activation: Activation = "swiglu",
+        bias: bool = False,
         allow_future: bool = False,
         name: str = "soft_moe",
     ) -> None:
@@ -46,7 +48,7 @@ class SoftMoE(nn.Module):
         at_least("slots_per_expert", slots_per_expert, 1)
         self.dim, self.num_experts, self.slots_per_expert = dim, num_experts, slots_per_expert
         self.allow_future, self.name = allow_future, name
-        self.experts = Experts(dim, hidden, num_experts, activation=activation)
+        self.experts = Experts(dim, hidden, num_experts, activation=activation, bias=bias)
         self.phi = nn.Parameter(torch.empty(dim, num_experts * slots_per_expert))
         self.scale = nn.Parameter(torch.empty(()))
         self.reset_parameters()
@@ -87,7 +89,9 @@ class SoftMoE(nn.Module):
         expert = row % slots.shape[1] // self.slots_per_expert
         weight = torch.ones(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
         experts = self.experts
-        done = expert_mixture(rows, row, expert, weight, experts.up, experts.down, experts.activation)
+        done = expert_mixture(
+            rows, row, expert, weight, experts.up, experts.down, experts.activation, experts.up_bias, experts.down_bias
+        )  # fmt: skip
         return rearrange(done, "(b n) d -> b n d", n=slots.shape[1])
 
     def _check(self, x: Float[Tensor, "B L D"], padding_mask: Bool[Tensor, "B L"] | None) -> None:

@@ -24,10 +24,15 @@ def upcycle(
     activation: Activation = "swiglu",
     reinitialize: float = 0.0,
     generator: torch.Generator | None = None,
+    gate_bias: Float[Tensor, "F"] | None = None,
+    up_bias: Float[Tensor, "F"] | None = None,
+    down_bias: Float[Tensor, "D"] | None = None,
 ) -> MoE:
     """A MoE with copies of the dense network down · act(up x), equal to it in output until the first update.
 
-    gate, up, down: the weights of the dense layer's three Linears; gate is None for gelu and relu2. They are copied.
+    gate, up, down: the weights of the dense layer's three Linears; gate is None but for swiglu. They are copied.
+    gate_bias, up_bias, down_bias: the Linears' biases; with one of them the experts have biases, those that are None
+    start as zeros.
 
     granularity 1 (sparse upcycling, Komatsuzaki et al. 2022, arXiv:2212.05055): every expert is a copy, the router is
     fresh. The gates are renormalised, so that Σ_e w_e f(x) = f(x) whatever the router says.
@@ -37,8 +42,10 @@ def upcycle(
     num_experts / G. The rows of a group in the router start out identical: its G experts have the same probability, and
     the k best experts are the k / G best groups, whole. Each token so meets every shard equally often, with the
     renormalised weights of the copies of one shard adding up to 1 / G; the experts' weights are scaled to give G·f_s.
-    The scale is spread over the matrices in which f_s is homogeneous: √G on value and down (swiglu), G on down
-    (gelu), ∛G on up and down (relu2). Training separates the rows, for every expert has its own gradient.
+    The scale is spread over the matrices in which f_s is homogeneous: √G on value and down (swiglu), on up and down
+    (relu), G on down (gelu, silu), ∛G on up and down (relu2). A bias before the activation is scaled as its matrix is;
+    every expert adds the whole of down_bias, as the weights of a token's experts sum to 1. Training separates the
+    rows, for every expert has its own gradient.
 
     reinitialize r: each expert draws ⌊r · neurons⌋ of its own neurons anew, at random, from normal distributions with
     the mean and deviation of what they replace in each matrix, so that the copies differ from the start (Nakamura et
@@ -47,20 +54,23 @@ def upcycle(
 
     With k = 1 the renormalised gate is the constant 1, and the router gets no gradient from the output.
     generator: draws the router, then the neurons; default torch's global one.
-    Raises: ValueError for matrices of other shapes, a gate that does not go with the activation, granularity that is
-    no int >= 1 or does not divide F, num_experts and k, k outside [1, num_experts], or reinitialize outside [0, 1].
+    Raises: ValueError for matrices or biases of other shapes, a gate that does not go with the activation, granularity
+    that is no int >= 1 or does not divide F, num_experts and k, k outside [1, num_experts], or reinitialize outside
+    [0, 1].
 
     >>> layer = upcycle(None, torch.randn(6, 4), torch.randn(4, 6), num_experts=3, k=2, activation="gelu")
     >>> layer.experts.down.shape
     torch.Size([3, 4, 6])
     """
     _check_matrices(gate, up, down, activation)
+    _check_biases(up, gate, {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias})
     hidden, dim = up.shape
     _check_granularity(granularity, hidden=hidden, num_experts=num_experts, k=k)
     if not 0 <= reinitialize <= 1:
         raise ValueError(f"reinitialize must be in [0, 1], got {reinitialize}")
     router = TopKRouter(dim, num_experts, k=k, renormalize=True)
-    layer = MoE(dim, hidden // granularity, num_experts, router, activation=activation).to(up)
+    bias = not (gate_bias is up_bias is down_bias is None)
+    layer = MoE(dim, hidden // granularity, num_experts, router, activation=activation, bias=bias).to(up)
     groups = num_experts // granularity
     rows = torch.empty(groups, dim, dtype=torch.float32, device="cpu" if generator is None else generator.device)
     nn.init.normal_(rows, std=dim**-0.5, generator=generator)
@@ -71,6 +81,13 @@ def upcycle(
     layer.experts.up.copy_(repeat(shards, "s d a -> (g s) d a", g=groups))
     shards = rearrange(down * down_scale, "d (s f) -> s d f", s=granularity)
     layer.experts.down.copy_(repeat(shards, "s d f -> (g s) d f", g=groups))
+    if layer.experts.up_bias is not None and layer.experts.down_bias is not None:
+        zeros = up.new_zeros(hidden)
+        inner = [zeros if up_bias is None else up_bias * up_scale]
+        inner = inner if gate is None else [zeros if gate_bias is None else gate_bias, *inner]
+        shards = torch.cat([rearrange(part, "(s f) -> s f", s=granularity) for part in inner], dim=-1)
+        layer.experts.up_bias.copy_(repeat(shards, "s a -> (g s) a", g=groups))
+        layer.experts.down_bias.copy_(up.new_zeros(dim) if down_bias is None else down_bias)
     _reinitialize(layer.experts, reinitialize, generator)
     return layer
 
@@ -81,9 +98,10 @@ def _reinitialize(experts: Experts, share: float, generator: torch.Generator | N
     if not count:
         return
     device = "cpu" if generator is None else generator.device
-    for up, down in zip(experts.up, experts.down, strict=True):
+    for index, (up, down) in enumerate(zip(experts.up, experts.down, strict=True)):
         drawn = torch.randperm(experts.hidden, generator=generator, device=device)[:count].to(up.device)
-        for matrix in (*up.split(experts.hidden, dim=-1), down):
+        biases = () if experts.up_bias is None else experts.up_bias[index, None].split(experts.hidden, dim=-1)
+        for matrix in (*up.split(experts.hidden, dim=-1), down, *biases):
             old = matrix[:, drawn]
             noise = torch.randn(old.shape, generator=generator, device=device).to(old)
             matrix[:, drawn] = old.mean() + old.std(correction=0) * noise
@@ -91,9 +109,10 @@ def _reinitialize(experts: Experts, share: float, generator: torch.Generator | N
 
 def _scales(activation: Activation, granularity: int) -> tuple[float, float]:
     """Factors on up and down whose joint effect on the output is ``granularity``."""
-    if activation == "swiglu":
-        return granularity**0.5, granularity**0.5
-    return (1.0, float(granularity)) if activation == "gelu" else (granularity ** (1 / 3), granularity ** (1 / 3))
+    if activation in ("gelu", "silu"):
+        return 1.0, float(granularity)
+    share = granularity ** (1 / 3 if activation == "relu2" else 1 / 2)
+    return share, share
 
 
 def _check_matrices(gate: Tensor | None, up: Tensor, down: Tensor, activation: Activation) -> None:
@@ -104,6 +123,15 @@ def _check_matrices(gate: Tensor | None, up: Tensor, down: Tensor, activation: A
     if (gate is not None) != (activation == "swiglu"):
         given = "None" if gate is None else "a matrix"
         raise ValueError(f"gate must be a matrix for swiglu and None otherwise, got {given} for {activation!r}")
+
+
+def _check_biases(up: Tensor, gate: Tensor | None, biases: dict[str, Tensor | None]) -> None:
+    if gate is None and biases["gate_bias"] is not None:
+        raise ValueError("gate_bias must be None without a gate, got a vector")
+    for name, bias in biases.items():
+        size = up.shape[1] if name == "down_bias" else up.shape[0]
+        if bias is not None and bias.shape != (size,):
+            raise ValueError(f"{name} must have shape [{size}], got {list(bias.shape)}")
 
 
 def _check_granularity(granularity: int, *, hidden: int, num_experts: int, k: int) -> None:

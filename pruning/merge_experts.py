@@ -125,11 +125,15 @@ def _count(axis: Axis, fraction: float) -> int:
 
 def _experts(model: nn.Module, axis: Axis) -> Any:
     """The module that holds the stacked matrices."""
+    return model.get_submodule(_stack_name(model, axis))
+
+
+def _stack_name(model: nn.Module, axis: Axis) -> str:
     owners = [piece.parameter.rpartition(".")[0] for piece in axis.slices]
     stacks = [name for name in owners if any(hasattr(model.get_submodule(name), mark) for mark in STACKS)]
     if not stacks:
         raise ValueError(f"experts of {axis.name!r} must be stacked (moe.Experts, or gate_up_proj and down_proj)")
-    return model.get_submodule(stacks[0])
+    return stacks[0]
 
 
 def _watch(model: nn.Module, axes: Sequence[Axis], batches: Iterable[Batch], progress: Progress) -> dict[str, Use]:
@@ -159,9 +163,14 @@ def _see(use: Use, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _outputs(module: Any, axis: Axis, use: Use) -> Float[Tensor, "E n D"]:
-    rows, down = torch.cat(use.rows), _down(module)
-    outputs = [hidden_rows(module, e, rows) @ down[e].mT for e in range(axis.size)]
-    return torch.stack(outputs).double().cpu()
+    rows = torch.cat(use.rows)
+    return torch.stack([_output(module, e, rows) for e in range(axis.size)]).double().cpu()
+
+
+def _output(module: Any, expert: int, rows: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
+    if hasattr(module, "forward_one"):
+        return module.forward_one(expert, rows)
+    return hidden_rows(module, expert, rows) @ module.down_proj[expert].mT
 
 
 def _down(module: Any) -> Tensor:
@@ -172,13 +181,14 @@ def _merge(model: nn.Module, axis: Axis, group: Sequence[int], use: Use, *, rout
     """The group's weights, averaged, into the place of its first."""
     if len(group) == 1:
         return
-    module, counts = _experts(model, axis), use.counts[list(group)]
+    stack, counts = _stack_name(model, axis), use.counts[list(group)]
+    module = model.get_submodule(stack)
     if align:
         for unit in group[1:]:
             _reorder(module, unit, _matching(_neurons(module, group[0]), _neurons(module, unit)))
     for piece in axis.slices:
         tensor = model.get_parameter(piece.parameter).data
-        if tensor.ndim == 3 or (router == "mean" and piece.parameter.endswith("weight")):
+        if piece.parameter.rpartition(".")[0] == stack or (router == "mean" and piece.parameter.endswith("weight")):
             tensor[group[0]] = _mean(tensor[list(group)].double(), counts.to(tensor.device)).to(tensor)
         elif router == "logsumexp" and piece.parameter.endswith("weight"):
             tensor[group[0]] = _fitted(tensor[list(group)].double().cpu(), torch.cat(use.rows)).to(tensor)
@@ -194,10 +204,11 @@ def _fitted(weight: Float[Tensor, "m D"], rows: Float[Tensor, "n D"]) -> Float[T
 
 
 def _parts(module: Any, unit: int) -> list[Tensor]:
-    """The expert's matrices [F, ·] with its hidden neurons first: gate, value and outgoing, sharing memory."""
+    """The expert's matrices [F, ·] with its hidden neurons first: gate, value, outgoing and biases, sharing memory."""
     down = _down(module).data[unit].mT
     up = module.up.data[unit].mT if hasattr(module, "hidden_one") else module.gate_up_proj.data[unit]
-    return [*up.split(len(down)), down]
+    bias = getattr(module, "up_bias", None)
+    return [*up.split(len(down)), down, *(() if bias is None else bias.data[unit, :, None].split(len(down)))]
 
 
 def _neurons(module: Any, unit: int) -> Float[Tensor, "F W"]:

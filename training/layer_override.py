@@ -8,12 +8,13 @@ from moe.depth import Weighting
 from moe.dispatch import Priority
 from moe.product_key import QueryNorm
 from moe.routers.top_2 import Second
-from moe.thresholded import Activation, Method
+from moe.thresholded import Method
 
 FeedForwardName = Literal["moe", "dense", "thresholded", "soft_moe", "product_key", "peer"]
 SelectionName = Literal["none", "moba", "top_k", "nsa", "dsa", "lsh", "kmeans", "sinkhorn"]
 RouterName = Literal["top_k", "switch", "noisy_top_k", "top_2", "sigmoid", "expert_choice", "hash", "sinkhorn", "base"]
 HashTable = Literal["none", "even", "balanced"]
+ActivationName = Literal["swiglu", "reglu", "drelu", "gelu", "relu", "silu", "relu2"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ class LayerOverride:
     """Mixtures of tokens that each expert of this layer's soft_moe works on."""
     shared_hidden: int | None = None
     """Neurons of an expert that every token uses in this layer."""
-    activation: Activation | None = None
+    expert_bias: bool | None = None
+    """Whether this layer's experts have biases."""
+    activation: ActivationName | None = None
     """Activation of this layer's feed-forward."""
     num_keys: int | None = None
     """Sub-keys of each half of this layer's memory."""

@@ -8,8 +8,8 @@ from moe.depth import Weighting
 from moe.dispatch import Priority
 from moe.product_key import QueryNorm
 from moe.routers.top_2 import Second
-from moe.thresholded import Activation, Method
-from training.layer_override import FeedForwardName, HashTable, RouterName, SelectionName
+from moe.thresholded import Method
+from training.layer_override import ActivationName, FeedForwardName, HashTable, RouterName, SelectionName
 from training.layer_override import LayerOverride as LayerOverride
 from training.model_layers import attention_of, feedforward_of
 from training.model_owners import check_owners
@@ -90,9 +90,9 @@ class ModelConfig:
     product-key memory; or PEER, a memory of one-neuron experts."""
     hidden: int = 256
     """Neurons of each expert, or of the dense feed-forward."""
-    activation: Activation | None = None
-    """Activation of the feed-forward: swiglu, gelu or relu2; reglu, drelu or relu too if it is thresholded; gelu or
-    relu2 in peer. If left out swiglu, relu2 if it is thresholded, gelu in peer."""
+    activation: ActivationName | None = None
+    """Activation of the feed-forward: swiglu, gelu, relu, silu or relu2; if it is thresholded reglu or drelu too, but
+    not silu; gelu or relu2 in peer. If left out swiglu, relu2 if it is thresholded, gelu in peer."""
     num_experts: int = 8
     """Experts of each layer."""
     k: int = 2
@@ -105,6 +105,8 @@ class ModelConfig:
     """Tokens that an expert takes, as a multiple of an equal share; without it nothing is dropped."""
     shared_hidden: int = 0
     """Neurons of an expert that every token uses, beside the routed ones."""
+    expert_bias: bool = False
+    """Whether experts have biases before their activation and on their output."""
     jitter: float = 0.0
     """Multiplicative noise on the input of a switch router, in training."""
     second_expert: Second = "random"

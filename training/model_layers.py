@@ -88,6 +88,7 @@ def _moe(model: "ModelConfig") -> MoEConfig:
         router=model.router,
         capacity_factor=model.capacity_factor,
         shared_hidden=model.shared_hidden,
+        expert_bias=model.expert_bias,
         activation=model.activation or "swiglu",
         drop_priority=model.drop_priority,
         allow_future=model.allow_future,
@@ -98,7 +99,7 @@ def _moe(model: "ModelConfig") -> MoEConfig:
 def _soft_moe(model: "ModelConfig") -> SoftMoEConfig:
     return SoftMoEConfig(
         model.hidden, model.num_experts, model.slots_per_expert, activation=model.activation or "swiglu",
-        allow_future=model.allow_future,
+        allow_future=model.allow_future, expert_bias=model.expert_bias,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ OWNERS: dict[str, Sequence[str]] = {
             "router", "capacity_factor", "shared_hidden", "drop_priority", *ROUTER_OPTIONS,
         ), ("moe",)
     ),
-    "allow_future": ("moe", "soft_moe"),
+    **dict.fromkeys(("allow_future", "expert_bias"), ("moe", "soft_moe")),
     "slots_per_expert": ("soft_moe",),
     **dict.fromkeys(("error_k", "error_unified"), ("dense",)),
     **dict.fromkeys(("num_keys", "memory_heads", "memory_k", "key_dim", "query_norm"), MEMORIES),

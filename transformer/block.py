@@ -223,7 +223,8 @@ def initialise(module: nn.Module, *, std: float, output_std: float, generator: t
     """Normal weights: ``output_std`` for the matrices that write to the residual stream, ``std`` for the others.
 
     Sub-keys, memory rows and what chooses the tokens that pass a block keep the scale of their own modules: a softmax
-    over scores of 0.02 would be uniform. The noise of a noisy router starts at zero.
+    over scores of 0.02 would be uniform. The noise of a noisy router and the biases of
+    experts start at zero.
     """
     rows = {id(part.weight) for part in module.modules() if isinstance(part, MemoryValues)}
     for name, parameter in module.named_parameters():
@@ -239,7 +240,7 @@ def initialise(module: nn.Module, *, std: float, output_std: float, generator: t
             elif parts[-2:] == ["keys", "weight"]:
                 bound = parameter.shape[-1] ** -0.5
                 parameter.uniform_(-bound, bound, generator=generator)
-            elif parts[-1] == "noise_weight":
+            elif parts[-1] in ("noise_weight", "up_bias", "down_bias"):
                 parameter.zero_()
             elif id(parameter) in rows:
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)

@@ -126,7 +126,7 @@ def _moe(dim: int, config: MoEConfig, name: str, vocab_size: int | None) -> MoE:
         dim=dim, hidden=config.hidden, num_experts=config.num_experts, router=router,
         activation=cast(Any, config.activation), capacity_factor=config.capacity_factor,
         drop_priority=cast(Any, config.drop_priority), drop_in_eval=False,
-        shared_hidden=config.shared_hidden, name=name,
+        shared_hidden=config.shared_hidden, bias=config.expert_bias, name=name,
     )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def _hash(dim: int, c: MoEConfig, vocab_size: int | None) -> HashRouter:
 def _soft(dim: int, config: SoftMoEConfig, name: str) -> SoftMoE:
     return SoftMoE(
         dim, config.hidden, config.num_experts, slots_per_expert=config.slots_per_expert,
-        activation=cast(Any, config.activation), allow_future=config.allow_future, name=name,
+        activation=cast(Any, config.activation), bias=config.expert_bias, allow_future=config.allow_future, name=name,
     )  # fmt: skip
 
 

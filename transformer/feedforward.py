@@ -17,15 +17,18 @@ def relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-_UNGATED: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu2": relu_squared}
+_UNGATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu, "relu": F.relu, "silu": F.silu, "relu2": relu_squared,
+}  # fmt: skip
 
 
 class FeedForward(nn.Module):
     """``down(silu(gate x) · up x)`` for swiglu (Shazeer 2020, arXiv:2002.05202), else ``down(act(up x))``; no biases.
 
-    dim: width in and out; hidden: neurons; activation: "swiglu", "gelu" (exact) or "relu2". drop_connect: rate at which
-    single weights are dropped in training (:func:`moe.dropout.drop_connect`). error_k: how many errors of each output
-    vector the backward pass keeps, None for all; error_unified: the same ones for all tokens (:class:`MePropLinear`).
+    dim: width in and out; hidden: neurons; activation: "swiglu", "gelu" (exact), "relu", "silu" or "relu2".
+    drop_connect: rate at which single weights are dropped in training (:func:`moe.dropout.drop_connect`). error_k: how
+    many errors of each output vector the backward pass keeps, None for all; error_unified: the same ones for all tokens
+    (:class:`MePropLinear`).
     Raises ValueError for another activation.
     """
 

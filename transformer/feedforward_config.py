@@ -7,7 +7,7 @@ from moe import Thresholds
 from moe.thresholded import GATED
 from transformer.checks import above_zero, at_least, check_fields, check_rate, one_of
 
-ACTIVATIONS = ("swiglu", "gelu", "relu2")
+ACTIVATIONS = ("swiglu", "gelu", "relu", "silu", "relu2")
 ROUTERS = ("top_k", "switch", "noisy_top_k", "top_2", "sigmoid", "expert_choice", "hash", "sinkhorn", "base")
 # options of MoEConfig that only some routers have
 ROUTER_OPTIONS = {
@@ -24,7 +24,7 @@ DROP_PRIORITIES = ("first_come", "gate", "choice")
 
 @dataclass(frozen=True)
 class DenseConfig:
-    """A dense feed-forward layer of ``hidden`` neurons; ``swiglu`` has a gate matrix, ``gelu`` and ``relu2`` do not.
+    """A dense feed-forward layer of ``hidden`` neurons; ``swiglu`` has a gate matrix, the other activations do not.
 
     drop_connect: rate at which single weights are dropped in training (:class:`moe.DropConnect`). error_k: how many of
     the errors that come back to each output vector of a matrix are kept, None for all; error_unified: the same ones
@@ -66,7 +66,8 @@ class MoEConfig:
     a run). hash_seed: which of the hash functions.
     capacity_factor: None keeps every assignment; a number c lets an expert take ``ceil(k·T/E·c)`` of them and drops the
     rest; drop_priority: the latest ("first_come"), the lowest gates ("gate") or second choices ("choice") go first.
-    shared_hidden: neurons of a dense expert that every token uses.
+    shared_hidden: neurons of a dense expert that every token uses. expert_bias: whether experts, that one too, have
+    biases before their activation and on their output.
     allow_future: an expert-choice router compares a token with later ones; a causal model takes it only with this.
     """
 
@@ -92,6 +93,7 @@ class MoEConfig:
     auction_rounds: int = 500
     auction_epsilon: float = 0.01
     hash_table: str = "none"
+    expert_bias: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -209,6 +211,7 @@ class ThresholdedConfig:
 class SoftMoEConfig:
     """Soft MoE: every expert works on ``slots_per_expert`` mixtures of all tokens (arXiv:2308.00951).
 
+    expert_bias: whether experts have biases before their activation and on their output.
     allow_future: a mixture holds later tokens; a causal model takes the layer only with this.
     """
 
@@ -217,6 +220,7 @@ class SoftMoEConfig:
     slots_per_expert: int = 1
     activation: str = "swiglu"
     allow_future: bool = False
+    expert_bias: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -29,7 +29,8 @@ def expert_axis(model: "Transformer", index: int, layer: MoE) -> Axis | None:
         return None
     where = f"layers.{index}.feedforward"
     scorers = [f"{where}.router.{name}" for name, parameter in router.named_parameters() if parameter.ndim == 2]
-    names = [f"{where}.experts.up", f"{where}.experts.down", *scorers]
+    stacks = ("up", "down") if layer.experts.up_bias is None else ("up", "down", "up_bias", "down_bias")
+    names = [*(f"{where}.experts.{name}" for name in stacks), *scorers]
     config = cast(MoEConfig, model.config.layers[index].feedforward)
 
     def resize(kept: list[int]) -> None:
@@ -68,12 +69,15 @@ def _stack_axis(model: "Transformer", index: int, where: str, stack: Experts) ->
             smaller = dataclasses.replace(config, hidden=stack.hidden)
         model.set_layer(index, dataclasses.replace(layer, feedforward=smaller))
 
-    parts = range(projections(stack.activation))
+    inputs = [("up", 2)] if stack.up_bias is None else [("up", 2), ("up_bias", 1)]
     return Axis(
         kind="expert_neuron", layer=index, name=f"{where}.neurons", size=stack.num_experts * stack.hidden, width=1,
         gate=where, groups=stack.num_experts, least=stack.num_experts, stacked=True, resize=resize,
         slices=(
-            *(Slice(f"{where}.up", dim=2, width=1, offset=part * stack.hidden) for part in parts),
+            *(
+                Slice(f"{where}.{name}", dim=dim, width=1, offset=part * stack.hidden)
+                for name, dim in inputs for part in range(projections(stack.activation))
+            ),
             Slice(f"{where}.down", dim=2, width=1),
         ),
     )  # fmt: skip
@@ -103,11 +107,12 @@ _STREAM = {
     "attention.value.weight": 1, "attention.output.weight": 0, "feedforward.gate.weight": 1,
     "feedforward.up.weight": 1, "feedforward.down.weight": 0, "feedforward.experts.up": 1,
     "feedforward.experts.down": 1, "feedforward.shared.up": 1, "feedforward.shared.down": 1,
+    "feedforward.experts.down_bias": 1, "feedforward.shared.down_bias": 1,
     "feedforward.router.weight": 1, "feedforward.router.noise_weight": 1,
 }  # fmt: skip
 _ASIDE = {
     "attention.query.bias", "attention.key.bias", "attention.value.bias", "attention.query_norm.weight",
-    "attention.key_norm.weight", "feedforward.router.bias",
+    "attention.key_norm.weight", "feedforward.router.bias", "feedforward.experts.up_bias", "feedforward.shared.up_bias",
 }  # fmt: skip
 
 

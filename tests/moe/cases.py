@@ -18,4 +18,7 @@ def switch_layer(dim=8, hidden=12, experts=4, *, dtype=torch.float64, **options)
 
 
 def parameters(layer: MoE) -> list[Tensor]:
-    return [layer.router.weight, layer.experts.up, layer.experts.down]
+    """Router, up, down, and the biases of experts that have them: the order of the oracle's arguments."""
+    experts = layer.experts
+    biases = [] if experts.up_bias is None else [experts.up_bias, experts.down_bias]
+    return [layer.router.weight, experts.up, experts.down, *biases]

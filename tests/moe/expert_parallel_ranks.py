@@ -46,13 +46,14 @@ def reduced(tensor):
 def layers(rank, world):
     """Every router, tokens unevenly over the ranks (rank 1 has none), experts that do not divide the ranks."""
     for name, make in ROUTERS.items():
-        for experts, capacity in ((5, None), (2, None), (5, 1.0)):
+        for experts, capacity, bias in ((5, None, False), (2, None, True), (5, 1.0, True)):
             if experts < 3 and name == "top_k":
                 continue
             torch.manual_seed(0)
-            whole = MoE(D, 6, experts, make(experts), capacity_factor=capacity, shared_hidden=3).double()
+            whole = MoE(D, 6, experts, make(experts), capacity_factor=capacity, shared_hidden=3, bias=bias).double()
             ours = copy.deepcopy(whole)
-            assert shard_experts(ours, average=False) == ["experts.up", "experts.down"]
+            held = [f"experts.{name}" for name in ("up", "down", "up_bias", "down_bias")[: 4 if bias else 2]]
+            assert shard_experts(ours, average=False) == held
             torch.manual_seed(rank + 1)
             tokens = [7, 0, 12][rank % 3]
             x = torch.randn(tokens, D, dtype=torch.float64)
@@ -66,7 +67,7 @@ def layers(rank, world):
             close(two.grad, one.grad)
             for key, parameter in whole.named_parameters():
                 got = ours.get_parameter(key).grad
-                if key in ("experts.up", "experts.down"):
+                if key in held:
                     bounds = ours.experts.bounds
                     wanted = reduced(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
                     wanted = wanted[bounds[rank] : bounds[rank + 1]]
@@ -75,6 +76,8 @@ def layers(rank, world):
                     close(got, parameter.grad)
             owner = [sum(b <= e for b in ours.experts.bounds[1:]) for e in routing.expert.tolist()]
             pairs = {(t, o) for t, o in zip(routing.token.tolist(), owner, strict=True) if o != rank}
+            if (first := ours.experts.first) < ours.experts.bounds[rank + 1]:
+                close(ours.experts.forward_one(first, x), whole.experts.forward_one(first, x))
             traffic = ours.experts.traffic
             assert traffic.rows == len(pairs), (name, traffic, len(pairs))
             assert traffic.row_bytes == (traffic.rows + traffic.returned) * D * 8
@@ -145,7 +148,12 @@ def models(rank, world):
     """A whole model with its data split over the ranks, one optimiser step, against one process with all of it."""
     torch.manual_seed(0)
     config = TransformerConfig.uniform(
-        vocab_size=30, dim=D, num_layers=2, num_heads=2, feedforward=MoEConfig(6, 5, k=2), max_length=16
+        vocab_size=30,
+        dim=D,
+        num_layers=2,
+        num_heads=2,
+        max_length=16,
+        feedforward=MoEConfig(6, 5, k=2, expert_bias=True),
     )
     whole = Transformer(config).double()
     ours = copy.deepcopy(whole)

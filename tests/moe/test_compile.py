@@ -30,17 +30,21 @@ layer = MoE(8, 12, 4, TopKRouter(8, 4, k=2), shared_hidden=4)
 compare(layer)
 compare(layer, padding_mask=torch.arange(12) < 9)
 compare(layer, replay=layer(torch.randn(12, 8))[1].detach())
+biased = MoE(8, 12, 4, TopKRouter(8, 4, k=2), activation="relu", bias=True)
+compare(biased)
 compare(MoE(8, 12, 4, SwitchRouter(8, 4, capacity_factor=0.75)))
 
 for prepared in (False, True):
     if prepared:
-        prepare_for_decoding(layer)
+        prepare_for_decoding(layer), prepare_for_decoding(biased)
     with torch.no_grad():
         for tokens in (1, 3):
             x = torch.randn(tokens, 8)
             torch._dynamo.reset()
             y = torch.compile(lambda x: layer(x)[0], fullgraph=True, backend="aot_eager")(x)
             torch.testing.assert_close(y, layer(x)[0])
+            y = torch.compile(lambda x: biased(x)[0], fullgraph=True, backend="aot_eager")(x)
+            torch.testing.assert_close(y, biased(x)[0])
 jittery = MoE(8, 12, 4, SwitchRouter(8, 4, jitter=0.1))
 try:
     compare(jittery)
@@ -72,7 +76,8 @@ from moe import MoE, TopKRouter, prepare_for_decoding
 torch.manual_seed(0)
 torch.set_grad_enabled(False)
 for activation, dtype in (("swiglu", torch.float32), ("gelu", torch.bfloat16)):
-    layer = MoE(24, 40, 6, TopKRouter(24, 6, k=2), activation=activation).to(dtype)
+    bias = activation == "gelu"
+    layer = MoE(24, 40, 6, TopKRouter(24, 6, k=2), activation=activation, bias=bias).to(dtype)
     inputs = [torch.randn(tokens, 24).to(dtype) for tokens in (1, 2, 5, 1)]
     wanted = [layer(x)[0] for x in inputs]
     prepare_for_decoding(layer, compiled=True)

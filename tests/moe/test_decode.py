@@ -23,9 +23,10 @@ def without_graph(request):
 @pytest.mark.parametrize("prepared", [False, True], ids=["as built", "prepared"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 7, 16, 17])
-@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu2"])
-def test_equals_the_oracle(tokens, dtype, activation, prepared, without_graph):
-    layer = top_k_layer(8, 5, 6, 3, activation=activation, dtype=dtype)
+@pytest.mark.parametrize("kind", ["swiglu", "gelu", "relu2", "relu, biases"])
+def test_equals_the_oracle(tokens, dtype, kind, prepared, without_graph):
+    activation, _, biases = kind.partition(", ")
+    layer = top_k_layer(8, 5, 6, 3, activation=activation, dtype=dtype, bias=bool(biases))
     if prepared:
         prepare_for_decoding(layer)
     x = torch.randn(8, tokens, dtype=dtype).mT
@@ -54,14 +55,14 @@ def test_columns_are_shared_among_threads(tokens, dtype, threads, prepared, with
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_unchosen_experts_are_not_touched(tokens, dtype, prepared, without_graph):
-    layer = top_k_layer(experts=40, k=2, dtype=dtype)
+    layer = top_k_layer(experts=40, k=2, dtype=dtype, bias=True)
     if prepared:
         prepare_for_decoding(layer)
     x = torch.randn(tokens, 8, dtype=dtype)
     y, routing = layer(x)
     unchosen = torch.ones(40, dtype=torch.bool).index_fill(0, routing.expert, False)
     with torch.inference_mode():
-        for weight in (layer.experts.up, layer.experts.down):
+        for weight in layer.experts.parameters():
             weight[unchosen] = torch.nan
     assert torch.equal(layer(x)[0], y)
 
@@ -77,8 +78,9 @@ def test_dropped_and_padding_tokens_get_zeros(without_graph):
     close(y, mixture_of_experts(*wide, k=1, **options))
 
 
-def test_autocast_computes_in_its_dtype(without_graph):
-    layer = top_k_layer(dtype=torch.float32)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "biases"])
+def test_autocast_computes_in_its_dtype(bias, without_graph):
+    layer = top_k_layer(dtype=torch.float32, bias=bias)
     x = torch.randn(3, 8)
     with torch.autocast("cpu", torch.bfloat16):
         y, _ = layer(x)
@@ -106,19 +108,16 @@ def test_flops_are_counted(without_graph):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 7])
 @pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu2"])
-def test_the_expression_for_a_compiler_equals_the_oracle(tokens, dtype, activation):
-    layer = top_k_layer(8, 5, 6, 3, activation=activation, dtype=dtype)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "biases"])
+def test_the_expression_for_a_compiler_equals_the_oracle(tokens, dtype, activation, bias):
+    layer = top_k_layer(8, 5, 6, 3, activation=activation, dtype=dtype, bias=bias)
     x = torch.randn(tokens, 8, dtype=dtype)
     routing, experts = layer.route(x), layer.experts
     wide = [t.double() for t in (x, *parameters(layer))]
     wanted = mixture_of_experts(*wide, k=3, renormalize=True, activation=activation)
-    close(
-        fused_mixture(x, routing.token, routing.expert, routing.weight, experts.up, experts.down, activation),
-        wanted, dtype,
-    )  # fmt: skip
-    dropped = fused_mixture(
-        x, routing.token[:0], routing.expert[:0], routing.weight[:0], experts.up, experts.down, activation
-    )
+    weights = (experts.up, experts.down, activation, experts.up_bias, experts.down_bias)
+    close(fused_mixture(x, routing.token, routing.expert, routing.weight, *weights), wanted, dtype)
+    dropped = fused_mixture(x, routing.token[:0], routing.expert[:0], routing.weight[:0], *weights)
     assert not dropped.any() and dropped.shape == x.shape
 
 

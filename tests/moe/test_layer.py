@@ -24,10 +24,11 @@ def compare(layer, x, d_y, *, dtype=None, renormalize=True, activation="swiglu",
     return routing
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu2"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "biases"])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu", "silu", "relu2"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_activation_and_precision(activation, dtype):
-    layer = top_k_layer(activation=activation, dtype=dtype)
+def test_every_activation_and_precision(activation, dtype, bias):
+    layer = top_k_layer(activation=activation, dtype=dtype, bias=bias)
     x, d_y = torch.randn(23, 8, dtype=dtype), torch.randn(23, 8, dtype=dtype)
     compare(layer, x, d_y, activation=activation)
 
@@ -36,10 +37,10 @@ def test_every_activation_and_precision(activation, dtype):
     ("tokens", "dim", "hidden", "experts", "k"),
     [(0, 8, 12, 4, 2), (1, 8, 12, 4, 2), (9, 8, 12, 4, 4), (7, 3, 5, 1, 1), (30, 7, 9, 33, 3), (5, 1, 1, 2, 1)],
 )
-@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize(("renormalize", "bias"), [(True, False), (False, False), (False, True)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_awkward_shapes(tokens, dim, hidden, experts, k, renormalize, dtype):
-    layer = top_k_layer(dim, hidden, experts, k, renormalize=renormalize, dtype=dtype)
+def test_awkward_shapes(tokens, dim, hidden, experts, k, renormalize, dtype, bias):
+    layer = top_k_layer(dim, hidden, experts, k, renormalize=renormalize, dtype=dtype, bias=bias)
     compare(
         layer, torch.randn(tokens, dim, dtype=dtype), torch.randn(tokens, dim, dtype=dtype), renormalize=renormalize
     )
@@ -55,12 +56,13 @@ def test_all_tokens_on_one_expert_and_the_others_empty(dtype):
     assert routing.loads().tolist() == [11, 0, 0, 0]
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["", "biases"])
 @pytest.mark.parametrize(("dtype", "tiles"), [(torch.float64, False), (torch.bfloat16, False), (torch.bfloat16, True)])
-def test_an_expert_with_more_rows_than_a_chunk(dtype, tiles, monkeypatch):
+def test_an_expert_with_more_rows_than_a_chunk(dtype, tiles, bias, monkeypatch):
     monkeypatch.setattr("moe.grouped.has_tiles", lambda: tiles)
     monkeypatch.setattr("moe.grouped.SMALL_PRODUCT", 0)
     monkeypatch.setattr("moe.grouped.CHUNK_ROWS", 4)
-    layer = top_k_layer(experts=3, k=2, dtype=dtype)
+    layer = top_k_layer(experts=3, k=2, dtype=dtype, bias=bias)
     compare(layer, torch.randn(31, 8, dtype=dtype), torch.randn(31, 8, dtype=dtype))
 
 
@@ -72,11 +74,12 @@ def test_an_expert_with_more_rows_than_a_chunk(dtype, tiles, monkeypatch):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_experts_that_share_a_batched_product_and_not(threads, dtype, small, tiles, monkeypatch):
+@pytest.mark.parametrize("bias", [False, True], ids=["", "biases"])
+def test_experts_that_share_a_batched_product_and_not(threads, dtype, small, tiles, bias, monkeypatch):
     monkeypatch.setattr("torch.get_num_threads", lambda: threads)
     monkeypatch.setattr("moe.grouped.has_tiles", lambda: tiles)
     monkeypatch.setattr("moe.grouped.SMALL_PRODUCT", 2**40 if small else 0)
-    layer = top_k_layer(experts=7, k=2, dtype=dtype)
+    layer = top_k_layer(experts=7, k=2, dtype=dtype, bias=bias)
     compare(layer, torch.randn(400, 8, dtype=dtype), torch.randn(400, 8, dtype=dtype))
 
 
@@ -88,8 +91,9 @@ def test_strided_and_expanded_inputs_and_gradients():
     compare(layer, torch.randn(8, dtype=torch.float64).expand(3, 5, 8), torch.randn(3, 8, 5).double().mT)
 
 
-def test_padding_gets_zeros_and_trains_nothing():
-    layer = top_k_layer()
+@pytest.mark.parametrize("bias", [False, True], ids=["", "biases"])
+def test_padding_gets_zeros_and_trains_nothing(bias):
+    layer = top_k_layer(bias=bias)
     real = [True, False, True, True, False, False, True, True, True, True]
     x = torch.randn(10, 8, dtype=torch.float64)
     routing = compare(layer, x, torch.randn(10, 8, dtype=torch.float64), real=real)
@@ -104,7 +108,7 @@ def test_padding_gets_zeros_and_trains_nothing():
 def test_padding_that_holds_nan_reaches_no_gradient(dtype, tiles, monkeypatch):
     monkeypatch.setattr("moe.grouped.has_tiles", lambda: tiles)
     monkeypatch.setattr("moe.grouped.SMALL_PRODUCT", 0)
-    layer = top_k_layer(dtype=dtype)
+    layer = top_k_layer(dtype=dtype, bias=True)
     x = torch.randn(11, 8, dtype=dtype)
     x[0] = torch.nan
     real = torch.tensor([False] + [True] * 10)
@@ -120,8 +124,9 @@ def test_capacity_drops_what_the_loop_drops(factor):
     x, d_y = torch.randn(2, 26, 8, dtype=torch.float64)
     switch = switch_layer(capacity_factor=factor)
     compare(switch, x, d_y, renormalize=False, capacity_factor=factor)
-    routing = compare(top_k_layer(capacity_factor=factor), x, d_y, capacity_factor=factor)
-    assert int(routing.choices().sum()) == 52
+    for bias in (False, True):
+        routing = compare(top_k_layer(capacity_factor=factor, bias=bias), x, d_y, capacity_factor=factor)
+        assert int(routing.choices().sum()) == 52
 
 
 def test_shared_expert_is_added_for_every_token():
@@ -133,13 +138,69 @@ def test_shared_expert_is_added_for_every_token():
     close(y, (torch.nn.functional.silu(gate) * value) @ layer.shared.down[0].mT)
 
 
-def test_gradcheck():
-    layer = top_k_layer(4, 3, 3, 2)
+@pytest.mark.parametrize("tokens", [2, 30])
+def test_the_shared_expert_has_biases_too(tokens):
+    layer = top_k_layer(shared_hidden=6, activation="relu", bias=True)
+    x = torch.randn(tokens, 8, dtype=torch.float64)
+    shared = layer.shared
+    expected = (x @ shared.up[0] + shared.up_bias[0]).clamp_min(0) @ shared.down[0].mT + shared.down_bias[0]
+    routed = top_k_layer(activation="relu", bias=True)
+    routed.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.startswith("shared")})
+    y = layer(x)[0]
+    close(y, routed(x)[0] + expected)
+    names = [name for name, _ in shared.named_parameters()]
+    found = torch.autograd.grad(y.square().sum(), shared.parameters())
+    wanted = torch.autograd.grad((routed(x)[0] + expected).square().sum(), shared.parameters())
+    assert names == ["up", "down", "up_bias", "down_bias"]
+    for got, one in zip(found, wanted, strict=True):
+        close(got, one)
+    with torch.no_grad():
+        close(layer(x)[0], y)
+
+
+def test_without_biases_nothing_is_added_to_the_state():
+    assert top_k_layer(shared_hidden=6).state_dict().keys() == {
+        "router.weight", "experts.up", "experts.down", "shared.up", "shared.down",
+    }  # fmt: skip
+    torch.manual_seed(0)
+    plain = top_k_layer()
+    torch.manual_seed(0)
+    assert torch.equal(top_k_layer(bias=False).experts.down, plain.experts.down)
+
+
+def test_biases_alone_learn_where_the_matrices_are_frozen():
+    layer = top_k_layer(bias=True)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    layer(x)[0].sum().backward()
+    expected = layer.experts.up_bias.grad.clone(), layer.experts.down_bias.grad.clone()
+    layer.zero_grad()
+    layer.requires_grad_(False)
+    for bias in (layer.experts.up_bias, layer.experts.down_bias):
+        bias.requires_grad_(True)
+    layer(x)[0].sum().backward()
+    assert layer.experts.up.grad is None
+    close(layer.experts.up_bias.grad, expected[0])
+    close(layer.experts.down_bias.grad, expected[1])
+    layer.zero_grad()
+    layer.experts.forward_one(1, x).sum().backward()
+    assert layer.experts.down_bias.grad[1].equal(torch.full((8,), 3.0, dtype=torch.float64))
+
+
+def test_biases_in_another_dtype_are_refused():
+    layer = top_k_layer(bias=True, dtype=torch.float32)
+    layer.experts.up_bias = torch.nn.Parameter(layer.experts.up_bias.double())
+    with pytest.raises(ValueError, match="x must have the dtype of the expert weights"):
+        layer(torch.randn(20, 8))
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "biases"])
+def test_gradcheck(bias):
+    layer = top_k_layer(4, 3, 3, 2, bias=bias)
     x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
 
-    def run(x, router, up, down):
-        names = {"router.weight": router, "experts.up": up, "experts.down": down}
-        return torch.func.functional_call(layer, names, (x,))[0]
+    def run(x, *weights):
+        names = ["router.weight", "experts.up", "experts.down", "experts.up_bias", "experts.down_bias"]
+        return torch.func.functional_call(layer, dict(zip(names, weights, strict=False)), (x,))[0]
 
     assert torch.autograd.gradcheck(run, (x, *parameters(layer)))
 
@@ -186,8 +247,9 @@ def test_checkpointing_with_a_replay_gives_the_same_gradients():
         assert torch.equal(one, other)
 
 
-def test_autocast_computes_in_bf16_and_returns_gradients_in_the_dtype_of_the_weights():
-    layer = top_k_layer(dtype=torch.float32)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "biases"])
+def test_autocast_computes_in_bf16_and_returns_gradients_in_the_dtype_of_the_weights(bias):
+    layer = top_k_layer(dtype=torch.float32, bias=bias)
     x = torch.randn(40, 8, requires_grad=True)
     d_y = torch.randn(40, 8)
     with torch.autocast("cpu", torch.bfloat16):
@@ -214,9 +276,10 @@ def test_frozen_experts_and_inputs_without_gradient():
         assert torch.isfinite(layer(x)[0]).all()
 
 
-def test_saved_bytes_are_x_the_routing_and_the_pre_activation():
+@pytest.mark.parametrize("bias", [False, True], ids=["", "biases"])
+def test_saved_bytes_are_x_the_routing_and_the_pre_activation(bias):
     tokens, dim, hidden, experts, k = 64, 16, 24, 4, 2
-    layer = top_k_layer(dim, hidden, experts, k, dtype=torch.float32)
+    layer = top_k_layer(dim, hidden, experts, k, dtype=torch.float32, bias=bias)
     x = torch.randn(tokens, dim, requires_grad=True)
     routing = layer.router(x)
     saved: dict[int, int] = {}
@@ -234,8 +297,9 @@ def test_saved_bytes_are_x_the_routing_and_the_pre_activation():
     assert sum(saved.values()) == weights + tokens * dim * 4 + rows * 2 * hidden * 4 + routed + blocks
 
 
-def test_flops_are_counted_exactly():
-    layer = top_k_layer(8, 12, 4, 2, dtype=torch.float32)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "biases"])
+def test_flops_are_counted_exactly(bias):
+    layer = top_k_layer(8, 12, 4, 2, dtype=torch.float32, bias=bias)
     x = torch.randn(10, 8, requires_grad=True)
     routing = layer.router(x)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
@@ -247,8 +311,9 @@ def test_flops_are_counted_exactly():
     assert counter.get_total_flops() == 3 * forward + router
 
 
-def test_forward_one_is_the_expert_unweighted():
-    layer = top_k_layer(experts=1, k=1)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "biases"])
+def test_forward_one_is_the_expert_unweighted(bias):
+    layer = top_k_layer(experts=1, k=1, bias=bias)
     x = torch.randn(5, 8, dtype=torch.float64)
     close(layer.experts.forward_one(0, x), layer(x)[0])
     with pytest.raises(IndexError, match=r"expert must be in \[0, num_experts=1\), got 1"):

@@ -78,18 +78,19 @@ def test_all_tokens_on_one_expert_keep_no_more(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_working_buffers_do_not_grow_with_the_tokens_of_one_expert(dtype):
+@pytest.mark.parametrize("bias", [False, True], ids=["", "biases"])
+def test_the_working_buffers_do_not_grow_with_the_tokens_of_one_expert(dtype, bias):
     """Beyond what is returned or of x's size, no allocation exceeds a chunk: nothing is padded to E times a load."""
     tokens, dim, hidden, experts = 4 * CHUNK_ROWS, 8, 40, 3
-    layer = top_k_layer(dim, hidden, experts, 1, dtype=dtype)
+    layer = top_k_layer(dim, hidden, experts, 1, dtype=dtype, bias=bias)
     x, routing = torch.randn(tokens, dim, dtype=dtype), one_expert(tokens, experts)
-    up, down = layer.experts.up.detach(), layer.experts.down.detach()
+    up, down, *biases = (parameter.detach() for parameter in layer.experts.parameters())
     weight = routing.weight.detach()
     with Largest() as forward:
-        y, pre, *rest = mixture_forward._init_fn(x, routing.token, routing.expert, weight, up, down, "swiglu")
+        y, pre, *rest = mixture_forward._init_fn(x, routing.token, routing.expert, weight, up, down, "swiglu", *biases)
     assert pre.shape == (tokens, 2 * hidden) and forward.elements == pre.numel()
     with Largest(x, pre, up, down, y, weight) as backward:
-        mixture_backward._init_fn(y, x, routing.token, weight, up, down, "swiglu", pre, *rest, True)
+        mixture_backward._init_fn(y, x, routing.token, weight, up, down, "swiglu", pre, *rest, True, *biases)
     # rows · D, and buffers of a chunk of the pre-activation
     assert backward.elements <= max(tokens * dim, CHUNK_ROWS * 2 * hidden)
 
@@ -105,12 +106,12 @@ def test_a_hundred_thousand_tokens():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_five_hundred_experts_of_which_most_are_empty(dtype):
-    layer = MoE(8, 4, 512, TopKRouter(8, 512, k=2)).to(dtype)
+    layer = MoE(8, 4, 512, TopKRouter(8, 512, k=2), bias=True).to(dtype)
     x = torch.randn(40, 8, dtype=dtype, requires_grad=True)
     y, routing = layer(x)
     y.float().square().mean().backward()
     empty = routing.loads() == 0
     assert empty.sum() > 400
-    for gradient in (layer.experts.up.grad, layer.experts.down.grad):
+    for gradient in (parameter.grad for parameter in layer.experts.parameters()):
         assert torch.isfinite(gradient).all() and not gradient[empty].any()
         assert gradient[~empty].flatten(1).any(1).all()

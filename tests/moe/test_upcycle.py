@@ -19,7 +19,7 @@ def dense(x, gate, up, down, activation):
     if activation == "swiglu":
         return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
     a = x @ up.T
-    return (F.gelu(a) if activation == "gelu" else torch.relu(a) ** 2) @ down.T
+    return ({"gelu": F.gelu, "silu": F.silu}.get(activation, torch.relu)(a) ** (1 + (activation == "relu2"))) @ down.T
 
 
 SIZES = [
@@ -36,7 +36,7 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu2"])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu", "silu", "relu2"])
 @pytest.mark.parametrize(("num_experts", "k", "granularity"), SIZES)
 def test_equal_to_the_dense_network_for_many_inputs(num_experts, k, granularity, activation):
     weights = matrices(activation)
@@ -53,6 +53,49 @@ def test_equal_to_the_dense_network_for_many_inputs(num_experts, k, granularity,
     groups = num_experts // granularity
     if groups > k // granularity:
         assert len((routing.expert // granularity).unique()) == groups, "the fresh router uses every group"
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu", "silu", "relu2"])
+@pytest.mark.parametrize("granularity", [1, 2])
+@pytest.mark.parametrize("given", ["all", "up", "down"])
+def test_biases_of_the_dense_network_are_taken_over(given, granularity, activation):
+    gate, up, down = matrices(activation, dtype=torch.float64)
+    rows = {name: torch.randn(size, dtype=torch.float64) for name, size in {"gate": 24, "up": 24, "down": 8}.items()}
+    known = {name: row for name, row in rows.items() if given in ("all", name) and (name != "gate" or gate is not None)}
+    layer = upcycle(gate, up, down, num_experts=4, k=2, granularity=granularity, activation=activation,
+                    **{f"{name}_bias": row for name, row in known.items()})  # fmt: skip
+    # a bias is one more input, which is 1: the dense network without biases has it as a column
+    x = torch.randn(3, 30, 8, dtype=torch.float64)
+    none = torch.zeros(24, dtype=torch.float64)
+    wide = [None if w is None else torch.cat([w, known.get(name, none)[:, None]], 1)
+            for name, w in {"gate": gate, "up": up}.items()]  # fmt: skip
+    expected = dense(torch.cat([x, torch.ones_like(x[..., :1])], -1), *wide, down, activation)
+    close(layer(x)[0], expected + known.get("down", torch.zeros(8, dtype=torch.float64)))
+
+
+def test_redrawn_neurons_draw_their_biases_too():
+    gate, up, down = matrices("swiglu")
+    options = {"num_experts": 2, "k": 1, "gate_bias": torch.ones(24), "up_bias": torch.randn(24)}
+    before = upcycle(gate, up, down, **options).experts
+    after = upcycle(gate, up, down, **options, reinitialize=0.5).experts
+    changed = (after.down != before.down).any(1)
+    assert changed.sum(1).tolist() == [12, 12]
+    gates, values = after.up_bias.split(24, 1)
+    assert (gates == 1).all(), "alike, they are drawn alike"
+    assert ((values != before.up_bias[:, 24:]) == changed).all()
+
+
+@pytest.mark.parametrize(
+    ("biases", "message"),
+    [
+        ({"gate_bias": torch.zeros(24)}, "gate_bias must be None without a gate, got a vector"),
+        ({"up_bias": torch.zeros(8)}, r"up_bias must have shape \[24\], got \[8\]"),
+        ({"down_bias": torch.zeros(24)}, r"down_bias must have shape \[8\], got \[24\]"),
+    ],
+)
+def test_biases_of_another_size_are_refused(biases, message):
+    with unchecked(), pytest.raises(ValueError, match=message):
+        upcycle(*matrices("gelu"), num_experts=2, k=1, activation="gelu", **biases)
 
 
 def test_the_experts_hold_the_shards_and_only_their_product_is_scaled():
@@ -145,7 +188,7 @@ def test_reinitialising_all_leaves_nothing_of_the_dense_network():
         ({"gate": None}, "gate must be a matrix for swiglu and None otherwise, got None for 'swiglu'"),
         ({"gate": torch.zeros(2, 8)}, r"gate must have the shape of up, \[24, 8\], got \[2, 8\]"),
         ({"down": torch.zeros(24, 8)}, r"shapes \[F, D\] and \[D, F\], got \[24, 8\] and \[24, 8\]"),
-        ({"activation": "tanh", "gate": None}, "activation must be 'swiglu', 'gelu' or 'relu2', got 'tanh'"),
+        ({"activation": "tanh", "gate": None}, "activation must be one of swiglu, gelu, relu, silu, relu2, got 'tanh'"),
     ],
 )
 def test_bad_input_names_the_bound_and_the_value(change, message):

@@ -40,11 +40,15 @@ def make(name, **options):
         return peer(name, **options)
     torch.manual_seed(0)
     feedforward = MoEConfig(hidden=10, num_experts=4, k=2, shared_hidden=6, **options)
-    return Transformer(
+    model = Transformer(
         TransformerConfig.uniform(
             vocab_size=31, dim=24, num_layers=2, num_heads=4, max_length=16, feedforward=feedforward
         )
     ).eval()
+    for key, parameter in model.named_parameters():
+        if key.endswith(("up_bias", "down_bias")):
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 def neurons(model):
@@ -90,12 +94,16 @@ def test_each_expert_loses_its_own_and_the_result_is_the_model_with_zero_columns
     assert report.achieved <= 0.4
 
 
-@pytest.mark.parametrize("activation", ["gelu", "relu2"])
-def test_experts_without_a_gate(activation):
-    model, tokens = make("own", activation=activation), ids()
+@pytest.mark.parametrize(("activation", "bias"), [("gelu", False), ("relu2", False), ("relu", True), ("swiglu", True)])
+def test_experts_without_a_gate_or_with_biases(activation, bias, tmp_path):
+    model, tokens = make("own", activation=activation, expert_bias=bias), ids()
     before = copy.deepcopy(model)
     report = prune_expert_neurons(model, fraction=0.3)
     close(logits(model, tokens), logits(without(before, report), tokens))
+    assert (logits(before, tokens) - logits(model, tokens)).abs().max() > 1e-3
+    assert report.parameters_predicted == report.parameters_after < report.parameters_before
+    again = Transformer.from_pretrained(model.save_pretrained(tmp_path))
+    assert logits(again, tokens).equal(logits(model, tokens))
 
 
 @pytest.mark.parametrize("name", EVERY)

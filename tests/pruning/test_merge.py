@@ -226,7 +226,11 @@ def test_llama_gets_biases_where_its_config_has_them(tmp_path):
 
 
 def moe(**options):
-    return own(MoEConfig(hidden=8, num_experts=6, **({"k": 1, "router": "switch"} | options)))
+    model = own(MoEConfig(hidden=8, num_experts=6, **({"k": 1, "router": "switch"} | options)))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("up_bias", "down_bias")):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
 
 
 @torch.no_grad()
@@ -238,14 +242,17 @@ def twin(model, source, target, *, shuffled=False):
         for half in (slice(0, 8), slice(8, 16)):
             experts.up[target, :, half] = experts.up[source, :, half][:, order]
         experts.down[target] = experts.down[source][:, order]
+        if experts.up_bias is not None:
+            experts.up_bias[target] = experts.up_bias[source].view(2, 8)[:, order].flatten()
+            experts.down_bias[target] = experts.down_bias[source]
         layer.feedforward.router.weight[target] = layer.feedforward.router.weight[source]
 
 
 @pytest.mark.parametrize("router", ["kept", "mean"])
-@pytest.mark.parametrize("shuffled", [False, True])
-def test_twin_experts_merge_without_changing_the_output(tmp_path, router, shuffled):
+@pytest.mark.parametrize(("shuffled", "bias"), [(False, False), (True, False), (True, True)])
+def test_twin_experts_merge_without_changing_the_output(tmp_path, router, shuffled, bias):
     # renormalised: the weight of the one expert of a token is 1, whoever else has a share
-    model = moe(router="top_k")
+    model = moe(router="top_k", expert_bias=bias)
     twin(model, 1, 4, shuffled=shuffled)
     twin(model, 1, 5, shuffled=shuffled)
     expected = model(ids()).logits
@@ -288,8 +295,9 @@ def test_experts_without_order_need_alignment():
     assert (aligned(ids()).hidden - expected).norm() < (plain(ids()).hidden - expected).norm()
 
 
-def test_weights_are_averaged_by_frequency():
-    model = moe(k=2, router="top_k")
+@pytest.mark.parametrize("bias", [False, True])
+def test_weights_are_averaged_by_frequency(bias):
+    model = moe(k=2, router="top_k", expert_bias=bias)
     start = copy.deepcopy(model)
     counts = start(ids()).routings[0].loads().double()
     report = merge_experts(model, [ids()], fraction=0.5, align=False)
@@ -301,6 +309,10 @@ def test_weights_are_averaged_by_frequency():
     for kept, group in groups.items():
         wanted = sum(counts[e] * start.layers[0].feedforward.experts.down[e] for e in group) / counts[group].sum()
         close(model.layers[0].feedforward.experts.down[stays.index(kept)], wanted.float())
+        if bias:
+            whole = start.layers[0].feedforward.experts.down_bias
+            wanted = sum(counts[e] * whole[e] for e in group) / counts[group].sum()
+            close(model.layers[0].feedforward.experts.down_bias[stays.index(kept)], wanted.float())
         assert counts[kept] == counts[group].max()
     close(model.layers[0].feedforward.router.weight, start.layers[0].feedforward.router.weight[stays])
 

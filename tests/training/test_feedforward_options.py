@@ -30,6 +30,8 @@ OPTIONS = [
     (MOE | {"router": "hash"}, "hash_table", "balanced"),
     (MOE | {"router": "hash"}, "hash_seed", 3),
     (MOE | {"capacity_factor": 1.5}, "drop_priority", "gate"),
+    (MOE, "expert_bias", True),
+    ({"feedforward": "soft_moe", "allow_future": True}, "expert_bias", True),
     ({"feedforward": "soft_moe", "allow_future": True}, "slots_per_expert", 3),
     (MEMORY, "memory_heads", 2),
     (MEMORY, "memory_k", 3),

@@ -93,6 +93,7 @@ def run_config(**model):
     {"feedforward": "dense", "hidden": 192, "layers": 3},
     {"feedforward": "moe", "hidden": 96, "num_experts": 6, "k": 2, "layers": 2, "heads": 4, "kv_heads": 2},
     {"feedforward": "moe", "hidden": 64, "num_experts": 4, "k": 1, "shared_hidden": 64, "activation": "gelu"},
+    {"feedforward": "moe", "hidden": 64, "num_experts": 4, "k": 1, "activation": "relu", "expert_bias": True},
     {"feedforward": "product_key", "num_keys": 32, "memory_pool": "a", "layers": 3},
 ])  # fmt: skip
 def test_counts_are_those_of_the_model(model):
@@ -103,6 +104,8 @@ def test_counts_are_those_of_the_model(model):
     assert counts.flops == built.flops_per_token(32)
     experts = [p for name, p in built.named_parameters() if ".experts." in name]
     assert counts.experts == sum(p.numel() for p in experts)
+    k, num_experts = config.model.k, config.model.num_experts
+    assert sum(m.flops for m in counts.mixtures) == 2 * k / num_experts * sum(p.numel() for p in experts if p.ndim == 3)
     assert counts.root == sum(p.numel() for name, p in built.named_parameters() if not name.startswith("layers."))
     assert counts.root > 0 and counts.root + sum(block.weights for block in counts.blocks) == counts.dense
 

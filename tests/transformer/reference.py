@@ -47,8 +47,10 @@ def dense(state: dict[str, Tensor], prefix: str, x: Tensor, activation: str) -> 
         middle = gate / (1 + torch.exp(-gate)) * up
     elif activation == "gelu":
         middle = 0.5 * up * (1 + torch.erf(up / math.sqrt(2)))
+    elif activation == "silu":
+        middle = up / (1 + torch.exp(-up))
     else:
-        middle = up.clamp(min=0) ** 2
+        middle = up.clamp(min=0) ** {"relu": 1, "relu2": 2}[activation]
     return middle @ state[f"{prefix}.down.weight"].T
 
 

@@ -50,6 +50,14 @@ def test_the_json_round_trip_keeps_it(word):
     assert TransformerConfig.from_dict(whole.to_dict()) == whole
 
 
+@pytest.mark.parametrize("kind", [MoEConfig(16, 4, shared_hidden=6, expert_bias=True), MoEConfig(16, 4)])
+def test_experts_have_biases_that_start_as_zeros_or_none(kind):
+    layer = built(kind)
+    biases = {name: value for name, value in layer.state_dict().items() if "bias" in name}
+    assert len(biases) == (4 if kind.expert_bias else 0)
+    assert not any(bias.any() for bias in biases.values())
+
+
 def test_gshards_second_expert_is_used_always_or_at_random():
     def skipped(feedforward):
         return built(feedforward).train()(states())[1].skipped

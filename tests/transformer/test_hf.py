@@ -326,6 +326,7 @@ def test_a_model_that_no_family_has_is_refused_with_the_difference(tmp_path):
         "capacity_factor is 1.25 here": uniform(feedforward=MoEConfig(8, 4, capacity_factor=1.25)),
         "router is 'switch' here": uniform(feedforward=MoEConfig(8, 4, k=1, router="switch")),
         "shared_hidden is 4 here": uniform(feedforward=MoEConfig(8, 4, shared_hidden=4)),
+        r"layers\.0\.feedforward\.expert_bias is True here": uniform(feedforward=MoEConfig(8, 4, expert_bias=True)),
     }
     for message, config in cases.items():
         with pytest.raises(ValueError, match=message):

@@ -28,6 +28,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.to
 CAUSAL = {
     "top_k": MoEConfig(16, 4),
     "switch": MoEConfig(16, 4, k=1, router="switch", jitter=0.1),
+    "biases": MoEConfig(16, 4, shared_hidden=6, activation="relu", expert_bias=True),
     "noisy_top_k": MoEConfig(16, 4, router="noisy_top_k"),
     "top_2": MoEConfig(16, 4, router="top_2"),
     "sigmoid": MoEConfig(16, 4, router="sigmoid", num_groups=2, route_scale=2.5),
@@ -47,7 +48,7 @@ CAUSAL = {
 }
 LEAKING = {
     "expert_choice": MoEConfig(16, 4, router="expert_choice", allow_future=True),
-    "soft_moe": SoftMoEConfig(16, 4, allow_future=True),
+    "soft_moe": SoftMoEConfig(16, 4, allow_future=True, expert_bias=True),
 }
 
 

@@ -43,7 +43,7 @@ def model_of(config, dtype=torch.float32):
     return model
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu2"])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu", "silu", "relu2"])
 @pytest.mark.parametrize("pattern", [CAUSAL, WINDOW])
 @pytest.mark.parametrize("length", [1, 7])
 def test_logits_equal_the_loops(activation, pattern, length):

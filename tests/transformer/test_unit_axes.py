@@ -23,15 +23,18 @@ KINDS = {
     "groups": MoEConfig(12, 6, k=2, router="sigmoid", num_groups=3, top_groups=2),
     "sinkhorn": MoEConfig(12, 6, k=2, router="sinkhorn"),
     "top_2": MoEConfig(12, 6, k=2, router="top_2"),
+    "biases": MoEConfig(12, 6, k=2, shared_hidden=4, activation="relu", expert_bias=True),
 }
 
 
 def build(feedforward=KINDS["top_k"], *, layers=3) -> Transformer:
     torch.manual_seed(0)
     attention = AttentionConfig(2, 2, 8)
-    return Transformer(
-        TransformerConfig(40, 16, (LayerConfig(attention, feedforward),) * layers, max_length=32)
-    ).eval()  # fmt: skip
+    model = Transformer(TransformerConfig(40, 16, (LayerConfig(attention, feedforward),) * layers, max_length=32))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("up_bias", "down_bias")):
+            torch.nn.init.normal_(parameter)
+    return model.eval()
 
 
 def ids(batch=3, length=9):
@@ -52,7 +55,8 @@ def test_what_stays_computes_as_before_among_itself(kind, tmp_path):
         kept = list(report.kept[f"layers.{index}.feedforward.experts"])
         experts, where = layer.feedforward.experts, f"layers.{index}.feedforward"
         assert experts.num_experts == len(kept) == model.config.layers[index].feedforward.num_experts
-        assert experts.up.equal(before[f"{where}.experts.up"][kept])
+        for name, tensor in experts.state_dict().items():
+            assert tensor.equal(before[f"{where}.experts.{name}"][kept])
         for name, tensor in layer.feedforward.router.state_dict().items():
             assert tensor.equal(before[f"{where}.router.{name}"][kept])
     logits = model(ids()).logits

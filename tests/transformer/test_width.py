@@ -12,11 +12,13 @@ from tests.transformer.test_model import MIXTURE, model_of, uniform
 from transformer import MoEConfig, SoftMoEConfig, Transformer, generate
 
 NOISY = MoEConfig(hidden=12, num_experts=4, k=2, router="noisy_top_k", shared_hidden=6)
+BIASED = MoEConfig(hidden=12, num_experts=4, k=2, shared_hidden=6, activation="relu", expert_bias=True)
 CONFIGS = {
     "dense": uniform(),
     "untied": replace(uniform(), tied=False),
     "experts": uniform(feedforward=MIXTURE),
     "noisy and shared": uniform(feedforward=NOISY),
+    "biased experts": uniform(feedforward=BIASED),
     "normed heads": replace(uniform(), layers=tuple(
         replace(layer, attention=replace(layer.attention, qk_norm="full")) for layer in uniform().layers)),
 }  # fmt: skip
@@ -38,6 +40,8 @@ def narrow(model, kept):
                 for stack in (block.feedforward.experts, block.feedforward.shared):
                     if stack is not None:
                         stack.down[:, gone] = 0
+                        if stack.down_bias is not None:
+                            stack.down_bias[:, gone] = 0
             else:
                 block.feedforward.down.weight[gone] = 0
     for name, module in model.named_modules():
@@ -54,7 +58,7 @@ def test_fewer_channels_equal_zeroed_channels_under_renormalised_norms(config, t
     model = model_of(config, torch.float64).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name.endswith(("up_bias", "down_bias")):
                 parameter.uniform_(0.5, 1.5)
     dense, dim = copy.deepcopy(model), config.dim
     kept = [channel for channel in range(dim) if channel % 4 != 1]

@@ -21,18 +21,19 @@ GATED = ("swiglu", "reglu", "drelu")
 @dataclass(frozen=True)
 class Dispatch:
     """One mixture-of-experts layer: E experts of ``parameters`` weights together in ``tensors`` tensors, of which a
-    token uses k; share: of the tokens that pass the layer."""
+    token uses k; share: of the tokens that pass the layer; biases: those of the weights that no product takes."""
 
     num_experts: int
     k: int
     parameters: int
     tensors: int = 2
     share: float = 1.0
+    biases: int = 0
 
     @property
     def flops(self) -> float:
-        """Forward matrix-product FLOPs of the experts a token: 2 for each weight that it uses."""
-        return 2.0 * self.share * self.k / self.num_experts * self.parameters
+        """Forward matrix-product FLOPs of the experts a token: 2 for each weight of a matrix that it uses."""
+        return 2.0 * self.share * self.k / self.num_experts * (self.parameters - self.biases)
 
     def other_ranks(self, ranks: int) -> float:
         """Other ranks that a token's row goes to, on average, if every set of k experts is equally likely.
@@ -152,8 +153,9 @@ def _mixture(layer: LayerConfig, module: torch.nn.Module, length: int) -> Dispat
     if not isinstance(layer.feedforward, MoEConfig) or not isinstance(module.feedforward, MoE):
         return None
     held = [weight.numel() for weight in module.feedforward.experts.parameters()]
+    biases = sum(weight.numel() for weight in module.feedforward.experts.parameters() if weight.ndim == 2)
     share = 1.0 if layer.depth is None else passing_tokens(length, capacity=layer.depth.capacity) / length
-    return Dispatch(layer.feedforward.num_experts, layer.feedforward.k, sum(held), len(held), share)
+    return Dispatch(layer.feedforward.num_experts, layer.feedforward.k, sum(held), len(held), share, biases)
 
 
 def _expert_weights(module: torch.nn.Module) -> list[torch.nn.Parameter]:
