@@ -22,7 +22,8 @@ from moe.routers.top_k import draw_seed, record_choice, require_replay_of, route
 from moe.routing import Routing
 
 Noise = Literal["always", "training", "never"]
-_PROBES = 8  # rows on which an expert and its copy are compared
+Dropout = Literal["refuse", "leave_out"]
+_PROBES = 24  # rows on which an expert and its copy are compared
 
 
 class FairscaleGate(nn.Module):
@@ -173,21 +174,31 @@ def _weighted(routing: Routing) -> Routing:
 
 
 @torch.no_grad()
-def from_fairscale(layer: nn.Module, *, capacity_factor: float | None = 1.0, noise: Noise = "always") -> MoE:
+def from_fairscale(
+    layer: nn.Module,
+    *,
+    capacity_factor: float | None = 1.0,
+    noise: Noise = "always",
+    dropout: Dropout = "refuse",
+) -> MoE:
     """A :class:`moe.MoE` with copies of the weights of a ``fairscale.nn.MOELayer``, equal to it in output.
 
     layer: all experts in one process, gated by ``Top2Gate`` (or :class:`FairscaleGate`, whose router and capacity are
-    taken over). Each expert is a module of Linears without bias that computes down(silu(gate x) ⊙ up x),
-    down(gelu(up x)) or down(relu(up x)²); which Linear is which is found by comparing outputs on random rows, in
-    float64. Dropout inside experts is not taken over. Experts with biases, or of another function such as nn.ReLU,
-    SiLU without a gate or tanh-GELU, are refused: :class:`moe.Experts` has no biases and no such activation, and a
-    trained bias cannot be left out without changing the outputs.
+    taken over). Each expert is a module of two Linears that computes down(act(up x)), act being exact GELU, ReLU, SiLU
+    or ReLU², or of three, down(silu(gate x) ⊙ up x), whatever their names; which Linear is which, and the activation,
+    are found by comparing float64 copies with random weights on random rows. The Linears may have biases: if one has,
+    all experts get them, and those that there are not start as zeros and learn. Experts of another function, such as
+    tanh-GELU or a lone Linear, are refused.
+    dropout: :class:`moe.Experts` has none. Experts that drop in training (p > 0) are refused, or with "leave_out" read
+    without it: the same in evaluation, not in training.
     capacity_factor 1 is fairscale's own capacity 2S/E: what is dropped, and the weights of what is kept, are the same
     too. None drops nothing. noise: see :class:`GumbelTop2Router`. The draws come from other generators: outputs are
     equal where the second experts are, as they always are with two experts.
     Raises: ImportError without fairscale; TypeError for another layer; ValueError for a gate or expert without an
-    equal here, and for experts on several ranks.
+    equal here, for dropout, and for experts on several ranks.
     """
+    if dropout not in get_args(Dropout):
+        raise ValueError(f"dropout must be one of {', '.join(get_args(Dropout))}, got {dropout!r}")
     if not isinstance(layer, _moe_layer_class()):
         raise TypeError(f"layer must be a fairscale.nn.MOELayer, got {type(layer).__name__}")
     gate, experts = cast(nn.Module, layer.gate), list(cast(nn.ModuleList, layer.experts))
@@ -198,14 +209,16 @@ def from_fairscale(layer: nn.Module, *, capacity_factor: float | None = 1.0, noi
             f"gather those of the other ranks first"
         )
     dim = cast(int, router.dim)
-    read = [_read_expert(expert, dim, f"experts.{index}") for index, expert in enumerate(experts)]
+    read = [_read_expert(expert, dim, f"experts.{index}", dropout) for index, expert in enumerate(experts)]
     sizes = {(e.hidden, e.activation) for e in read}
     if len(sizes) > 1:
         raise ValueError(f"experts must be alike in hidden neurons and activation, got {sorted(sizes)}")
-    first = read[0]
-    moe = MoE(dim, first.hidden, len(read), router, activation=first.activation, **options).to(first.up)
-    moe.experts.up.copy_(torch.cat([e.up for e in read]))
-    moe.experts.down.copy_(torch.cat([e.down for e in read]))
+    first, bias = read[0], any(e.up_bias is not None for e in read)
+    moe = MoE(dim, first.hidden, len(read), router, activation=first.activation, bias=bias, **options).to(first.up)
+    for name, stacked in moe.experts.named_parameters():
+        for expert, one in zip(stacked, read, strict=True):
+            values = getattr(one, name)
+            expert.copy_(torch.zeros_like(expert) if values is None else values[0])
     return moe.train(layer.training)
 
 
@@ -230,39 +243,66 @@ def _read_gate(gate: nn.Module, capacity_factor: float | None, noise: Noise) -> 
     return router, {}
 
 
-def _read_expert(expert: nn.Module, dim: int, name: str) -> Experts:
-    """One expert as stacked weights, [1, D, …]. Raises: ValueError if it computes something else."""
-    linears = {f"{where}.weight": module for where, module in expert.named_modules() if isinstance(module, nn.Linear)}
-    others = sorted(dict(expert.named_parameters()).keys() - linears.keys())
+def _read_expert(expert: nn.Module, dim: int, name: str, dropout: Dropout) -> Experts:
+    """One expert as stacked weights, [1, D, …]. Raises: ValueError if it computes something else, or drops."""
+    linears = _linears(expert)
+    known = {id(parameter) for linear in linears for parameter in linear.parameters()}
+    others = [where for where, parameter in expert.named_parameters() if id(parameter) not in known]
     if others or len(linears) not in (2, 3):
         found = f"{len(linears)} Linears" + (f" and {', '.join(others)}" if others else "")
-        raise ValueError(
-            f"{name} must consist of two or three Linears without bias, as moe.Experts holds no biases, got {found}"
-        )
-    exact = copy.deepcopy(expert).double().eval()
-    rows = torch.randn(_PROBES, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for matrices in permutations(linear.weight for linear in linears.values()):
-        for built in _candidates(matrices, dim):
-            rows = rows.to(built.up.device)
-            again = copy.deepcopy(built).double().forward_one(0, rows)
-            if torch.allclose(exact(rows), again, rtol=1e-9, atol=1e-9 * float(again.abs().max())):
-                return built
+        raise ValueError(f"{name} must consist of two or three Linears and an activation between them, got {found}")
+    generator = torch.Generator().manual_seed(0)
+    drawn = copy.deepcopy(expert).double().eval()
+    # the function is told by weights that no training has shaped: all matrices that are 0 would look alike
+    for parameter in drawn.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    rows = torch.randn(_PROBES, dim, generator=generator, dtype=torch.float64) * torch.logspace(0, 1, _PROBES)[:, None]
+    rows = rows.to(linears[0].weight.device)
+    if dropout == "refuse":
+        _require_no_dropout(drawn, rows, name)
+    for order in permutations(range(len(linears))):
+        for activation in ("swiglu",) if len(linears) == 3 else ("gelu", "relu", "silu", "relu2"):
+            copied = _stacked([_linears(drawn)[i] for i in order], dim, cast(Activation, activation))
+            if copied is None:
+                continue
+            again = copied.forward_one(0, rows)
+            if torch.allclose(drawn(rows), again, rtol=1e-9, atol=1e-9 * float(again.abs().max())):
+                return cast(Experts, _stacked([linears[i] for i in order], dim, cast(Activation, activation)))
     raise ValueError(
-        f"{name} must be a swiglu, gelu or relu2 network, the activations of moe.Experts; ReLU, SiLU without a gate "
-        f"and tanh-GELU are not read: got another function of its Linears"
+        f"{name} must be down(act(up x)), act being exact GELU, ReLU, SiLU or ReLU², or down(silu(gate x) ⊙ up x): got "
+        f"another function of its {len(linears)} Linears"
     )
 
 
-def _candidates(matrices: tuple[Tensor, ...], dim: int) -> list[Experts]:
-    """What the expert could be if its matrices were gate, up and down (or up and down) in this order."""
-    *ups, down = matrices
-    hidden = ups[0].shape[0]
-    if any(up.shape != (hidden, dim) for up in ups) or down.shape != (dim, hidden):
-        return []
-    built = []
-    for activation in ("swiglu",) if len(ups) == 2 else ("gelu", "relu2"):
-        experts = Experts(dim, hidden, 1, activation=cast(Activation, activation)).to(down)
-        experts.up.copy_(torch.cat(ups).mT[None])
-        experts.down.copy_(down[None])
-        built.append(experts)
-    return built
+def _linears(expert: nn.Module) -> list[nn.Linear]:
+    return [module for module in expert.modules() if isinstance(module, nn.Linear)]
+
+
+def _require_no_dropout(expert: nn.Module, rows: Float[Tensor, "n D"], name: str) -> None:
+    """Raises: ValueError for a dropout module with p > 0, or outputs that differ in training (functional dropout)."""
+    more = "pass dropout='leave_out' for a layer that computes as this one does in evaluation"
+    for where, module in expert.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise ValueError(f"{name}.{where} must not drop, as moe.Experts has no dropout, got p={module.p}: {more}")
+    if not torch.allclose(copy.deepcopy(expert).train()(rows), expert(rows)):
+        raise ValueError(f"{name} must compute the same in training and in evaluation, got other outputs: {more}")
+
+
+def _stacked(linears: list[nn.Linear], dim: int, activation: Activation) -> Experts | None:
+    """The expert whose gate, up and down (or up and down) these Linears are; None where their shapes forbid it."""
+    *ups, down = linears
+    hidden = ups[0].out_features
+    if any(up.weight.shape != (hidden, dim) for up in ups) or down.weight.shape != (dim, hidden):
+        return None
+    bias = any(linear.bias is not None for linear in linears)
+    experts = Experts(dim, hidden, 1, activation=activation, bias=bias).to(down.weight)
+    experts.up.copy_(torch.cat([up.weight for up in ups]).mT[None])
+    experts.down.copy_(down.weight[None])
+    if experts.up_bias is not None and experts.down_bias is not None:
+        experts.up_bias.copy_(torch.cat([_bias(up) for up in ups])[None])
+        experts.down_bias.copy_(_bias(down)[None])
+    return experts
+
+
+def _bias(linear: nn.Linear) -> Tensor:
+    return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias

@@ -21,6 +21,7 @@ from moe import (
     load_balancing_loss,
 )
 from moe.fairscale import FairscaleGate, GumbelTop2Router, from_fairscale, gumbel_noise
+from tests.moe.cases import parameters
 from tests.tolerances import close
 from tests.typecheck import unchecked
 
@@ -31,13 +32,24 @@ DIM, HIDDEN = 6, 10
 class Gated(nn.Module):
     """Named so that no name says which matrix is which."""
 
-    def __init__(self):
+    def __init__(self, bias=False):
         super().__init__()
-        self.a, self.b = (nn.Linear(DIM, HIDDEN, bias=False) for _ in range(2))
-        self.c = nn.Linear(HIDDEN, DIM, bias=False)
+        self.a, self.b = (nn.Linear(DIM, HIDDEN, bias=bias) for _ in range(2))
+        self.c = nn.Linear(HIDDEN, DIM, bias=bias)
 
     def forward(self, x):
         return self.c(self.a(x) * F.silu(self.b(x)))
+
+
+class Shifted(nn.Module):
+    """Adds what no parameter holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(DIM, HIDDEN), nn.Linear(HIDDEN, DIM)
+
+    def forward(self, x):
+        return self.b(F.relu(self.a(x))) + 0.5
 
 
 class Squared(nn.Module):
@@ -45,11 +57,19 @@ class Squared(nn.Module):
         return torch.relu(x) ** 2
 
 
-def sequence(activation, hidden=HIDDEN):
-    return nn.Sequential(nn.Linear(DIM, hidden, bias=False), activation, nn.Linear(hidden, DIM, bias=False))
+def sequence(activation, hidden=HIDDEN, bias=False):
+    return nn.Sequential(nn.Linear(DIM, hidden, bias=bias), activation, nn.Linear(hidden, DIM, bias=bias))
 
 
-EXPERTS = {"swiglu": Gated, "gelu": lambda: sequence(nn.GELU()), "relu2": lambda: sequence(Squared())}
+EXPERTS = {
+    "swiglu": Gated,
+    "swiglu, biases": lambda: Gated(bias=True),
+    "gelu": lambda: sequence(nn.GELU()),
+    "gelu, biases": lambda: sequence(nn.GELU(), bias=True),
+    "relu, biases": lambda: sequence(nn.ReLU(), bias=True),
+    "silu, biases": lambda: nn.Sequential(*sequence(nn.SiLU(), bias=True), nn.Dropout(0.0)),
+    "relu2": lambda: sequence(Squared()),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,13 +100,18 @@ def same_noise(monkeypatch, seed):
     )
 
 
-def matrices(layer, of=lambda weight: weight):
-    """What ``of`` gives for fairscale's weights, in the shapes of ours: router, up [E, D, A], down [E, D, F]."""
-    stacked = [[of(m.weight) for m in expert.modules() if isinstance(m, nn.Linear)] for expert in layer.experts]
+def matrices(layer, router, of=lambda weight: weight):
+    """What ``of`` gives for fairscale's weights, in the shapes of ours: router, up [E, D, A], down [E, D, F], and if
+    there are biases theirs [E, A], [E, D]."""
+    linears = [[m for m in expert.modules() if isinstance(m, nn.Linear)] for expert in layer.experts]
     if isinstance(layer.experts[0], Gated):
-        stacked = [[b, a, c] for a, b, c in stacked]
-    ups = torch.stack([torch.cat(ms[:-1]).mT for ms in stacked])
-    return of(layer.gate.wg.weight), ups, torch.stack([ms[-1] for ms in stacked])
+        linears = [[b, a, c] for a, b, c in linears]
+    ups = torch.stack([torch.cat([of(up.weight) for up in ms[:-1]]).mT for ms in linears])
+    found = [of(router), ups, torch.stack([of(ms[-1].weight) for ms in linears])]
+    if linears[0][0].bias is not None:
+        found.append(torch.stack([torch.cat([of(up.bias) for up in ms[:-1]]) for ms in linears]))
+        found.append(torch.stack([of(ms[-1].bias) for ms in linears]))
+    return found
 
 
 @pytest.mark.parametrize("expert", EXPERTS)
@@ -111,16 +136,90 @@ def test_loaded_weights_give_the_same_outputs_and_gradients(expert, num_experts,
     close(y, expected)
     close(load_balancing_loss(routing) / num_experts**2, peer.l_aux)
     d_y = torch.randn_like(y)
-    ours = [x, layer.router.weight, layer.experts.up, layer.experts.down]
+    ours = [x, *parameters(layer)]
     wanted = torch.autograd.grad(expected, [x, *peer.parameters()], d_y, retain_graph=True)
     gradient = dict(zip(peer.parameters(), wanted[1:], strict=True))
     found = torch.autograd.grad(y, ours, d_y, retain_graph=True)
-    for got, of_theirs in zip(found, (wanted[0], *matrices(peer, gradient.get)), strict=True):
+    for got, of_theirs in zip(found, (wanted[0], *matrices(peer, peer.gate.wg.weight, gradient.get)), strict=True):
         close(got, of_theirs)
-    for got, copied in zip(ours[1:], matrices(peer), strict=True):
+    for got, copied in zip(ours[1:], matrices(peer, peer.gate.wg.weight), strict=True):
         assert got.equal(copied)
     aux = torch.autograd.grad(load_balancing_loss(routing) / num_experts**2, layer.router.weight)[0]
     close(aux, torch.autograd.grad(peer.l_aux, peer.gate.wg.weight)[0])
+
+
+class Wide(torch.Tensor):
+    """fairscale's layer makes the dispatch mask float32, whatever x is."""
+
+    def float(self):
+        return self.as_subclass(torch.Tensor).double()
+
+
+class WideGate(FairscaleGate):
+    def forward(self, x):
+        loss, combine, dispatch = super().forward(x)
+        return loss, combine, dispatch.as_subclass(Wide)
+
+
+@pytest.mark.parametrize("capacity", [None, 0.5])
+@pytest.mark.parametrize("expert", EXPERTS)
+def test_in_float64_nothing_but_rounding_is_between_the_two(expert, capacity):
+    peer = theirs(4, expert, gate=WideGate(TopKRouter(DIM, 4, k=2), capacity_factor=capacity)).double()
+    layer = from_fairscale(peer)
+    x = torch.randn(4, 7, DIM, dtype=torch.float64, requires_grad=True)
+    y, expected = layer(x)[0], peer(x)
+    assert y.dtype == torch.float64
+    close(y, expected)
+    d_y = torch.randn_like(y)
+    router = peer.gate.router.weight
+    inputs = [x, *peer.parameters()]
+    theirs_of = dict(zip(inputs, torch.autograd.grad(expected, inputs, d_y), strict=True))
+    found = torch.autograd.grad(y, [x, *parameters(layer)], d_y)
+    for got, wanted in zip(found, [theirs_of[x], *matrices(peer, router, theirs_of.get)], strict=True):
+        close(got, wanted)
+
+
+def test_a_bias_that_is_not_there_starts_as_zero():
+    peer = theirs(4, "gelu, biases")
+    peer.experts[1][2] = nn.Linear(HIDDEN, DIM, bias=False)
+    layer = from_fairscale(peer, capacity_factor=None)
+    x = torch.randn(9, DIM)
+    close(layer.experts.forward_one(1, x), peer.experts[1](x))
+    assert not layer.experts.down_bias[1].any() and layer.experts.down_bias[0].all()
+
+
+def test_experts_that_no_training_has_shaped_are_told_apart():
+    """Zeros as output matrices, as some layers start: every activation would fit the weights as they are."""
+    for expert, activation in {"relu, biases": "relu", "silu, biases": "silu", "relu2": "relu2"}.items():
+        peer = theirs(2, expert)
+        with torch.no_grad():
+            for one in peer.experts:
+                one[2].weight.zero_()
+        assert from_fairscale(peer).experts.activation == activation
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(DIM, HIDDEN), nn.Linear(HIDDEN, DIM)
+
+    def forward(self, x):
+        return self.b(F.dropout(F.relu(self.a(x)), 0.3, self.training))
+
+
+def test_dropout_is_refused_or_left_out():
+    module = nn.Sequential(nn.Linear(DIM, HIDDEN), nn.ReLU(), nn.Dropout(0.1), nn.Linear(HIDDEN, DIM))
+    for expert, message in {
+        module: r"experts\.0\.2 must not drop, as moe\.Experts has no dropout, got p=0\.1: pass dropout='leave_out'",
+        Dropping(): r"experts\.0 must compute the same in training and in evaluation, got other outputs",
+    }.items():
+        peer = fairscale_nn.MOELayer(fairscale_nn.Top2Gate(DIM, 2), nn.ModuleList([expert, copy.deepcopy(expert)]))
+        with pytest.raises(ValueError, match=message):
+            from_fairscale(peer)
+        x = torch.randn(2, 4, DIM)
+        close(from_fairscale(peer.eval(), dropout="leave_out")(x)[0], peer(x))
+    with unchecked(), pytest.raises(ValueError, match="dropout must be one of refuse, leave_out, got 'keep'"):
+        from_fairscale(peer, dropout="keep")
 
 
 def test_two_experts_need_no_common_noise():
@@ -247,17 +346,15 @@ def test_bad_input_says_what_is_wrong(monkeypatch):
     with pytest.raises(ValueError, match="all num_experts=4 experts of its gate, got 3"):
         from_fairscale(short)
     for expert, message in {
-        nn.Sequential(nn.Linear(DIM, 3), nn.GELU(), nn.Linear(3, DIM)): (
-            "experts.2 must consist of two or three Linears without bias, as moe.Experts holds no biases, "
-            "got 2 Linears and 0.bias, 2.bias"
+        nn.Sequential(sequence(nn.GELU()), nn.LayerNorm(DIM)): (
+            "experts.2 must consist of two or three Linears and an activation between them, "
+            "got 2 Linears and 1.weight, 1.bias"
         ),
-        nn.Linear(DIM, DIM, bias=False): "got 1 Linears",
-        sequence(nn.ReLU()): (
-            "experts.2 must be a swiglu, gelu or relu2 network, the activations of moe.Experts; ReLU, SiLU without a "
-            "gate and tanh-GELU are not read"
+        nn.Linear(DIM, DIM): "got 1 Linears",
+        **dict.fromkeys(
+            (sequence(nn.GELU(approximate="tanh")), sequence(nn.Tanh()), sequence(nn.ReLU6()), Shifted()),
+            r"experts.2 must be down\(act\(up x\)\), act being exact GELU, ReLU, SiLU or ReLU², or .*: got another",
         ),
-        sequence(nn.GELU(approximate="tanh")): "experts.2 must be a swiglu, gelu or relu2 network",
-        sequence(nn.Tanh()): "experts.2 must be a swiglu, gelu or relu2 network",
         sequence(nn.GELU()): "experts must be alike",
     }.items():
         peer.experts[2] = expert
