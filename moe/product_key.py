@@ -2,15 +2,16 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from moe.checks import at_least, within
-from moe.memory_values import MemoryValues
+from moe.memory_values import MemoryValues, table_gradient, weighted_rows
 
 QueryNorm = Literal["layer", "batch", "none"]
 
@@ -91,7 +92,8 @@ class ProductKeys(nn.Module):
         """
         if x.shape[1] != self.dim:
             raise ValueError(f"{self.name}: x must have width dim={self.dim}, got {x.shape[1]}")
-        slots, scores = search(self._queries(x), self._sub_keys(), self.k, pairs=self.pairs)
+        keys = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        slots, scores = search(self._queries(x), keys, self.k, pairs=self.pairs)
         _require_finite(scores, self.name)
         return Lookup(slots, scores.softmax(-1), self.num_keys**2)
 
@@ -121,33 +123,55 @@ class ProductKeys(nn.Module):
             raise ValueError(f"{self.name}: query_norm='batch' must see >= 2 real tokens while training, got 1")
         return query if len(query) == 0 else norm(query.to(norm.weight.dtype))
 
-    def _sub_keys(self) -> Float[Tensor, "H 2 n half"]:
-        keys = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        return keys.expand(self.heads, -1, -1, -1)
-
     def extra_repr(self) -> str:
         sizes = f"dim={self.dim}, num_keys={self.num_keys}, heads={self.heads}, k={self.k}, key_dim={self.key_dim}"
         return f"{sizes}, query_norm={self.query_norm!r}, shared={len(self.weight) < self.heads}"
 
 
 def search(
-    query: Float[Tensor, "R H c"], keys: Float[Tensor, "H 2 n half"], k: int, *, pairs: Int[Tensor, "2 p"]
+    query: Float[Tensor, "R H c"], keys: Float[Tensor, "G 2 n half"], k: int, *, pairs: Int[Tensor, "2 p"]
 ) -> tuple[Int[Tensor, "R H k"], Float[Tensor, "R H k"]]:
-    """Slots i·n + j and scores ⟨query₁, keys₁ᵢ⟩ + ⟨query₂, keys₂ⱼ⟩ of the k best, best first.
+    """Slots i·n + j and scores ⟨query₁, keys₁ᵢ⟩ + ⟨query₂, keys₂ⱼ⟩ of the k best, best first; G: H, or 1 for all heads.
 
     pairs: the ranks (i, j) whose sums are compared, (i + 1)(j + 1) ≤ k. Gradients flow through the chosen scores.
     """
     n = keys.shape[2]
-    with torch.autocast(query.device.type, enabled=False):
-        halves = torch.einsum("rhsc,hsnc->rhsn", query.unflatten(2, (2, -1)), keys)
+    halved = query.unflatten(2, (2, -1))
+    lean = query.device.type == "cpu" and not torch.compiler.is_compiling()
+    with torch.autocast(query.device.type, enabled=False), torch.set_grad_enabled(torch.is_grad_enabled() and not lean):
+        halves = torch.einsum("rhsc,hsnc->rhsn", halved, keys.expand(query.shape[1], -1, -1, -1))
     with torch.no_grad():
         best, index = top_scores(halves, k)
         sums = best[:, :, 0].index_select(2, pairs[0]) + best[:, :, 1].index_select(2, pairs[1])
-        ranks = pairs[:, sums.topk(k, dim=-1).indices]
+        ranks = pairs[:, top_scores(sums, k)[1]]
         chosen = torch.stack([index[:, :, half].gather(2, ranks[half]) for half in (0, 1)], dim=2)
     # gathered once more from all scores: the gradient meets no index of the comparison above
-    scores = halves.gather(3, chosen).sum(2)
-    return chosen[:, :, 0] * n + chosen[:, :, 1], scores
+    scores = halves.gather(3, chosen)
+    if lean:
+        scores = _ChosenScores.apply(halved, keys, chosen, scores)
+    return chosen[:, :, 0] * n + chosen[:, :, 1], scores.sum(2)
+
+
+class _ChosenScores(torch.autograd.Function):
+    """Scores of the chosen sub-keys, known from the search, with a gradient for these alone: n / k of the work less."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, keys: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
+        ctx.save_for_backward(query, keys, chosen)
+        return scores.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_scores: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        query, keys, chosen = ctx.saved_tensors
+        first = torch.arange(0, keys[..., 0].numel(), keys.shape[2]).view(-1, 2, 1)
+        slots, d_scores = (chosen + first).flatten(0, 2), d_scores.flatten(0, 2).contiguous()
+        table, d_query, d_keys = keys.flatten(0, 2), None, None
+        if ctx.needs_input_grad[0]:
+            d_query = weighted_rows(table, slots, d_scores).view(query.shape)
+        if ctx.needs_input_grad[1]:
+            d_keys = table_gradient(table, slots, d_scores, query.flatten(0, 2), sparse=False).view(keys.shape)
+        return d_query, d_keys, None, None
 
 
 def top_scores(scores: Float[Tensor, "*batch n"], k: int) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
@@ -159,12 +183,31 @@ def top_scores(scores: Float[Tensor, "*batch n"], k: int) -> tuple[Float[Tensor,
     n = scores.shape[-1]
     size = 1 << (math.isqrt(n // k).bit_length() - 1)
     if size == 1 or n % size:
-        return scores.topk(k, dim=-1)
+        return _topk(scores, k)
     groups = n // size
-    chosen = scores.unflatten(-1, (size, groups)).amax(-2).topk(k, dim=-1, sorted=False).indices
+    chosen = _topk(scores.unflatten(-1, (size, groups)).amax(-2), k, ranked=False)[1]
     places = (chosen[..., None, :] + torch.arange(0, n, groups, device=chosen.device)[:, None]).flatten(-2)
-    best = scores.gather(-1, places).topk(k, dim=-1)
-    return best.values, places.gather(-1, best.indices)
+    values, best = _topk(scores.gather(-1, places), k)
+    return values, places.gather(-1, best)
+
+
+def _topk(scores: Tensor, k: int, *, ranked: bool = True) -> tuple[Tensor, Tensor]:
+    """``scores.topk(k)``, NaN first; on CPU of the bits as integers, which torch compares in two thirds of the time."""
+    whole = {torch.float32: torch.int32, torch.float64: torch.int64}.get(scores.dtype)
+    if whole is None or scores.device.type != "cpu" or torch.compiler.is_compiling():
+        best = scores.topk(k, dim=-1, sorted=ranked)
+        return best.values, best.indices
+    last = torch.iinfo(whole).max
+    nans = last - int(torch.tensor(math.inf, dtype=scores.dtype).view(whole))
+    bits = scores.contiguous().view(whole)
+    best = _turned(bits).sub_(nans).topk(k, dim=-1, sorted=ranked)
+    return _turned(best.values.add_(nans)).view(scores.dtype), best.indices
+
+
+def _turned(bits: Int[Tensor, "*batch n"]) -> Int[Tensor, "*batch n"]:
+    """Bits of floats as integers of the same order, and back: below 0 all bits but the sign are turned."""
+    info = torch.iinfo(bits.dtype)
+    return (bits >> (info.bits - 1)).bitwise_and_(info.max).bitwise_xor_(bits)
 
 
 class ProductKeyMemory(nn.Module):

@@ -309,6 +309,35 @@ def test_top_scores_of_many_in_groups(n, k):
     assert values.equal(scores.gather(2, places))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_top_scores_rank_nan_of_either_sign_first_as_topk_does(dtype):
+    nan = torch.tensor(math.nan, dtype=dtype)
+    ordinary = torch.tensor([math.inf, 1.0, 0.0, -1.0, -math.inf, 5e-324, -5e-324], dtype=dtype)
+    for bad in (nan, nan.copysign(torch.tensor(-1.0))):
+        for scores in (torch.cat([ordinary, bad[None]]), torch.cat([bad[None], ordinary]).repeat(16)):
+            assert top_scores(scores, 1)[0].isnan().all()
+    assert top_scores(ordinary, 3)[0].tolist() == ordinary.sort(descending=True).values[:3].tolist()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_of_the_search_are_those_of_all_scores_gathered(shared):
+    heads, n, k, half = 3, 7, 5, 4
+    query = torch.randn(11, heads, 2 * half, dtype=torch.float64, requires_grad=True)
+    keys = torch.randn(1 if shared else heads, 2, n, half, dtype=torch.float64, requires_grad=True)
+    every = torch.tensor([(i, j) for i in range(k) for j in range(k)]).mT
+    slots, scores = search(query, keys, k, pairs=every)
+    d_scores = torch.randn_like(scores)
+    found = torch.autograd.grad(scores, [query, keys], d_scores)
+    wide = keys.expand(heads, -1, -1, -1)
+    first = torch.einsum("rhc,hnc->rhn", query[..., :half], wide[:, 0])
+    second = torch.einsum("rhc,hnc->rhn", query[..., half:], wide[:, 1])
+    both = (first[..., :, None] + second[..., None, :]).flatten(2)
+    expected = both.gather(2, slots)
+    torch.testing.assert_close(scores, expected)
+    torch.testing.assert_close(scores, both.topk(k).values)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, [query, keys], d_scores))
+
+
 def test_huge_pages_are_asked_for_large_tables_alone_and_change_no_value():
     assert not advise_huge_pages(torch.empty(1000))
     assert not advise_huge_pages(torch.empty(1 << 22, device="meta"))
