@@ -76,7 +76,8 @@ class MoE(nn.Module):
         padding_mask: True (or 1) marks real tokens; padding is never routed and gets zeros from the routed experts.
         replay: a recorded routing of these tokens: its choices are reused, its weights recomputed (activation
         checkpointing and debugging). generator: for routers that draw noise, or :class:`moe.Noise`.
-        Raises: ValueError for a wrong width; FloatingPointError, with the layer's name, for non-finite router logits.
+        Raises: ValueError for a wrong width, or a replay that cannot be of these tokens and experts;
+        FloatingPointError, with the layer's name, for non-finite router logits.
         """
         if not x.dim() or x.shape[-1] != self.dim:
             found = x.shape[-1] if x.dim() else "a scalar"

@@ -192,11 +192,29 @@ def replay_choice(
 
 
 def require_replay_of(logits: Float[Tensor, "T E"], replay: Routing, real: Bool[Tensor, "T"] | None) -> None:
-    """Raises: ValueError for a replay of other tokens, experts or padding than those of these logits."""
+    """Raises: ValueError for a replay of other tokens, experts or padding than those of these logits, and for ids out
+    of range or tokens that do not ascend; these are looked at on the CPU only, as elsewhere that waits for the device.
+    """
     recorded = (replay.num_tokens, replay.num_experts)
     if recorded != tuple(logits.shape):
         raise ValueError(f"replay must hold (tokens, experts)={tuple(logits.shape)}, got {recorded}")
     _require_same_padding(real, replay)
+    if replay.expert.device.type == "cpu" and not torch.compiler.is_compiling():
+        for name, ids in (("expert", replay.expert), ("dropped[:, 1]", replay.dropped[:, 1])):
+            _require_within(f"replay.{name}", ids, "num_experts", replay.num_experts)
+        for name, ids in (("token", replay.token), ("dropped[:, 0]", replay.dropped[:, 0])):
+            _require_within(f"replay.{name}", ids, "num_tokens", replay.num_tokens)
+        falls = (replay.token.diff() < 0).nonzero()
+        if len(falls):
+            at = int(falls[0])
+            raise ValueError(f"replay.token must ascend, got {replay.token[at : at + 2].tolist()} at assignment {at}")
+
+
+def _require_within(name: str, ids: Int[Tensor, "N"], bound_name: str, bound: int) -> None:
+    if ids.numel():
+        least, most = (int(end) for end in ids.aminmax())
+        if least < 0 or most >= bound:
+            raise ValueError(f"{name} must be in [0, {bound_name}={bound}), got {least if least < 0 else most}")
 
 
 def draw_seed(replay: Routing | None, generator: Source | None, *, drawn: bool) -> int | Noise | None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from moe import (
     router_z_loss,
     routing_stats,
 )
+from moe.fairscale import GumbelTop2Router
 from tests.typecheck import unchecked
 
 DIM, EXPERTS = 8, 4
@@ -286,3 +288,35 @@ def test_soft_moe() -> None:
     assert layer(torch.randn(2, 0, DIM)).shape == (2, 0, DIM)
     with pytest.raises(ValueError, match=r"dim=8\], got \[2, 3, 7\]"):
         layer(torch.randn(2, 3, 7))
+
+
+@pytest.mark.parametrize("router", [*ROUTERS, "gumbel"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"expert": 4}, r"replay\.expert must be in \[0, num_experts=4\), got 4"),
+        ({"expert": -1}, r"replay\.expert must be in \[0, num_experts=4\), got -1"),
+        ({"token": 6}, r"replay\.token must be in \[0, num_tokens=6\), got 6"),
+        ({"token": -2}, r"replay\.token must be in \[0, num_tokens=6\), got -2"),
+        ({"dropped": [0, 7]}, r"replay\.dropped\[:, 1\] must be in \[0, num_experts=4\), got 7"),
+        ({"dropped": [9, 1]}, r"replay\.dropped\[:, 0\] must be in \[0, num_tokens=6\), got 9"),
+        ({"order": True}, r"replay\.token must ascend, got \[\d, \d\] at assignment \d"),
+    ],
+)
+def test_a_replay_of_ids_out_of_range_is_refused(router, change, message) -> None:
+    """-1 would pick the last expert's weight, and tokens in another order another token's sum, without an error."""
+    made = GumbelTop2Router(DIM, EXPERTS, capacity_factor=None) if router == "gumbel" else ROUTERS[router]()
+    x, ids = torch.randn(6, DIM), ids_for(6)
+    record = made(x, token_ids=ids).detach()
+    made(x, token_ids=ids, replay=record)
+    for name, value in change.items():
+        if name == "dropped":
+            record = replace(record, dropped=torch.tensor([value]))
+        elif name == "order":
+            record = replace(record, token=record.token.flip(0), expert=record.expert.flip(0))
+        else:
+            changed = getattr(record, name).clone()
+            changed[-1 if value > 0 else 0] = value
+            record = replace(record, **{name: changed})
+    with pytest.raises(ValueError, match=message):
+        made(x, token_ids=ids, replay=record)
