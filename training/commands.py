@@ -65,6 +65,8 @@ class GenerateArguments:
     """Draw only from the smallest set of tokens with this probability."""
     seed: int = 0
     """Seed of the draws."""
+    allow_future: bool = False
+    """Draw even from a model whose layers compare a token with later ones (expert_choice, soft_moe)."""
     device: str = "auto"
     """Device."""
 
@@ -139,6 +141,7 @@ def generate_command(arguments: GenerateArguments, console: Console) -> None:
         top_p=arguments.top_p,
         generator=torch.Generator(prompt.device).manual_seed(arguments.seed),
         eos_id=tokenizer.eos_id,
+        allow_future=arguments.allow_future,
     )
     drawn, shown = list(ids), arguments.prompt
     console.print(shown, end="", markup=False, highlight=False, soft_wrap=True)

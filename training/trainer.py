@@ -161,6 +161,9 @@ class Trainer:
         last = self.train.steps if self.train.stop_at is None else min(self.train.steps, self.train.stop_at)
         loss, result = math.nan, None
         self.model.train()
+        ahead = self.model.config.sees_future
+        if self.train.sample_every and ahead:
+            console.print(f"train.sample_every: no samples, as layer {ahead[0]} compares a token with later ones")
         with (
             self._metrics() as metrics,
             ProgressBar(console, step=self.step, steps=self.train.steps) as bar,
@@ -177,7 +180,7 @@ class Trainer:
                     observe_all(self.sparsifiers, result.loss)
                     metrics.write({"step": self.step} | result.line() | self._validated())
                     console.print(f"step {self.step}: held-out {result.bits_per_byte:.4f} bits per byte")
-                if self.train.sample_every and self.step % self.train.sample_every == 0:
+                if self.train.sample_every and not ahead and self.step % self.train.sample_every == 0:
                     text = self.sample()
                     metrics.write({"step": self.step, "sample": text})
                     console.print(text, markup=False, highlight=False)

@@ -119,6 +119,13 @@ class TransformerConfig:
             max_length=max_length, rope_theta=rope_theta, norm_eps=norm_eps, tied=tied, dropout=dropout, causal=causal,
         )  # fmt: skip
 
+    @property
+    def sees_future(self) -> tuple[int, ...]:
+        """The layers whose feed-forward compares a token with later ones."""
+        return tuple(
+            index for index, layer in enumerate(self.layers) if getattr(layer.feedforward, "sees_future", False)
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers; a feed-forward and a selection carry their ``kind``."""
         record = dataclasses.asdict(self)

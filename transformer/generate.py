@@ -7,6 +7,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_attn import parse_pattern
+from transformer.config import TransformerConfig
+from transformer.feedforward_config import MoEConfig
 from transformer.model import ModelCache, Transformer
 
 
@@ -24,6 +26,7 @@ def generate(
     attention_mask: Bool[Tensor, "B L"] | Int[Tensor, "B L"] | None = None,
     streaming: bool = False,
     prefill_chunk: int | None = None,
+    allow_future: bool = False,
 ) -> Int[Tensor, "B M"]:
     """The prompt followed by up to ``max_new_tokens`` sampled tokens, [B, L + n]; the options are :func:`stream`'s.
 
@@ -32,7 +35,7 @@ def generate(
     tokens = stream(
         model, input_ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         generator=generator, eos_id=eos_id, attention_mask=attention_mask, streaming=streaming,
-        prefill_chunk=prefill_chunk,
+        prefill_chunk=prefill_chunk, allow_future=allow_future,
     )  # fmt: skip
     return torch.cat([input_ids, *(token[:, None] for token in tokens)], dim=1)
 
@@ -50,6 +53,7 @@ def stream(
     attention_mask: Bool[Tensor, "B L"] | Int[Tensor, "B L"] | None = None,
     streaming: bool = False,
     prefill_chunk: int | None = None,
+    allow_future: bool = False,
 ) -> Iterator[Int[Tensor, "B"]]:
     """Yield the next token of every row, [B], one step at a time.
 
@@ -58,10 +62,15 @@ def stream(
     generator: makes sampling repeatable. attention_mask: 0 marks padding on the left of shorter prompts, each of which
     counts positions from its own first token. streaming: positions are counted inside the cache, so that the text may
     go on beyond max_length (:meth:`Transformer.new_cache`). prefill_chunk: read the prompt in pieces of so many tokens,
-    which bounds memory and changes nothing else; None: at once.
+    which bounds memory and changes nothing else; None: at once. allow_future: sample all the same from a model with
+    layers that compare a token with later ones (expert choice, Soft MoE), which are not there yet: the text is then
+    drawn from other distributions than training saw, and depends on the batch, the prompt's length and prefill_chunk.
     Raises ValueError, at the call, for options out of range, an empty prompt, a prompt plus new tokens beyond
-    max_length unless streaming, an encoder, padding that is not on the left, or a model that cannot stream.
+    max_length unless streaming, an encoder, padding that is not on the left, a model that cannot stream, or one that
+    looks ahead without allow_future.
     """
+    if not allow_future:
+        require_no_future(model.config)
     _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, attention_mask, streaming, prefill_chunk)
     cache = model.new_cache(
         mode="streaming" if streaming else "exact",
@@ -176,6 +185,17 @@ def _check(
         raise ValueError("attention_mask must be 0 on the left and 1 on the right of every prompt")
     if prefill_chunk is not None and prefill_chunk < 1:
         raise ValueError(f"prefill_chunk must be >= 1, got {prefill_chunk}")
+
+
+def require_no_future(config: TransformerConfig) -> None:
+    """Raises: ValueError naming the first layer of a causal model that compares a token with later ones."""
+    if config.causal and config.sees_future:
+        feedforward = config.layers[config.sees_future[0]].feedforward
+        kind = "the expert_choice router" if isinstance(feedforward, MoEConfig) else "soft_moe"
+        raise ValueError(
+            f"generation needs layers that look at earlier tokens alone, got {kind} in layer {config.sees_future[0]}, "
+            f"which compares a token with later ones: pass allow_future=True (--allow-future) to sample all the same"
+        )
 
 
 def _count_their_own(model: Transformer, mask: Tensor | None) -> bool:

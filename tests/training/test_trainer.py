@@ -1,5 +1,6 @@
 """Resuming is exact, sparsifiers take part at their moments, and nothing non-finite is ever applied."""
 
+import dataclasses
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from pruning import Sparsifier, cubic
 from tests.training.models import small_data, small_model, small_trainer
@@ -211,6 +213,19 @@ def test_samples_and_evaluations_do_not_disturb_the_run(tmp_path: Path) -> None:
     assert losses(tmp_path / "plain") == losses(tmp_path / "busy")
     samples = [line for line in (tmp_path / "busy" / "metrics.jsonl").read_text().splitlines() if '"sample"' in line]
     assert len(samples) == 10
+
+
+def test_a_model_that_looks_ahead_trains_on_without_samples_and_says_so(tmp_path: Path) -> None:
+    config = small_model().config
+    ahead = MoEConfig(8, 4, router="expert_choice", allow_future=True)
+    layers = (config.layers[0], dataclasses.replace(config.layers[1], feedforward=ahead))
+    model, console = Transformer(dataclasses.replace(config, layers=layers)), Console(record=True, width=100)
+    trainer = small_trainer(tmp_path, model=model, train={"steps": 2, "sample_every": 1})
+    assert trainer.run(console=console).step == 2
+    assert "train.sample_every: no samples, as layer 1 compares a token with later ones" in console.export_text()
+    assert '"sample"' not in (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="allow_future=True"):
+        trainer.sample()
 
 
 def test_tensorboard_scalars_are_written(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_bad_sizes(options, message):
             {"router": "expert_choice", "capacity_factor": 0.5},
             r"capacity_factor must be None under expert_choice, whose experts take T·k/E .*, got 0\.5: set k",
         ),
-        ({"activation": "tanh"}, "activation must be one of swiglu, gelu, relu2, got 'tanh'"),
+        ({"activation": "tanh"}, "activation must be one of swiglu, gelu, relu, silu, relu2, got 'tanh'"),
         ({"router": "topk"}, "router must be one of top_k, switch"),
     ],
 )

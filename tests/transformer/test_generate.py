@@ -1,10 +1,12 @@
+import dataclasses
+
 import pytest
 import torch
 
 from tests.tolerances import close
 from tests.transformer.test_model import MIXTURE, WINDOW, model_of, unequal, uniform
 from tests.typecheck import unchecked
-from transformer import Transformer, generate, stream
+from transformer import MoEConfig, SoftMoEConfig, Transformer, generate, stream
 from transformer.generate import choose
 
 CONFIGS = [uniform(), uniform(feedforward=MIXTURE, pattern=WINDOW), unequal()]
@@ -108,6 +110,25 @@ def test_temperature_follows_the_softmax():
 def test_bad_options(options, message):
     with unchecked(), pytest.raises(ValueError, match=message):
         generate(Transformer(uniform()), torch.zeros(1, 3, dtype=torch.long), **{"max_new_tokens": 1, **options})
+
+
+@pytest.mark.parametrize(
+    ("ahead", "kind"),
+    [
+        (MoEConfig(6, 4, router="expert_choice", allow_future=True), "the expert_choice router"),
+        (SoftMoEConfig(6, 4, allow_future=True), "soft_moe"),
+    ],
+)
+def test_a_model_that_looks_ahead_generates_only_where_that_is_said(ahead, kind):
+    config = uniform()
+    layers = (config.layers[0], dataclasses.replace(config.layers[1], feedforward=ahead), *config.layers[2:])
+    config = dataclasses.replace(config, layers=layers)
+    assert config.sees_future == (1,) and not uniform().sees_future
+    model, ids = Transformer(config), torch.randint(13, (2, 3))
+    for draw in (generate, stream):
+        with pytest.raises(ValueError, match=rf"got {kind} in layer 1, .*: pass allow_future=True \(--allow-future\)"):
+            draw(model, ids, max_new_tokens=2)
+    assert generate(model, ids, max_new_tokens=2, allow_future=True).shape == (2, 5)
 
 
 def test_an_encoder_or_an_empty_prompt_cannot_generate():
