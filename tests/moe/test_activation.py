@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from moe.activation import Case, Timing, choose_execution, column_table, draw_sparse, products_at, sparse_matvec
+from moe.activation import column_table, draw_sparse, products_at, sparse_matvec
 from moe.calibration import calibrate_thresholds
 from moe.column_products import DECODE_ROWS
 from moe.sparsified import feedforward_sites, sparsify_activations
@@ -71,28 +71,6 @@ def test_errors_of_the_product():
             column_table(torch.randn(4, 3), blocks=3)
         with pytest.raises(ValueError, match=r"rows and columns, got shape \[0, 3\]"):
             column_table(torch.randn(0, 3))
-
-
-def test_the_choice_is_measured_once_and_remembered(monkeypatch):
-    clock, calls = [0.0], []
-
-    def run(name, seconds):
-        def inner(_):
-            calls.append(name)
-            clock[0] += seconds
-
-        return inner
-
-    monkeypatch.setattr("moe.activation.time.perf_counter", lambda: clock[0])
-    case, timings = Case("inputs", 1, 8, 4, 0.5, torch.float32, 1), {}
-    for _ in range(2):
-        options = {"draw": lambda: draw_sparse(1, 8, 0.5, torch.float32), "dense": run("d", 2.0)}
-        timing = choose_execution(case, timings, **options, sparse=run("s", 1.0), repeats=3)
-        assert timing.fastest == "sparse"
-        assert len(calls) == 8
-    assert timings == {case: timing}
-    close(torch.tensor([timing.dense, timing.sparse]), torch.tensor([2.0, 1.0]))
-    assert Timing(1.0, 2.0).fastest == "dense"
 
 
 @given(rows=st.integers(0, 3), width=st.integers(1, 30), tenth=st.integers(0, 10))
@@ -229,10 +207,10 @@ def test_each_method_drops_another_neuron():
 def test_top_k_is_exact_with_ties_and_a_threshold_drops_what_equals_it():
     layer = ThresholdedFeedForward(2, 8, activation="relu", top_k=3)
     h = torch.ones(4, 8)
-    assert (layer.keep(h, None) != 0).sum(1).tolist() == [3] * 4
+    assert (layer.keep(h) != 0).sum(1).tolist() == [3] * 4
     layer = ThresholdedFeedForward(2, 8, activation="relu", threshold=1.0)
-    assert (layer.keep(h, None) != 0).sum() == 0
-    assert layer.keep(h * math.nan, None).isnan().all()
+    assert (layer.keep(h) != 0).sum() == 0
+    assert layer.keep(h * math.nan).isnan().all()
 
 
 def test_decode_tables_follow_the_weights():
@@ -258,15 +236,6 @@ def test_hooks_are_not_passed_over():
     layer.down.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 0,))
     with torch.no_grad():
         assert layer(torch.randn(1, 4)).abs().sum() == 0
-
-
-def test_auto_measures_and_agrees():
-    layer = ThresholdedFeedForward(8, 16, method="teal", threshold=0.5).eval()
-    x = torch.randn(1, 8)
-    with torch.no_grad():
-        y = layer(x)
-    assert layer.timings
-    close(y, layer(x).detach())
 
 
 class Block(nn.Module):
