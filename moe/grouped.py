@@ -8,9 +8,9 @@ biases are da = Σ weight_n dA_n and db = Σ weight_n dY_n over the rows of thei
 
 Kept for the backward pass, weights left out: D + K·(G·F + 1) floating-point elements a token (SwiGLU: D + K·(2F + 1)),
 three integers an assignment and four a block. On CPU experts may share a product, their rows filled up to equal
-numbers, which adds at most a tenth to the G·F part; in half precision, where rows are filled to whole tile steps, at
-most an eighth, or fewer than TILE_ROWS rows an expert. The buffers of a pass hold CHUNK_ROWS rows of each expert that
-is worked on, however many tokens meet in one.
+numbers, which adds at most a twentieth to the G·F part, where products are small a tenth; in half precision, where
+rows are filled to whole tile steps, at most an eighth, or fewer than TILE_ROWS rows an expert. The buffers of a pass
+hold CHUNK_ROWS rows of each expert that is worked on, however many tokens meet in one.
 
 Both passes walk over blocks of experts with buffers that stay in cache, one product for each block, empty experts
 skipped. They are custom operators: torch.compile keeps the graph whole around them. They read the group sizes on the
@@ -38,8 +38,8 @@ TILE_ROWS = 32
 # (a fifth of the product's time), and some odd counts are slower for good: a few counts serve all
 SHAPE_ROWS = 16
 HALVES = (torch.bfloat16, torch.float16)
-# multiply-adds of an expert's product below which calls cost more than filled rows
-SMALL_PRODUCT = 2**28
+# multiply-adds of an expert's product below which calls cost more than filled rows: in half precision, and in float32
+SMALL_HALF, SMALL_FLOAT = 2**28, 2**26
 
 
 def expert_mixture(
@@ -219,9 +219,9 @@ def _sharing(rows: int, up: Tensor, dtype: torch.dtype) -> tuple[int, int, int]:
     an expert's size on one thread there. Small products bear more filling, for fewer calls.
     """
     half = dtype in HALVES
-    small = rows * up[0].numel() < SMALL_PRODUCT * up.shape[0]
     if up.device.type != "cpu":
         return 1, 1, 1
+    small = rows * up[0].numel() < (SMALL_HALF if half else SMALL_FLOAT) * up.shape[0]
     if half and not small and not has_tiles():
         return 1, SHAPE_ROWS, 1
     threads = torch.get_num_threads()

@@ -60,7 +60,7 @@ def test_all_tokens_on_one_expert_and_the_others_empty(dtype):
 @pytest.mark.parametrize(("dtype", "tiles"), [(torch.float64, False), (torch.bfloat16, False), (torch.bfloat16, True)])
 def test_an_expert_with_more_rows_than_a_chunk(dtype, tiles, bias, monkeypatch):
     monkeypatch.setattr("moe.grouped.has_tiles", lambda: tiles)
-    monkeypatch.setattr("moe.grouped.SMALL_PRODUCT", 0)
+    monkeypatch.setattr("moe.grouped.SMALL_HALF", 0)
     monkeypatch.setattr("moe.grouped.CHUNK_ROWS", 4)
     layer = top_k_layer(experts=3, k=2, dtype=dtype, bias=bias)
     compare(layer, torch.randn(31, 8, dtype=dtype), torch.randn(31, 8, dtype=dtype))
@@ -78,7 +78,8 @@ def test_an_expert_with_more_rows_than_a_chunk(dtype, tiles, bias, monkeypatch):
 def test_experts_that_share_a_batched_product_and_not(threads, dtype, small, tiles, bias, monkeypatch):
     monkeypatch.setattr("torch.get_num_threads", lambda: threads)
     monkeypatch.setattr("moe.grouped.has_tiles", lambda: tiles)
-    monkeypatch.setattr("moe.grouped.SMALL_PRODUCT", 2**40 if small else 0)
+    for limit in ("SMALL_HALF", "SMALL_FLOAT"):
+        monkeypatch.setattr(f"moe.grouped.{limit}", 2**40 if small else 0)
     layer = top_k_layer(experts=7, k=2, dtype=dtype, bias=bias)
     compare(layer, torch.randn(400, 8, dtype=dtype), torch.randn(400, 8, dtype=dtype))
 
@@ -107,7 +108,7 @@ def test_padding_gets_zeros_and_trains_nothing(bias):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_padding_that_holds_nan_reaches_no_gradient(dtype, tiles, monkeypatch):
     monkeypatch.setattr("moe.grouped.has_tiles", lambda: tiles)
-    monkeypatch.setattr("moe.grouped.SMALL_PRODUCT", 0)
+    monkeypatch.setattr("moe.grouped.SMALL_HALF", 0)
     layer = top_k_layer(dtype=dtype, bias=True)
     x = torch.randn(11, 8, dtype=dtype)
     x[0] = torch.nan
