@@ -59,10 +59,15 @@ def expert_mixture(
     ascend. Both biases or none.
 
     Computes in the dtype of x, or in autocast's, to which it converts the weights expert by expert; gradients come
-    back in the dtype of each input. Differentiable once, in reverse mode. compiled: a few tokens without a graph pass
-    by loops that torch.compile makes.
-    Raises: ValueError where x and the weights differ in dtype outside autocast.
+    back in the dtype of each input. In float16 what exceeds 65504 inside an expert reaches y as inf or NaN; compiled
+    loops, which are float32 inside, overflow in y alone. Differentiable once, in reverse mode. compiled: a few tokens
+    without a graph pass by loops that torch.compile makes.
+    Raises: ValueError where x and the weights differ in dtype outside autocast, and for one bias without the other.
     """
+    if (up_bias is None) != (down_bias is None):
+        raise ValueError(
+            f"up_bias and down_bias must be given together, got {'down' if up_bias is None else 'up'}_bias"
+        )
     device = x.device.type
     held = (up, down) if up_bias is None or down_bias is None else (up, down, up_bias, down_bias)
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -101,6 +106,10 @@ def mixture_forward(
         _product(gathered, _weights(up, block, x), block, out=a, bias=_biases(up_bias, block, x))
         activate_into(a, cast(Activation, activation), hidden)
         _product(hidden, _weights(down, block, x).mT, block, out=y, bias=_biases(down_bias, block, x))
+    if x.dtype == torch.float16 and len(source) > len(token):
+        # a filled row may overflow where no token of its expert does, and its weight of 0 times inf is NaN
+        filled = torch.ones_like(source, dtype=torch.bool).index_fill_(0, place, False)
+        pre.masked_fill_(filled[:, None], 0.0)
     plan = torch.tensor([(b.first, b.experts, b.rows, b.start) for b in blocks], dtype=torch.int64).reshape(-1, 4)
     return _combine(out, token, place, weight, x.shape[0]), pre, source, place, plan
 

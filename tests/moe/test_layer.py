@@ -187,10 +187,13 @@ def test_biases_alone_learn_where_the_matrices_are_frozen():
     assert layer.experts.down_bias.grad[1].equal(torch.full((8,), 3.0, dtype=torch.float64))
 
 
-def test_biases_in_another_dtype_are_refused():
+def test_biases_in_another_dtype_or_alone_are_refused():
     layer = top_k_layer(bias=True, dtype=torch.float32)
     layer.experts.up_bias = torch.nn.Parameter(layer.experts.up_bias.double())
     with pytest.raises(ValueError, match="x must have the dtype of the expert weights"):
+        layer(torch.randn(20, 8))
+    layer.experts.up_bias = None
+    with pytest.raises(ValueError, match="up_bias and down_bias must be given together, got down_bias"):
         layer(torch.randn(20, 8))
 
 
