@@ -68,7 +68,7 @@ class Run(NamedTuple):
 
 RUNS: dict[str, Run] = {
     "dense": Run(DenseConfig(hidden=24)),
-    "moe": Run(MoEConfig(hidden=8, num_experts=12, k=2, shared_hidden=8), GLOBAL),
+    "moe": Run(MoEConfig(hidden=8, num_experts=12, k=2, shared_hidden=8, expert_bias=True), GLOBAL),
     "sigmoid": Run(MoEConfig(hidden=8, num_experts=4, k=2, router="sigmoid"), {"aux": 0.0, "accumulation": 2}),
     # noise: in routers, and of every dropout; recomputed; in micro-batches
     "noisy": Run(MoEConfig(hidden=8, num_experts=12, k=2, router="noisy_top_k"), GLOBAL, DROPPING, 0.1),
@@ -279,3 +279,8 @@ COMPACT_OPTIONS: dict[str, Any] = {"sparsifiers": PRUNERS["rigl"], "optim": {"sp
 def without_clock(line: dict[str, Any]) -> dict[str, Any]:
     """A line of metrics less what the clock says."""
     return {key: value for key, value in line.items() if key not in {"time", "tokens_per_s"}}
+
+
+def sampled(trainer: Trainer) -> str | None:
+    """A sample of a model that can be sampled from."""
+    return None if trainer.model.config.sees_future else trainer.sample()

@@ -38,6 +38,7 @@ from tests.training.distributed_cases import (
     keep_gradients,
     make_trainer,
     resumed,
+    sampled,
     without_clock,
 )
 from training import compress_gradients
@@ -63,7 +64,7 @@ def runs(rank: int, world: int, folder: Path) -> None:
         trainer = make_trainer(layout.run, folder / f"{layout}-out", parallel=placed(layout))
         gradients = keep_gradients(trainer)
         lines = [without_clock(trainer.train_step()) for _ in range(STEPS - 1)]
-        held_out, sample = trainer.evaluate().loss, trainer.sample()
+        held_out, sample = trainer.evaluate().loss, sampled(trainer)
         lines.append(without_clock(trainer.train_step()))
         tensors = whole_weights(trainer.model) | {f"gradient of {name}": g for name, g in gradients.items()}
         if rank == 0:

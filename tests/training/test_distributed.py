@@ -12,7 +12,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.tolerances import close
-from tests.training.distributed_cases import LAYOUTS, ROUTED, RUNS, STEPS, keep_gradients, make_trainer, without_clock
+from tests.training.distributed_cases import (
+    LAYOUTS,
+    ROUTED,
+    RUNS,
+    STEPS,
+    keep_gradients,
+    make_trainer,
+    sampled,
+    without_clock,
+)
 from tests.training.same_weights import same_weights
 from tests.training.spawning import spawn
 
@@ -33,7 +42,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[dict[
         )
         gradients = keep_gradients(trainer)
         lines = [without_clock(trainer.train_step()) for _ in range(STEPS - 1)]
-        record = {"lines": lines, "held_out": trainer.evaluate().loss, "sample": trainer.sample()}
+        record = {"lines": lines, "held_out": trainer.evaluate().loss, "sample": sampled(trainer)}
         lines.append(without_clock(trainer.train_step()))
         assert name != "epochs" or trainer.batches.epoch > 2
         return record, trainer.model.state_dict() | {f"gradient of {key}": g for key, g in gradients.items()}
