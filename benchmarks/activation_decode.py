@@ -2,6 +2,7 @@
 
 import copy
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,6 +42,23 @@ def decoder(model: Any, prompt: Tensor, prepare: Callable[[], object]) -> Callab
         return after
 
     return run
+
+
+def processor_seconds(runs: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
+    """As :func:`benchmarks.harness.interleaved`, in seconds that this process had of a processor.
+
+    For one thread on a machine that others use too. Raises: ValueError if torch has more threads, whose seconds would
+    be added up."""
+    if torch.get_num_threads() != 1:
+        raise ValueError(f"threads must be 1 for processor seconds, got {torch.get_num_threads()}")
+    names, seconds = list(runs), {name: list[float]() for name in runs}
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.process_time()
+            runs[name]()
+            seconds[name].append(time.process_time() - start)
+    return seconds
 
 
 def setter(sparse: SparsifiedActivations, attribute: str, values: Mapping[str, object]) -> Callable[[], None]:
