@@ -1,10 +1,12 @@
 """Which key blocks each query block visits, built from the geometry of a pattern and never from an L×L mask.
 
-A pattern names, for each query block, a few key intervals that may be visible (``reach``) and a few integers that
-decide what the mask of a block looks like (``signature``). Blocks of equal signature have equal masks, so one mask is
-evaluated for each *distinct* signature: time is proportional to the visited blocks, not to the pairs.
+A pattern names, for each query block, the key intervals that may be visible (``reach``) and a few integers that decide
+what the mask of a block looks like (``signature``). Blocks of equal signature have equal masks, so one mask is
+evaluated for each *distinct* signature: time is proportional to the visited blocks, not to the pairs, and memory is
+that of the layout.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -14,32 +16,39 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sparse_attn.arrays import clamp, combined, distinct, occurring, spans, starts, tensor
+from sparse_attn.arrays import combined, distinct, starts, tensor
+from sparse_attn.candidates import Candidates
+from sparse_attn.frame import Frame
+from sparse_attn.reach import Positions, Reaches
+from sparse_attn.signature import Classes, Signature
 
 # What a block shows where it is no mask: nothing, or everything.
 HIDDEN, FULL = -2, -1
+# Not looked at yet.
+UNKNOWN = -3
+# Signatures up to which each has its place in a table.
+PLACES = 1 << 20
 # Elements up to which torch computes on the calling thread, and never waits for others.
 SERIAL = 1 << 15
 # Pairs that are looked at together where only their number is wanted.
 STRIP = 1 << 20
 
+# Query block, key block and what is found there.
+Found = tuple[Positions, Positions, Positions]
+
 
 @runtime_checkable
 class Geometry(Protocol):
-    """What a pattern must say about itself so that a layout can be built. N blocks, M intervals a block."""
+    """What a pattern must say about itself so that a layout can be built. N query blocks."""
 
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         """The truth for each pair of positions, broadcast."""
 
-    def reach(
-        self, first: Int[np.ndarray, "N"], last: Int[np.ndarray, "N"], key_end: int
-    ) -> tuple[Int[np.ndarray, "N M"], Int[np.ndarray, "N M"]]:
-        """Half-open key intervals that contain every key below ``key_end`` seen by a query in [first, last]."""
+    def reach(self, first: Int[np.ndarray, "N"], last: Int[np.ndarray, "N"], key_end: int) -> Reaches:
+        """Keys that contain every key below ``key_end`` seen by a query in [first, last]."""
 
-    def signature(
-        self, query: Int[np.ndarray, "N"], key: Int[np.ndarray, "N"], block: int
-    ) -> list[Int[np.ndarray, "N"]]:
-        """Integers that determine the mask of the block whose first query and first key these are."""
+    def signature(self, block: int) -> Signature:
+        """What determines the mask of a block of ``block`` queries and keys."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,40 +110,11 @@ class BlockLayout:
         return int((height * width).sum()) + int(in_mask[self.mask_index[~full]].sum())
 
 
-@dataclass(frozen=True)
-class _Frame:
-    """Where the blocks lie."""
-
-    q_len: int
-    kv_len: int
-    block: int
-    offset: int
-    key_offset: int
-
-    @property
-    def rows(self) -> int:
-        """Query blocks."""
-        return -(-self.q_len // self.block)
-
-    @property
-    def columns(self) -> int:
-        """Key blocks."""
-        return -(-self.kv_len // self.block)
-
-
 def build_layout(
-    pattern: Geometry,
-    q_len: int,
-    kv_len: int,
-    *,
-    block: int = 64,
-    offset: int = 0,
-    key_offset: int = 0,
-    by_distance: bool = False,
+    pattern: Geometry, q_len: int, kv_len: int, *, block: int = 64, offset: int = 0, key_offset: int = 0
 ) -> BlockLayout:
     """The block layout of a pattern for queries at offset … offset+q_len-1 and keys at key_offset ….
 
-    by_distance: what the pattern shows depends on i - j alone. Then one row of blocks says what all see.
     Raises: ValueError if a length or key_offset is negative, or block < 1.
     """
     for name, value, least in (
@@ -145,150 +125,134 @@ def build_layout(
     ):
         if value < least:
             raise ValueError(f"{name} must be >= {least}, got {value}")
-    frame = _Frame(q_len, kv_len, block, offset, key_offset)
-    row, column, classes, some = _touched(pattern, frame, by_distance)
-    kind, masks = _kinds(pattern, row[some], column[some], frame)
-    if classes is not None:
-        kind = kind[classes]
-    keep = kind > HIDDEN
-    if not keep.all():
-        row, column, kind = row[keep], column[keep], kind[keep]
-    row_start = starts(np.bincount(row, minlength=frame.rows))
-    return BlockLayout(
-        q_len, kv_len, block, offset, key_offset, tensor(row_start), tensor(column), tensor(kind), tensor(masks)
-    )
+    frame = Frame(q_len, kv_len, block, offset, key_offset)
+    masks: dict[bytes, int] = {}
+
+    def look(row: Positions, column: Positions) -> Positions:
+        return _kinds(pattern, row, column, frame, masks)
+
+    each, column, kind = _walk(pattern, frame, look)
+    found = np.frombuffer(bytearray().join(masks), bool).reshape(len(masks), block, block)
+    row_start = tensor(starts(each))
+    return BlockLayout(q_len, kv_len, block, offset, key_offset, row_start, tensor(column), tensor(kind), tensor(found))
 
 
-def count_pairs(
-    pattern: Geometry, q_len: int, kv_len: int, *, block: int, offset: int = 0, by_distance: bool = False
-) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "N"], Int[np.ndarray, "N"]]:
+def count_pairs(pattern: Geometry, q_len: int, kv_len: int, *, block: int, offset: int = 0) -> Found:
     """Query block, key block and visible pairs of every block that shows any: a layout without its masks, which are
-    looked at a few at a time. by_distance: as in :func:`build_layout`."""
-    frame = _Frame(q_len, kv_len, block, offset, 0)
-    row, column, classes, some = _touched(pattern, frame, by_distance)
-    first, index = _alike(pattern, row[some], column[some], frame)
-    pairs = _counted(pattern, row[some][first], column[some][first], frame)[index]
-    pairs = pairs if classes is None else pairs[classes]
-    keep = pairs > 0
-    return row[keep], column[keep], pairs[keep]
+    looked at a few at a time."""
+    frame = Frame(q_len, kv_len, block, offset, 0)
+
+    def look(row: Positions, column: Positions) -> Positions:
+        pairs = _counted(pattern, row, column, frame)
+        return np.where(pairs > 0, pairs, HIDDEN)
+
+    each, column, pairs = _walk(pattern, frame, look)
+    return np.arange(frame.rows).repeat(each), column, pairs
 
 
 def touched_blocks(pattern: Geometry, q_len: int, kv_len: int, *, block: int, offset: int = 0) -> int:
     """At most so many blocks show anything, by the pattern's reach alone."""
-    first = np.arange(-(-q_len // block)) * block + offset
-    start, stop = pattern.reach(first, np.minimum(first + (block - 1), offset + q_len - 1), kv_len)
-    return int(_blocks(clamp(start, 0, kv_len), clamp(stop, 0, kv_len), block)[1].sum())
+    return _candidates(pattern, Frame(q_len, kv_len, block, offset, 0)).most
 
 
-def _touched(
-    pattern: Geometry, frame: _Frame, by_distance: bool
-) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "N"], Int[np.ndarray, "N"] | None, Int[np.ndarray, "C"]]:
-    """Candidates; the class of each, None where each is its own; and one candidate of each class."""
-    if by_distance:
-        return _by_distance(pattern, frame)
-    row, column = _candidates(pattern, frame)
-    return row, column, None, np.arange(len(row))
+def _candidates(pattern: Geometry, frame: Frame) -> Candidates:
+    first = frame.queries
+    last = first + (frame.heights(np.arange(frame.rows)) - 1)
+    return Candidates(pattern.reach(first, last, frame.key_offset + frame.kv_len), frame)
 
 
-def _candidates(pattern: Geometry, frame: _Frame) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "N"]]:
-    """Blocks that the pattern's reach touches, sorted by query block, then key block."""
-    first = np.arange(frame.rows) * frame.block + frame.offset
-    last = np.minimum(first + (frame.block - 1), frame.offset + frame.q_len - 1)
-    start, stop = pattern.reach(first, last, frame.key_offset + frame.kv_len)
-    start, stop = (clamp(x - frame.key_offset, 0, frame.kv_len) for x in (start, stop))
-    low, count = _blocks(start, stop, frame.block)
-    many, size = low.shape[1] > 1, max(frame.columns, 1)
-    row = np.arange(frame.rows).repeat(count.sum(1))
-    column = spans(low.ravel(), count.ravel())
-    if not many:
-        return row, column
-    cell = occurring(row * size + column, frame.rows * size)
-    return cell // size, cell % size
+def _walk(
+    pattern: Geometry, frame: Frame, look: Callable[[Positions, Positions], Positions]
+) -> tuple[Int[np.ndarray, "R"], Positions, Positions]:
+    """Of every block that is not HIDDEN: how many each row has, the columns, and what ``look`` finds there, which is
+    asked for one block of each signature."""
+    candidates, classes = _candidates(pattern, frame), Classes(pattern.signature(frame.block), frame)
+    known = _Known(classes, look)
+    each = np.zeros(frame.rows, np.int64)
+    columns, kinds = (np.empty(candidates.most, np.int64) for _ in range(2))
+    size = 0
+    for row, column in candidates.chunks():
+        if not len(row):
+            continue
+        kind = known.kinds(row, column)
+        if int(kind.min()) <= HIDDEN:
+            keep = (kind > HIDDEN).nonzero()[0]
+            row, column, kind = row[keep], column[keep], kind[keep]
+        if len(row):
+            first, last = int(row[0]), int(row[-1])
+            each[first : last + 1] = np.bincount(row - first)
+        stop = size + len(row)
+        columns[size:stop], kinds[size:stop], size = column, kind, stop
+    # only what was written takes memory: the rest is given back
+    columns.resize(size, refcheck=False)
+    kinds.resize(size, refcheck=False)
+    return each, columns, kinds
 
 
-def _blocks(
-    start: Int[np.ndarray, "N M"], stop: Int[np.ndarray, "N M"], block: int
-) -> tuple[Int[np.ndarray, "N M"], Int[np.ndarray, "N M"]]:
-    """The first block that each half-open interval touches, and how many it touches."""
-    low = start // block
-    return low, np.where(stop > start, -(-stop // block) - low, 0)
+class _Known:
+    """What is found in a block, told by its signature once that was seen."""
+
+    def __init__(self, classes: Classes, look: Callable[[Positions, Positions], Positions]) -> None:
+        self._classes, self._look = classes, look
+        self._named: dict[tuple[int, ...], int] = {}
+        self._table = np.full(classes.size, UNKNOWN) if classes.size <= PLACES else None
+
+    def kinds(self, row: Positions, column: Positions) -> Positions:
+        """Of each of these blocks, which are sorted by row, then column."""
+        if self._table is None:
+            return self._by_name(row, column)
+        code, near = self._classes.code(row, column), self._classes.near(row, column)
+        kind = self._table[code]
+        if len(near):
+            kind[near] = self._by_name(row[near], column[near])
+        if int(kind.min()) == UNKNOWN:
+            new = (kind == UNKNOWN).nonzero()[0]
+            values, which = distinct(code[new], self._classes.size)
+            some = _one_of_each(which, len(values))
+            self._table[values] = self._look(row[new[some]], column[new[some]])
+            kind[new] = self._table[code[new]]
+        return kind
+
+    def _by_name(self, row: Positions, column: Positions) -> Positions:
+        parts = self._classes.parts(row, column)
+        size, which = combined(parts)
+        some = _one_of_each(which, size)
+        names = list(zip(*(part[some].tolist() for part in parts), strict=True))
+        new = [place for place, name in enumerate(names) if name not in self._named]
+        if new:
+            found = self._look(row[some[new]], column[some[new]]).tolist()
+            self._named |= zip([names[place] for place in new], found, strict=True)
+        return np.array([self._named[name] for name in names])[which]
 
 
-def _by_distance(
-    pattern: Geometry, frame: _Frame
-) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "N"], Int[np.ndarray, "N"], Int[np.ndarray, "C"]]:
-    """Candidates as ``_candidates`` gives them, the class of each, and one candidate of each class.
-
-    Blocks of a class lie at one distance and end alike, before the lengths or beyond: they have equal masks.
-    """
-    block, shift = frame.block, frame.offset - frame.key_offset
-    # A query block so late that every block it is compared with lies at positions >= 0.
-    first = np.array([(frame.rows + 1) * block + max(shift, 0)])
-    origin = int(first[0]) - shift
-    start, stop = pattern.reach(first, first + (block - 1), origin + frame.columns * block)
-    start, stop = (clamp(x - origin, -frame.rows * block, frame.columns * block) for x in (start, stop))
-    low, count = _blocks(start, stop, block)
-    ahead = occurring(spans(low.ravel(), count.ravel()) + frame.rows, frame.rows + frame.columns) - frame.rows
-    grid = np.arange(frame.rows)[:, None] + ahead
-    place = ((grid >= 0) & (grid < frame.columns)).ravel().nonzero()[0]
-    row, which = place // max(len(ahead), 1), place % max(len(ahead), 1)
-    column = grid.ravel()[place]
-    classes = which * 4 + 2 * (row >= frame.q_len // block) + (column >= frame.kv_len // block)
-    found, classes = distinct(classes, 4 * len(ahead))
-    some = np.empty(len(found), np.int64)
-    some[classes] = np.arange(len(classes))
-    return row, column, classes, some
-
-
-def _kinds(
-    pattern: Geometry, row: Int[np.ndarray, "N"], column: Int[np.ndarray, "N"], frame: _Frame
-) -> tuple[Int[np.ndarray, "N"], Bool[np.ndarray, "U block block"]]:
-    """What each block shows, by evaluating one block of each signature: HIDDEN, FULL, or a row of the masks."""
-    some, index = _alike(pattern, row, column, frame)
-    truth = _evaluate(pattern, row[some], column[some], frame)
-    height, width = _sizes(row[some], column[some], frame)
-    seen, possible = truth.sum((1, 2)), height * width
-    kind = np.where(seen == 0, HIDDEN, FULL)
-    masks: dict[bytes, int] = {}
-    kept: list[int] = []
-    for place in ((seen > 0) & (seen < possible)).nonzero()[0].tolist():
-        kind[place] = masks.setdefault(truth[place].tobytes(), len(masks))
-        if kind[place] == len(kept):
-            kept.append(place)
-    return kind[index], truth[kept]
-
-
-def _alike(
-    pattern: Geometry, row: Int[np.ndarray, "N"], column: Int[np.ndarray, "N"], frame: _Frame
-) -> tuple[Int[np.ndarray, "U"], Int[np.ndarray, "N"]]:
-    """One block of each signature, and for every block which of them is like it."""
-    block = frame.block
-    signature = pattern.signature(row * block + frame.offset, column * block + frame.key_offset, block)
-    size, index = combined([*_sizes(row, column, frame), *signature])
+def _one_of_each(which: Int[np.ndarray, "N"], size: int) -> Int[np.ndarray, "U"]:
+    """The place of some entry of each value in [0, size)."""
     some = np.empty(size, np.int64)
-    some[index] = np.arange(len(index))
-    return some, index
+    some[which] = np.arange(len(which))
+    return some
 
 
-def _sizes(
-    row: Int[np.ndarray, "N"], column: Int[np.ndarray, "N"], frame: _Frame
-) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "N"]]:
-    """Queries and keys of each block."""
-    height, width = frame.q_len - row * frame.block, frame.kv_len - column * frame.block
-    return np.minimum(height, frame.block), np.minimum(width, frame.block)
+def _kinds(pattern: Geometry, row: Positions, column: Positions, frame: Frame, masks: dict[bytes, int]) -> Positions:
+    """What these blocks show: HIDDEN, FULL, or the place of their mask among ``masks``, to which new ones are added."""
+    kind = np.empty(len(row), np.int64)
+    for part in _batches(len(row), frame.block):
+        truth = _evaluate(pattern, row[part], column[part], frame)
+        possible = frame.heights(row[part]) * frame.widths(column[part])
+        seen = truth.sum((1, 2))
+        kind[part] = np.where(seen == 0, HIDDEN, FULL)
+        for place in ((seen > 0) & (seen < possible)).nonzero()[0].tolist():
+            kind[part.start + place] = masks.setdefault(truth[place].tobytes(), len(masks))
+    return kind
 
 
-def _counted(
-    pattern: Geometry, row: Int[np.ndarray, "U"], column: Int[np.ndarray, "U"], frame: _Frame
-) -> Int[np.ndarray, "U"]:
+def _counted(pattern: Geometry, row: Positions, column: Positions, frame: Frame) -> Positions:
     """Visible pairs of these blocks; of a large block, some rows at a time."""
-    if frame.block**2 <= STRIP:
-        step = max(1, SERIAL // frame.block**2)
-        parts = [slice(start, start + step) for start in range(0, len(row), step)]
-        sums = [_evaluate(pattern, row[part], column[part], frame).sum((1, 2)) for part in parts]
-        return np.concatenate([np.zeros(0, np.int64), *sums])
     found = np.zeros(len(row), np.int64)
-    for place, (height, width) in enumerate(zip(*_sizes(row, column, frame), strict=True)):
+    if frame.block**2 <= STRIP:
+        for part in _batches(len(row), frame.block):
+            found[part] = _evaluate(pattern, row[part], column[part], frame).sum((1, 2))
+        return found
+    for place, (height, width) in enumerate(zip(frame.heights(row), frame.widths(column), strict=True)):
         query, key = (int(x[place]) * frame.block for x in (row, column))
         keys = torch.arange(key, key + int(width)) + frame.key_offset
         for queries in torch.arange(query, query + int(height)).split(max(1, STRIP // frame.block)):
@@ -296,18 +260,19 @@ def _counted(
     return found
 
 
+def _batches(count: int, block: int) -> list[slice]:
+    step = max(1, SERIAL // block**2)
+    return [slice(start, start + step) for start in range(0, count, step)]
+
+
 def _evaluate(
-    pattern: Geometry, row: Int[np.ndarray, "U"], column: Int[np.ndarray, "U"], frame: _Frame
+    pattern: Geometry, row: Int[np.ndarray, "U"], column: Int[np.ndarray, "U"], frame: Frame
 ) -> Bool[np.ndarray, "U block block"]:
     """The truth of these blocks; False beyond the lengths."""
     inside = np.arange(frame.block)
     query, key = ((x * frame.block)[:, None] + inside for x in (row, column))
-    truth = np.empty((len(row), frame.block, frame.block), bool)
-    some = max(1, SERIAL // frame.block**2)
-    for start in range(0, len(row), some):
-        part = slice(start, start + some)
-        where = tensor(query[part] + frame.offset)[:, :, None], tensor(key[part] + frame.key_offset)[:, None, :]
-        truth[part] = pattern.visible(*where).numpy()
+    where = tensor(query + frame.offset)[:, :, None], tensor(key + frame.key_offset)[:, None, :]
+    truth: np.ndarray = pattern.visible(*where).numpy()
     if frame.q_len % frame.block or frame.kv_len % frame.block:
-        truth &= (query < frame.q_len)[:, :, None] & (key < frame.kv_len)[:, None, :]
+        truth = truth & (query < frame.q_len)[:, :, None] & (key < frame.kv_len)[:, None, :]
     return truth

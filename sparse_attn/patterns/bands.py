@@ -8,7 +8,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sparse_attn.arrays import clamp
-from sparse_attn.patterns.base import Intervals, Pattern, Positions, at_least, everything
+from sparse_attn.patterns.base import Pattern, at_least
+from sparse_attn.reach import Comb, Positions, Reach, Reaches, everything, interval
+from sparse_attn.signature import Signature
 
 
 @dataclass(frozen=True)
@@ -16,11 +18,11 @@ class _Full(Pattern):
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return torch.ones_like(query_pos + key_pos, dtype=torch.bool)
 
-    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Reaches:
         return everything(first, key_end)
 
-    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
-        return []
+    def signature(self, block: int) -> Signature:
+        return Signature()
 
     @property
     def is_relative(self) -> bool:
@@ -35,11 +37,11 @@ class _Causal(Pattern):
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return key_pos <= query_pos
 
-    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
-        return np.zeros((len(last), 1), np.int64), last[:, None] + 1
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Reaches:
+        return interval(np.zeros_like(last), last + 1)
 
-    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
-        return [clamp(query - key, -block, block)]
+    def signature(self, block: int) -> Signature:
+        return Signature(distance=(lambda distance: clamp(distance, -block, block),))
 
     @property
     def is_causal(self) -> bool:
@@ -60,11 +62,11 @@ class _SlidingWindow(Pattern):
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return (query_pos - key_pos).abs() < self.window
 
-    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
-        return (first - self.window + 1)[:, None], (last + self.window)[:, None]
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Reaches:
+        return interval(first - self.window + 1, last + self.window)
 
-    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
-        return [_band_signature(query - key, self.window, block)]
+    def signature(self, block: int) -> Signature:
+        return Signature(distance=(lambda distance: _in_band(distance, self.window, block),))
 
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
         return next_query - key_pos < self.window
@@ -91,12 +93,16 @@ class _Dilated(Pattern):
         distance = query_pos - key_pos
         return (distance.abs() < self._span) & (distance % self.dilation == 0)
 
-    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Reaches:
         return _lattice(first, last, self.dilation, self.window)
 
-    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
-        distance = query - key
-        return [_band_signature(distance, self._span, block), distance % self.dilation]
+    def signature(self, block: int) -> Signature:
+        return Signature(
+            distance=(
+                lambda distance: _in_band(distance, self._span, block),
+                lambda distance: _remainder(distance, self.dilation, block),
+            )
+        )
 
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
         return next_query - key_pos < self._span
@@ -116,14 +122,14 @@ class _Multiples(Pattern):
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return (query_pos - key_pos) % self.stride == 0
 
-    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Reaches:
         if not len(first):
             return everything(first, key_end)
         farthest = max(int(last.max()), key_end - int(first.min()))
         return _lattice(first, last, self.stride, max(farthest, 0) // self.stride + 1)
 
-    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
-        return [(query - key) % self.stride]
+    def signature(self, block: int) -> Signature:
+        return Signature(distance=(lambda distance: _remainder(distance, self.stride, block),))
 
     @property
     def is_relative(self) -> bool:
@@ -133,18 +139,26 @@ class _Multiples(Pattern):
         return f"multiples({self.stride})"
 
 
-def _lattice(first: Positions, last: Positions, step: int, count: int) -> Intervals:
-    """Keys at fewer than ``count`` steps from a query in [first, last]: one interval, or one a step if they part."""
+def _lattice(first: Positions, last: Positions, step: int, count: int) -> Reaches:
+    """Keys at fewer than ``count`` steps from a query in [first, last]: an interval, and a comb if the steps part."""
+    farthest = (count - 1) * step
+    reach = Reach((first - farthest)[:, None], (last + farthest + 1)[:, None])
     if not len(first) or step <= int((last - first).max()) + 1:
-        return (first - (count - 1) * step)[:, None], (last + (count - 1) * step + 1)[:, None]
+        return (reach,)
     shift = np.arange(1 - count, count) * step
-    return first[:, None] + shift, last[:, None] + shift + 1
+    return (Reach(reach.start, reach.stop, (Comb(shift, shift + 1, moves=True),)),)
 
 
-def _band_signature(distance: Positions, window: int, block: int) -> Positions:
+def _in_band(distance: Positions, window: int, block: int) -> Positions:
     """Distances between block starts, with all that lie wholly inside, and wholly outside, the window made one."""
     inside = np.abs(distance) < window - block + 1
     return np.where(inside, 0, clamp(distance, -window - block, window + block))
+
+
+def _remainder(distance: Positions, step: int, block: int) -> Positions:
+    """Distances between block starts by ``step``, with all between whose keys no multiple lies made one."""
+    remainder = distance % step
+    return np.where((remainder >= block) & (remainder <= step - block), -1, remainder)
 
 
 def full() -> Pattern:

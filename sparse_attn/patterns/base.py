@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import isqrt
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sparse_attn.layout import BlockLayout, build_layout, count_pairs, touched_blocks
+from sparse_attn.reach import Positions, Reaches, everything, within
+from sparse_attn.signature import Signature
 
 # query blocks times keys up to which the complement of a pattern is laid out
 COMPLEMENT_CELLS = 1 << 26
 # blocks that are counted one by one, unless the pattern has no grain to go by
 COUNTED = 1 << 24
-
-Positions = Int[np.ndarray, "N"]
-Intervals = tuple[Int[np.ndarray, "N M"], Int[np.ndarray, "N M"]]
 
 
 class Pattern(ABC):
@@ -40,12 +40,12 @@ class Pattern(ABC):
         """The truth for each pair of positions, broadcast."""
 
     @abstractmethod
-    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
-        """Half-open key intervals holding every key in [0, key_end) that a query in [first, last] sees (maybe more)."""
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Reaches:
+        """What holds every key in [0, key_end) that a query in [first, last] sees (maybe more)."""
 
     @abstractmethod
-    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
-        """Integers that determine the block×block mask that starts at (query, key)."""
+    def signature(self, block: int) -> Signature:
+        """What determines the block×block mask that starts at a query and a key."""
 
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
         """Keys that a query at ``next_query`` or later may see; the others can be dropped from a cache."""
@@ -74,10 +74,7 @@ class Pattern(ABC):
         length or key_offset, or block < 1."""
         keys = q_len if kv_len is None else kv_len
         first = key_offset + keys - q_len if offset is None else offset
-        by_distance = self.is_relative and not _complements(self)
-        return build_layout(
-            self, q_len, keys, block=block, offset=first, key_offset=key_offset, by_distance=by_distance
-        )
+        return build_layout(self, q_len, keys, block=block, offset=first, key_offset=key_offset)
 
     def visible_pairs(self, q_len: int, kv_len: int | None = None) -> int:
         """Exact number of visible pairs when the last query sits at the last key; for FLOPs and density.
@@ -110,8 +107,7 @@ class Pattern(ABC):
                 small *= 2
             block = small
         block = block if most is None else min(block, most)
-        by_distance = self.is_relative and not _complements(self)
-        return block, *count_pairs(self, q_len, keys, block=block, offset=keys - q_len, by_distance=by_distance)
+        return block, *count_pairs(self, q_len, keys, block=block, offset=keys - q_len)
 
     def __and__(self, other: "Pattern") -> "Pattern":
         return _combined(self, other, _And) if isinstance(other, Pattern) else NotImplemented
@@ -156,13 +152,6 @@ def _combined(left: Pattern, right: Pattern, kind: "type[_And | _Or]") -> Patter
     return kind(_parts(left, kind) + _parts(right, kind))
 
 
-def _complements(pattern: Pattern) -> bool:
-    """Whether a ``~`` is in it: that is laid out row by row, up to a stated length."""
-    if isinstance(pattern, PerHead):
-        return any(map(_complements, pattern.heads))
-    return isinstance(pattern, _Not) or (isinstance(pattern, _And | _Or) and any(map(_complements, pattern.parts)))
-
-
 def _finest(parts: tuple[Pattern, ...]) -> int:
     return min((part.grain for part in parts if part.grain > 1), default=1)
 
@@ -178,16 +167,16 @@ class _And(Pattern):
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return reduce(torch.logical_and, (part.visible(query_pos, key_pos) for part in self.parts))
 
-    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Reaches:
         # a complement may see anything: the other parts bound it
         parts = [part for part in self.parts if not isinstance(part, _Not)]
-        reached = reduce(_intersect, (part.reach(first, last, key_end) for part in parts or self.parts))
+        reached = reduce(within, (part.reach(first, last, key_end) for part in parts or self.parts))
         if 0 < len(parts) < len(self.parts):
-            _check_reached(self, reached, len(first), key_end)
+            _check_reached(self, reached, first, last, key_end)
         return reached
 
-    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
-        return [column for part in self.parts for column in part.signature(query, key, block)]
+    def signature(self, block: int) -> Signature:
+        return reduce(add, (part.signature(block) for part in self.parts))
 
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
         return reduce(torch.logical_and, (part.retained(key_pos, next_query) for part in self.parts))
@@ -220,12 +209,11 @@ class _Or(Pattern):
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return reduce(torch.logical_or, (part.visible(query_pos, key_pos) for part in self.parts))
 
-    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
-        reaches = [part.reach(first, last, key_end) for part in self.parts]
-        return np.concatenate([start for start, _ in reaches], 1), np.concatenate([stop for _, stop in reaches], 1)
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Reaches:
+        return tuple(reach for part in self.parts for reach in part.reach(first, last, key_end))
 
-    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
-        return [column for part in self.parts for column in part.signature(query, key, block)]
+    def signature(self, block: int) -> Signature:
+        return reduce(add, (part.signature(block) for part in self.parts))
 
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
         return reduce(torch.logical_or, (part.retained(key_pos, next_query) for part in self.parts))
@@ -253,7 +241,7 @@ class _Not(Pattern):
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return ~self.part.visible(query_pos, key_pos)
 
-    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Reaches:
         if len(first) * key_end > COMPLEMENT_CELLS:
             raise ValueError(
                 f"~{self.part} looks at every block: query blocks x keys must be <= {COMPLEMENT_CELLS}"
@@ -261,8 +249,8 @@ class _Not(Pattern):
             )
         return everything(first, key_end)
 
-    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
-        return self.part.signature(query, key, block)
+    def signature(self, block: int) -> Signature:
+        return self.part.signature(block)
 
     @property
     def grain(self) -> int:
@@ -292,13 +280,13 @@ class PerHead(Pattern):
         """Visible to some head."""
         return self.union.visible(query_pos, key_pos)
 
-    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Reaches:
         """What some head reaches."""
         return self.union.reach(first, last, key_end)
 
-    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
+    def signature(self, block: int) -> Signature:
         """Of the union of the heads."""
-        return self.union.signature(query, key, block)
+        return self.union.signature(block)
 
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
         """What some head may still see."""
@@ -350,29 +338,16 @@ def per_head(*patterns: Pattern) -> Pattern:
     return PerHead(patterns)
 
 
-def _check_reached(pattern: Pattern, reached: Intervals, rows: int, key_end: int) -> None:
+def _check_reached(pattern: Pattern, reached: Reaches, first: Positions, last: Positions, key_end: int) -> None:
     """Raises: ValueError where what bounds a complement leaves both too many keys and more than an eighth of all."""
-    sizes = np.maximum(np.minimum(reached[1], key_end) - np.maximum(reached[0], 0), 0).sum(1)
-    keys, most = int(np.minimum(sizes, key_end).sum()), max(COMPLEMENT_CELLS, rows * key_end // 8)
+    sizes = sum((reach.keys(first, last, key_end) for reach in reached), np.zeros(len(first), np.int64))
+    rows, keys = len(first), int(np.minimum(sizes, key_end).sum())
+    most = max(COMPLEMENT_CELLS, rows * key_end // 8)
     if keys > most:
         raise ValueError(
             f"{pattern} looks at every block that is left beside ~: the keys of all query blocks must be <= {most}"
             f" ({COMPLEMENT_CELLS}, or an eighth of {rows} x {key_end}), got {keys}: shorten it, or bound ~ by a window"
         )
-
-
-def everything(first: Positions, key_end: int) -> Intervals:
-    """The reach of queries that may see all keys below ``key_end``."""
-    return np.zeros((len(first), 1), np.int64), np.full((len(first), 1), key_end)
-
-
-def _intersect(
-    left: Intervals, right: tuple[Int[np.ndarray, "N K"], Int[np.ndarray, "N K"]]
-) -> tuple[Int[np.ndarray, "N MK"], Int[np.ndarray, "N MK"]]:
-    start = np.maximum(left[0][:, :, None], right[0][:, None, :])
-    stop = np.minimum(left[1][:, :, None], right[1][:, None, :])
-    size = (len(start), left[0].shape[1] * right[0].shape[1])
-    return start.reshape(size), stop.reshape(size)
 
 
 def integers(name: str, values: tuple[Any, ...]) -> list[int]:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from sparse_attn.arrays import distinct, tensor
 from sparse_attn.patterns.bands import sliding_window
-from sparse_attn.patterns.base import Intervals, Pattern, Positions, at_least, integers
+from sparse_attn.patterns.base import Pattern, at_least, integers
 from sparse_attn.patterns.tokens import global_tokens
+from sparse_attn.reach import Positions, Reach, Reaches
+from sparse_attn.signature import Meeting, Sides, Signature, crossing
 
 
 class _Blocks(Pattern):
@@ -39,18 +41,25 @@ class _Blocks(Pattern):
             result |= choice[place] == key_block
         return result
 
-    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Reaches:
         found = np.concatenate([self.chosen(rows) for rows in self._touched(first, last)], 1)
         start = found * self.size
-        return start, np.where(found < 0, start, start + self.size)
+        return (Reach(start, np.where(found < 0, start, start + self.size)),)
 
-    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
-        found = [query % self.size, key % self.size]
-        columns = self._touched(key, key + block - 1)
-        for row in self._touched(query, query + block - 1):
-            seen = self._row(row)
-            found += [((seen == column[:, None]) & (seen >= 0)).any(1).astype(np.int64) for column in columns]
-        return found
+    def signature(self, block: int) -> Signature:
+        def side(start: Positions) -> Sides:
+            return (start,)
+
+        def meet(query: Sides, key: Sides) -> list[Positions]:
+            (query_start,), (key_start,) = query, key
+            found = [crossing(query_start, self.size, block), crossing(key_start, self.size, block)]
+            columns = self._touched(key_start, key_start + block - 1)
+            for row in self._touched(query_start, query_start + block - 1):
+                seen = self._row(row)
+                found += [((seen == column[:, None]) & (seen >= 0)).any(1).astype(np.int64) for column in columns]
+            return found
+
+        return Signature(meeting=(Meeting(side, meet, by_piece=False),))
 
     def _touched(self, first: Positions, last: Positions) -> list[Positions]:
         """The first, second, … own block that each stretch of positions touches; some may lie behind its end."""

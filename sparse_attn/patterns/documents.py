@@ -13,7 +13,9 @@ from torch import Tensor
 
 from sparse_attn.arrays import starts
 from sparse_attn.patterns.bands import full
-from sparse_attn.patterns.base import Intervals, Pattern, Positions, at_least, integers, parts_of
+from sparse_attn.patterns.base import Pattern, at_least, integers, parts_of
+from sparse_attn.reach import Positions, Reaches, interval
+from sparse_attn.signature import Meeting, Sides, Signature
 
 
 @dataclass(frozen=True)
@@ -23,18 +25,24 @@ class _Documents(Pattern):
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return self._document(query_pos) == self._document(key_pos)
 
-    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Reaches:
         edges = self._edges
         stops = np.append(edges, max(key_end, int(edges[-1])))
         start = np.where(first < 0, -(1 << 40), edges[np.maximum(self._index(first), 0)])
-        return start[:, None], stops[self._index(last) + 1][:, None]
+        return interval(start, stops[self._index(last) + 1])
 
-    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
-        own, other = (self._span(x, block) for x in (query, key))
-        # Blocks without a document in common are alike; others by where they are cut, and by which is ahead.
-        apart = np.where((own[1] < other[0]) | (other[1] < own[0]), block + 1, own[0] - other[0])
-        cuts = [np.where(apart > block, -1, self._cut(x, span, block)) for x, span in ((query, own), (key, other))]
-        return [*cuts, apart]
+    def signature(self, block: int) -> Signature:
+        def side(start: Positions) -> Sides:
+            first, last = self._index(start), self._index(start + (block - 1))
+            return first, last, self._cut(start, (first, last), block)
+
+        def meet(query: Sides, key: Sides) -> list[Positions]:
+            # Blocks without a document in common are alike; others by where they are cut, and by which is ahead.
+            apart = (query[1] < key[0]) | (key[1] < query[0])
+            ahead = np.where(apart, block + 1, query[0] - key[0])
+            return [np.where(apart, -1, query[2]), np.where(apart, -1, key[2]), ahead]
+
+        return Signature(meeting=(Meeting(side, meet, by_piece=True),))
 
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
         return self._document(key_pos) >= self._document(torch.tensor(next_query, device=key_pos.device))
@@ -55,10 +63,6 @@ class _Documents(Pattern):
     def _index(self, position: Positions) -> Positions:
         """Index of the document of a position; -1 before the first."""
         return np.searchsorted(self._edges, position, side="right") - 1
-
-    def _span(self, start: Positions, block: int) -> tuple[Positions, Positions]:
-        """The first and the last document that a block touches."""
-        return self._index(start), self._index(start + (block - 1))
 
     def _cut(self, start: Positions, span: tuple[Positions, Positions], block: int) -> Positions:
         """Where in a block the edge between two documents lies, or the block itself if there are more; -1: none."""

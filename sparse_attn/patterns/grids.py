@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sparse_attn.arrays import clamp
 from sparse_attn.patterns.bands import multiples
-from sparse_attn.patterns.base import Intervals, Pattern, Positions, at_least, everything
+from sparse_attn.patterns.base import Pattern, at_least
+from sparse_attn.reach import Comb, Positions, Reach, Reaches, everything, interval
+from sparse_attn.signature import Meeting, Sides, Signature, crossing
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,23 @@ class _SameRow(Pattern):
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return query_pos // self.width == key_pos // self.width
 
-    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
-        return (first // self.width * self.width)[:, None], ((last // self.width + 1) * self.width)[:, None]
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Reaches:
+        return interval(first // self.width * self.width, (last // self.width + 1) * self.width)
 
-    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
-        # Blocks so far apart share no row of the grid.
-        far = (block - 1) // self.width + 2
-        apart = clamp(query // self.width - key // self.width, -far, far)
-        return [_crossing(query, self.width, block), _crossing(key, self.width, block), apart]
+    def signature(self, block: int) -> Signature:
+        most = (block - 1) // self.width + 1
+        crossings = min(self.width, block)
+
+        def side(start: Positions) -> Sides:
+            return start // self.width, (start + (block - 1)) // self.width, crossing(start, self.width, block)
+
+        def meet(query: Sides, key: Sides) -> list[Positions]:
+            # blocks that share no row of the grid are alike
+            apart = (query[1] < key[0]) | (key[1] < query[0])
+            code = (query[2] * crossings + key[2]) * (2 * most + 1) + (query[0] - key[0] + most)
+            return [np.where(apart, -1, code)]
+
+        return Signature(meeting=(Meeting(side, meet, by_piece=True),))
 
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
         return key_pos // self.width >= next_query // self.width
@@ -44,27 +54,26 @@ class _LastColumns(Pattern):
         seen = key_pos % self.width >= self.width - self.columns
         return seen.expand(torch.broadcast_shapes(query_pos.shape, key_pos.shape))
 
-    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
-        if self.width <= int((last - first).max() if len(first) else 0) + 1:
-            return everything(first, key_end)
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Reaches:
+        (reach,) = everything(first, key_end)
+        if self.width - self.columns <= int((last - first).max(initial=0)):
+            return (reach,)
         stop = np.arange(self.width, max(key_end, 0) + self.width, self.width)
-        stop = np.broadcast_to(stop, (len(first), len(stop)))
-        return stop - self.columns, stop
+        return (Reach(reach.start, reach.stop, (Comb(stop - self.columns, stop, moves=False),)),)
 
-    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
-        return [key % self.width]
+    def signature(self, block: int) -> Signature:
+        def where(key: Positions) -> Positions:
+            place, first = key % self.width, self.width - self.columns
+            inside = (place >= first) & (place + block <= self.width)
+            return np.where(inside, -1, np.where(place + block <= first, -2, place))
+
+        return Signature(key=(where,))
 
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
         return key_pos % self.width >= self.width - self.columns
 
     def __str__(self) -> str:
         return f"last_columns({self.width}, {self.columns})"
-
-
-def _crossing(start: Positions, width: int, block: int) -> Positions:
-    """Where in its row a block starts, or -1 for all blocks that lie in one row."""
-    place = start % width
-    return np.where(place + block <= width, -1, place)
 
 
 def same_row(width: int) -> Pattern:

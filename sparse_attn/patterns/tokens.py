@@ -10,7 +10,9 @@ from torch import Tensor
 
 from sparse_attn.arrays import clamp
 from sparse_attn.patterns.bands import causal
-from sparse_attn.patterns.base import Intervals, Pattern, Positions, at_least, everything, integers
+from sparse_attn.patterns.base import Pattern, at_least, integers
+from sparse_attn.reach import Comb, Positions, Reach, Reaches, everything, interval
+from sparse_attn.signature import Signature
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,11 @@ class _Sinks(Pattern):
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return (key_pos < self.count).expand(torch.broadcast_shapes(query_pos.shape, key_pos.shape))
 
-    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Reaches:
         return everything(first, self.count)
 
-    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
-        return [clamp(self.count - key, 0, block)]
+    def signature(self, block: int) -> Signature:
+        return Signature(key=(lambda key: clamp(self.count - key, 0, block),))
 
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
         return key_pos < self.count
@@ -41,18 +43,21 @@ class _GlobalTokens(Pattern):
         chosen = torch.tensor(self.positions, device=key_pos.device)
         return torch.isin(query_pos, chosen) | torch.isin(key_pos, chosen)
 
-    def reach(self, first: Positions, last: Positions, key_end: int) -> Intervals:
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Reaches:
         chosen = np.array(self.positions)
         begins = np.append(True, np.diff(chosen) > 1)
         ends = np.append(begins[1:], True)
-        start, stop = (np.zeros((len(first), int(begins.sum()) + 1), np.int64) for _ in range(2))
-        start[:, 1:], stop[:, 1:] = chosen[begins], chosen[ends] + 1
+        columns = Comb(chosen[begins], chosen[ends] + 1, moves=False)
         held, _ = self._held(first, last + 1)
-        stop[:, 0] = np.where(held > 0, key_end, 0)
-        return start, stop
+        (everywhere,) = everything(first, key_end)
+        rows = interval(np.zeros_like(first), np.where(held > 0, key_end, 0))
+        return (Reach(everywhere.start, everywhere.stop, (columns,)), *rows)
 
-    def signature(self, query: Positions, key: Positions, block: int) -> list[Positions]:
-        return [self._where(query, block), self._where(key, block)]
+    def signature(self, block: int) -> Signature:
+        def where(start: Positions) -> Positions:
+            return self._where(start, block)
+
+        return Signature(query=(where,), key=(where,))
 
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
         if self.positions[-1] >= next_query:

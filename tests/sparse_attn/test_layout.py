@@ -4,7 +4,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_attn import causal, parse_pattern, sliding_window
-from sparse_attn.layout import build_layout
 from tests.sparse_attn.expressions import cases
 
 lengths = st.integers(0, 50)
@@ -64,18 +63,6 @@ def test_masks_are_shared_and_few():
 def test_bad_sizes(arguments, message):
     with pytest.raises(ValueError, match=message):
         sliding_window(3).layout(**arguments)
-
-
-@given(cases, lengths, lengths, st.sampled_from([1, 4, 16]), st.integers(-20, 20), st.integers(0, 20))
-def test_one_row_of_distances_says_what_all_rows_see(case, q_len, kv_len, block, offset, key_offset):
-    pattern, _ = case
-    if pattern.is_relative:
-        one, all_rows = (
-            build_layout(pattern, q_len, kv_len, block=block, offset=offset, key_offset=key_offset, by_distance=short)
-            for short in (True, False)
-        )
-        assert one.row_start.equal(all_rows.row_start) and one.key_block.equal(all_rows.key_block)
-        assert one.to_mask().equal(all_rows.to_mask())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,94 @@
+"""Layouts are built some rows at a time, by lists and tables: each way gives exactly the blocks that show anything."""
+
+import tracemalloc
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparse_attn import candidates, layout, parse_pattern
+from tests.sparse_attn.expressions import cases
+
+# lengths around a block of 16 and primes
+AWKWARD = st.sampled_from([1, 2, 13, 15, 16, 17, 31, 32, 33, 47, 53, 64, 67])
+LISTS = (
+    "causal() & (axial(41) | global_tokens([5, 38, 39, 60]))",
+    "(strided(37) | fixed(29, 3)) & ~sliding_window(5)",
+    "multiples(36) & multiples(24) | last_columns(40, 3)",
+    "last_columns(31, 2) & multiples(27)",
+    "multiples(33) & (sliding_window(40) | sinks(9))",
+    "block_sparse([[0, 3], [], [1, 2, 5], [0]], 9) & multiples(20) | dilated(3, 19)",
+    "documents([40, 1, 1, 1, 20]) & fixed(19, 1) | random_blocks(1, 7)",
+    "~(last_columns(31, 2) | documents([33, 10])) & multiples(7)",
+)
+
+
+@contextmanager
+def sizes(chunk: int, places: int):
+    """Few blocks at a time, and few signatures in a table."""
+    before = candidates.CHUNK, layout.PLACES
+    candidates.CHUNK, layout.PLACES = chunk, places
+    try:
+        yield
+    finally:
+        candidates.CHUNK, layout.PLACES = before
+
+
+def check(pattern, q_len, kv_len, block, offset, key_offset):
+    found = pattern.layout(q_len, kv_len, block=block, offset=offset, key_offset=key_offset)
+    truth = pattern.visible(torch.arange(q_len)[:, None] + offset, torch.arange(kv_len) + key_offset)
+    place = found.query_block * (kv_len + 1) + found.key_block
+    assert bool((place.diff() > 0).all())
+    for row, column, kind in zip(
+        found.query_block.tolist(), found.key_block.tolist(), found.mask_index.tolist(), strict=True
+    ):
+        part = truth[row * block : (row + 1) * block, column * block : (column + 1) * block]
+        assert part.any() and bool(part.all()) == (kind < 0)
+    assert len({mask.numpy().tobytes() for mask in found.masks}) == len(found.masks)
+    assert found.to_mask().equal(truth)
+
+
+@given(cases, AWKWARD, AWKWARD, st.sampled_from([1, 5, 16, 17]), st.integers(-70, 70), st.integers(0, 40),
+       st.sampled_from([1, 3, 20]), st.sampled_from([0, 1 << 20]))  # fmt: skip
+def test_any_expression_some_rows_at_a_time(case, q_len, kv_len, block, offset, key_offset, chunk, places):
+    with sizes(chunk, places):
+        check(case[0], q_len, kv_len, block, offset, key_offset)
+
+
+@pytest.mark.parametrize("text", LISTS)
+@given(
+    AWKWARD, AWKWARD, st.sampled_from([3, 8, 16]), st.integers(-70, 70), st.integers(0, 40), st.sampled_from([4, 99])
+)
+def test_lists_and_runs_in_one_row_are_brought_in_order(text, q_len, kv_len, block, offset, key_offset, chunk):
+    with sizes(chunk, 1 << 20):
+        check(parse_pattern(text), q_len, kv_len, block, offset, key_offset)
+
+
+def by_formula(seen, rows: int, columns: int) -> int:
+    row, column = torch.arange(rows)[:, None], torch.arange(columns)
+    return int((seen(row, column) & (column <= row)).sum())
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("causal()", lambda r, c: c <= r),
+        ("causal() & strided(128)", lambda r, c: ((r - c) % 2 == 0) | (r - c <= 2)),
+        ("causal() & fixed(128, 32)", lambda r, c: (c % 2 == 1) | (r // 2 == c // 2)),
+        ("causal() & axial(640)", lambda r, c: ((r - c) % 10 == 0) | (r // 10 == c // 10)),
+        ("causal() & documents([6400, 44800])", lambda r, c: (r < 100) == (c < 100)),
+        ("causal() & global_tokens([3, 6500])", lambda r, c: (c == 0) | (c == 101) | (r == 101)),
+    ],
+)
+def test_the_blocks_of_a_long_sequence_are_those_of_a_formula_and_memory_is_theirs(text, seen):
+    pattern, length = parse_pattern(text), 51_200
+    tracemalloc.start()
+    found = pattern.layout(length)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.visited_blocks == by_formula(seen, 800, 800)
+    assert found.visible_pairs() == pattern.visible_pairs(length)
+    # two integers a visit, and what is worked on at a time
+    assert peak < 16 * found.visited_blocks + (4 << 20)
