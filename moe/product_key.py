@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from moe.checks import at_least, within
 from moe.memory_values import MemoryValues, table_gradient, weighted_rows
@@ -161,9 +160,14 @@ class _ChosenScores(torch.autograd.Function):
         return scores.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_scores: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         query, keys, chosen = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            scores = torch.einsum("rhsc,hsnc->rhsn", query, keys.expand(query.shape[1], -1, -1, -1)).gather(3, chosen)
+            wanted = [i for i in (0, 1) if ctx.needs_input_grad[i]]
+            found = torch.autograd.grad(scores, [(query, keys)[i] for i in wanted], d_scores, create_graph=True)
+            both = dict(zip(wanted, found, strict=True))
+            return both.get(0), both.get(1), None, None
         first = torch.arange(0, keys[..., 0].numel(), keys.shape[2]).view(-1, 2, 1)
         slots, d_scores = (chosen + first).flatten(0, 2), d_scores.flatten(0, 2).contiguous()
         table, d_query, d_keys = keys.flatten(0, 2), None, None

@@ -336,6 +336,7 @@ def test_gradients_of_the_search_are_those_of_all_scores_gathered(shared):
     torch.testing.assert_close(scores, expected)
     torch.testing.assert_close(scores, both.topk(k).values)
     torch.testing.assert_close(found, torch.autograd.grad(expected, [query, keys], d_scores))
+    assert torch.autograd.gradgradcheck(lambda q, w: search(q, w, k, pairs=every)[1], (query, keys))
 
 
 def test_huge_pages_are_asked_for_large_tables_alone_and_change_no_value():
