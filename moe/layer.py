@@ -24,8 +24,8 @@ class MoE(nn.Module):
     pass by the residual connection. None, the default, drops nothing. What is dropped depends on the other tokens of
     the batch: drop_in_eval=False drops in training alone, so that evaluation and decoding agree.
     shared_hidden: width of a feed-forward network that every token passes (DeepSeekMoE, arXiv:2401.06066); 0 for none.
-    bias: whether experts, the shared one too, add a bias before their activation and to their output, as those of
-    fairscale, of Switch's and GShard's time, do (:class:`moe.experts.Experts`).
+    bias: whether experts, the shared one too, add one bias before their activation and one to their output
+    (:class:`moe.experts.Experts`).
     name: says in errors which layer it was.
 
     >>> layer = MoE(8, 16, 4, TopKRouter(8, 4, k=2))
