@@ -1,6 +1,6 @@
 """q, k, v and a pattern → the output, by a backend that the caller names or that ``explain_backend`` explains."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import sqrt
@@ -34,11 +34,13 @@ FEW_PAIRS = 1 << 15
 @dataclass(frozen=True)
 class BackendChoice:
     """What ``backend="auto"`` takes, and why. pairs: "all", "causal" or "masked", how the sdpa backend is called;
-    "documents" where each document is a call of its own, for which "auto" chooses again."""
+    "documents" where each document is a call of its own, for which "auto" chooses again; "heads" where each pattern is,
+    with the heads that have it: then ``heads`` holds the choice for each query head."""
 
     backend: str
     pairs: str
     reason: str
+    heads: tuple["BackendChoice", ...] = ()
 
 
 @overload
@@ -233,7 +235,7 @@ def _by_pattern(
 
 
 def explain_backend(
-    pattern: Pattern | None,
+    pattern: Pattern | Sequence[Pattern] | None,
     q_len: int,
     kv_len: int | None = None,
     *,
@@ -244,25 +246,38 @@ def explain_backend(
     alibi: bool = False,
     softcap: bool = False,
 ) -> BackendChoice:
-    """What ``attend(..., backend="auto")`` would run for such a call, and why; for ``per_head`` ask for each of its
-    ``.heads``. key_mask, alibi, softcap: whether the call has one.
-    Raises: ValueError on a negative length, or a pattern for each head.
+    """What ``attend(..., backend="auto")`` would run for such a call, and why. key_mask, alibi, softcap: whether the
+    call has one. Raises: ValueError on a negative length.
 
     >>> explain_backend(causal() & sliding_window(256), 4096).backend
     'folded'
+    >>> [head.backend for head in explain_backend(per_head(causal(), causal() & sinks(4)), 4096).heads]
+    ['sdpa', 'folded']
     """
     keys = q_len if kv_len is None else kv_len
     for name, length in (("q_len", q_len), ("kv_len", keys)):
         if length < 0:
             raise ValueError(f"{name} must be >= 0, got {length}")
     place = _place(q_len, keys, query_positions, key_positions)
-    if isinstance(pattern, PerHead):
-        raise ValueError("pattern must be one head's: per_head chooses for each pattern of its .heads by itself")
-    seen = full() if pattern is None else pattern
-    apart = _apart(seen, q_len, keys) if place == (0, 0) and not (key_mask or return_lse) else None
-    if apart is not None and query_positions is None and key_positions is None:
-        return BackendChoice("auto", "documents", f"each of {len(apart[0])} documents attends by itself: {apart[1]}")
-    return _choose(seen, False, q_len, keys, place, key_mask, return_lse, alibi, softcap)
+    bare = query_positions is None and key_positions is None and not (key_mask or return_lse)
+
+    def one(seen: Pattern) -> BackendChoice:
+        apart = _apart(seen, q_len, keys) if bare else None
+        if apart is not None:
+            return BackendChoice(
+                "auto", "documents", f"each of {len(apart[0])} documents attends by itself: {apart[1]}"
+            )
+        return _choose(seen, False, q_len, keys, place, key_mask, return_lse, alibi, softcap)
+
+    seen = per_head(*pattern) if isinstance(pattern, Sequence) else pattern
+    return _by_heads(one, seen) if isinstance(seen, PerHead) else one(full() if seen is None else seen)
+
+
+def _by_heads(one: Callable[[Pattern], BackendChoice], pattern: PerHead) -> BackendChoice:
+    chosen = {head: one(head) for head in dict.fromkeys(pattern.heads)}
+    each = "; ".join(f"{head} by {choice.backend}, {choice.reason}" for head, choice in chosen.items())
+    reason = f"heads of equal pattern attend together: {each}"
+    return BackendChoice("auto", "heads", reason, tuple(chosen[head] for head in pattern.heads))
 
 
 # Positions of the first query and the first key, or None where positions are scattered or keys' negative.

@@ -2,6 +2,8 @@
 
 import inspect
 import itertools
+from collections import Counter
+from importlib import import_module
 from math import tanh
 
 import pytest
@@ -234,6 +236,48 @@ def test_documents_that_attend_apart_are_those_of_the_reference(inside):
 def test_many_short_documents_are_walked_by_blocks():
     assert explain_backend(causal() & documents([8] * 50), 400).backend == "folded"
     assert explain_backend(causal() & documents(100, 300), 400, key_mask=True).pairs == "masked"
+
+
+def test_the_choice_for_each_head_is_what_attend_runs_on_it(monkeypatch):
+    ran: Counter[str] = Counter()
+
+    def counted(name: str, backend: str):
+        module = import_module("sparse_attn.attend")
+        wrapped = getattr(module, name)
+
+        def run(q, *rest, **options):
+            ran[backend] += q.shape[1] * q.shape[2]
+            return wrapped(q, *rest, **options)
+
+        monkeypatch.setattr(module, name, run)
+
+    for name, backend in (("folded", "folded"), ("reference", "reference"), ("sdpa_masked", "sdpa masked"),
+                          ("sdpa_unmasked", "sdpa unmasked")):  # fmt: skip
+        counted(name, backend)
+    window, apart = causal() & sliding_window(9), causal() & documents(200, 100)
+    heads = [causal(), window, apart, window, full(), causal()]
+    unmasked = ("all", "causal", "documents")
+    for length, options in ((300, {}), (60, {}), (300, {"return_lse": True}), (60, {"return_lse": True})):
+        q, k, v = tensors(2, 6, 3, length, length, 8)
+        ran.clear()
+        attend(q, k, v, pattern=heads, **options)
+        found = explain_backend(heads, length, **options)
+        assert (found.backend, found.pairs) == ("auto", "heads") and len(found.heads) == 6
+        assert found == explain_backend(per_head(*heads), length, **options)
+        assert found.heads == tuple(explain_backend(head, length, **options) for head in heads)
+        sdpa = (("sdpa unmasked" if c.pairs in unmasked else "sdpa masked") for c in found.heads)
+        wanted = Counter(
+            c.backend if c.backend in ("folded", "reference") else name
+            for c, name in zip(found.heads, sdpa, strict=True)
+        )
+        assert ran == {name: count * length for name, count in wanted.items()}
+    found = explain_backend(per_head(causal(), window), 300)
+    assert found.reason == (
+        "heads of equal pattern attend together: causal() by sdpa, exactly the keys j <= i are visible; "
+        "causal() & sliding_window(9) by folded, only the visited blocks are computed"
+    )
+    with pytest.raises(ValueError, match="q_len must be >= 0, got -1"):
+        explain_backend(per_head(causal()), -1)
 
 
 EMPTY = [
