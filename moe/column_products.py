@@ -17,6 +17,8 @@ Execution = Literal["auto", "dense", "sparse"]
 DECODE_ROWS = 4
 # with fewer zeros than this there is nothing to save
 WORTH_TIMING = 0.95
+# among the names of races: the layer's, which follows those of its products
+WHOLE = "layer"
 
 Made = TypeVar("Made")
 
@@ -65,8 +67,8 @@ class Case(NamedTuple):
 class DecodesSparsely(nn.Module):
     """A module whose products in decoding leave out what meets zeros, where that is faster, with what this needs.
 
-    execution: "sparse" does so always, "dense" never, "auto" where a :class:`Race` found it faster. races: those, by
-    case and weight.
+    execution: "sparse" does so always, "dense" never, "auto" where a :class:`Race` found it faster, of each product and
+    then of the whole layer. races: those, by case, and weight or WHOLE.
     """
 
     execution: Execution
@@ -79,7 +81,7 @@ class DecodesSparsely(nn.Module):
         """Drop the tables for decoding and what was found out about times."""
         self._tables: dict[str, Kept[ColumnTable]] = {}
         self.races: dict[Case, dict[str, Race]] = {}
-        self._over: dict[Case, bool] = {}
+        self._dense_wins: dict[Case, bool] = {}
 
     def forget_tables(self) -> None:
         """Drop the decode path's copies of the weights; it makes them again when it needs them."""
@@ -91,20 +93,38 @@ class DecodesSparsely(nn.Module):
             self.start_anew()
         return super().train(mode)
 
-    def all_dense(self, case: Case) -> bool:
-        """Whether dense was found to be the faster way for every product in this case."""
-        return self.execution == "auto" and self._over.get(case, False)
+    def decided(self, case: Case, *, dense: Callable[[], Tensor], sparse: Callable[[], Tensor]) -> Tensor:
+        """The layer's output the dense way or the sparse one, in which :meth:`faster` chooses for each product.
 
-    def settle(self, case: Case) -> None:
-        """Note, after a pass through all products, whether all races are over; tables that none needs are dropped."""
-        if self.execution != "auto" or case in self._over:
-            return
-        ways = {race.chosen for race in self.races[case].values()}
-        if None not in ways:
-            self._over[case] = ways == {"dense"}
-            needed = {name for races in self.races.values() for name, race in races.items() if race.chosen != "dense"}
-            for name in self._tables.keys() - needed:
-                del self._tables[name]
+        Once those choices are made the two ways race too: what the choosing itself costs may not be worth it.
+        """
+        if self.execution == "sparse":
+            return sparse()
+        wins = self._dense_wins.get(case)
+        if wins is not None:
+            return dense() if wins else sparse()
+        races = self.races.setdefault(case, {})
+        whole = races.get(WHOLE)
+        if whole is None:
+            y = sparse()
+            ways = {race.chosen for race in races.values()}
+            if None not in ways:
+                races[WHOLE] = whole = Race("dense" if ways == {"dense"} else None)
+        else:
+            y = whole.run(dense, sparse)
+        if whole is not None and whole.chosen is not None:
+            self._dense_wins[case] = whole.chosen == "dense"
+            self._drop_unread()
+        return y
+
+    def _drop_unread(self) -> None:
+        """Drop the tables that no case reads, or may come to read."""
+        read = set[str]()
+        for case, races in self.races.items():
+            if not self._dense_wins.get(case, False):
+                read |= {name for name, race in races.items() if race.chosen != "dense"}
+        for name in self._tables.keys() - read:
+            del self._tables[name]
 
     def times_nonzeros(
         self,

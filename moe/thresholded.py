@@ -76,8 +76,9 @@ class ThresholdedFeedForward(DecodesSparsely):
     Magnitudes equal to the threshold are dropped, so that 0 drops exact zeros only. The gradient is the masked
     function's. Up to DECODE_ROWS rows on the CPU without a gradient, outside autocast, take the decode path: weights
     that meet a zero are not read, where ``execution`` "auto" found that faster than dense; "sparse" and "dense" force
-    one. "auto" times each projection both ways, in turns, on the layer's own first dozen calls (``races``), again for
-    other thresholds, rows or threads; where dense is faster the layer is a dense one from there on. Sparse decoding
+    one. "auto" times each projection both ways, in turns, on the layer's own calls, and then the layer (``races``; the
+    first two dozen), again for other thresholds, rows or threads; where dense is faster it stays so. Sparse
+    decoding
     holds a transposed second copy of the weights that it reads by column, made on first use, dropped by ``train()`` and
     where dense is faster, and remade after any change that torch counts (not writes through ``.data``: call
     ``forget_tables``).
@@ -149,11 +150,11 @@ class ThresholdedFeedForward(DecodesSparsely):
         if not self._decodes(x):
             return self._masked(x, nn.Module.__call__)
         case = self._case(x)
-        if self.all_dense(case):
-            return self._masked(x, _product)
-        y = self._decode(x.reshape(-1, self.dim), case).view(x.shape)
-        self.settle(case)
-        return y
+        return self.decided(
+            case,
+            dense=lambda: self._masked(x, _product),
+            sparse=lambda: self._decode(x.reshape(-1, self.dim), case).view(x.shape),
+        )
 
     def _masked(self, x: Float[Tensor, "*batch D"], call: Callable[[nn.Linear, Tensor], Tensor]) -> Tensor:
         """All of the dense arithmetic, with zeros where something is dropped."""

@@ -75,12 +75,16 @@ class ThresholdedLinear(DecodesSparsely, nn.Linear):
         left = drop(x, self.threshold)
         if decodes(x, self.in_features, execution=self.execution, training=self.training):
             case = Case(x.numel() // self.in_features, x.dtype, torch.get_num_threads(), self.threshold)
-            if self.weight.dtype == x.dtype and not self.all_dense(case):
-                rows = left.reshape(-1, self.in_features)
-                y = self.times_nonzeros("weight", rows, self.weight, self.bias, case)
-                self.settle(case)
-                return y.view(*x.shape[:-1], self.out_features)
+            if self.weight.dtype == x.dtype:
+                return self.decided(
+                    case,
+                    dense=lambda: F.linear(left, self.weight, self.bias),
+                    sparse=lambda: self._skipping(left, case).view(*x.shape[:-1], self.out_features),
+                )
         return F.linear(left, self.weight, self.bias)
+
+    def _skipping(self, x: Tensor, case: Case) -> Float[Tensor, "n O"]:
+        return self.times_nonzeros("weight", x.reshape(-1, self.in_features), self.weight, self.bias, case)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, threshold={self.threshold:.4g}, execution={self.execution}"

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from moe.column_products import WHOLE
 from moe.race import CALLS, Race, Timing
 from moe.thresholded import ThresholdedFeedForward, Thresholds, drop
 from tests.tolerances import close
@@ -52,13 +53,15 @@ def test_auto_equals_the_masked_arithmetic_before_and_after_its_choice(monkeypat
     plain = ThresholdedFeedForward.from_linear(layer.gate, layer.up, layer.down, **options, execution="dense").eval()
     raced = {"teal": 3, "cats": 2, "hard": 2, "cett": 2}[method]
     with torch.inference_mode():
-        for _ in range(2 * CALLS + 4):
+        for _ in range(4 * CALLS + 6):
             monkeypatch.setattr("moe.race.Timing.fastest", "sparse" if slow == "dense" else "dense")
             x = 2 * torch.randn(1, 8) * (torch.arange(8) % 2)
             close(layer(x), plain(x))
         ((case, races),) = layer.races.items()
-        assert len(races) == raced and all(race.timing for race in races.values())
-        assert layer.all_dense(case) == (slow == "sparse")
+        assert len(races) == raced + 1 and all(race.timing for name, race in races.items() if name != WHOLE)
+        # where no product is faster sparse, nothing is left to race
+        assert (races[WHOLE].timing is None) == (slow == "sparse")
+        assert layer._dense_wins == {case: slow == "sparse"}
         assert bool(layer._tables) == (slow == "dense")
         other = torch.randn(2, 8)
         close(layer(other), plain(other))
@@ -70,11 +73,27 @@ def test_auto_equals_the_masked_arithmetic_before_and_after_its_choice(monkeypat
     assert not layer._tables and not layer.races
 
 
+def test_a_layer_whose_faster_products_do_not_pay_is_dense(monkeypatch):
+    layer = ThresholdedFeedForward(8, 16, method="teal", threshold=0.5).eval()
+    x = torch.randn(1, 8) * (torch.arange(8) % 2)
+    with torch.no_grad():
+        while WHOLE not in (races := next(iter(layer.races.values()), {})):
+            monkeypatch.setattr("moe.race.Timing.fastest", "sparse")
+            layer(x)
+        assert {race.chosen for name, race in races.items() if name != WHOLE} == {"sparse"} and layer._tables
+        monkeypatch.setattr("moe.race.Timing.fastest", "dense")
+        for _ in range(2 * CALLS + 2):
+            y = layer(x)
+        assert races[WHOLE].chosen == "dense" and not layer._tables
+        monkeypatch.setattr(layer, "_decode", None)
+        close(layer(x), y)
+
+
 def test_dense_from_the_first_call_on_where_nothing_is_dropped():
     layer = ThresholdedFeedForward(8, 16, method="cett").eval()
     with torch.no_grad():
         layer(torch.randn(1, 8))
-    assert not layer._tables and all(layer._over.values())
+    assert not layer._tables and all(layer._dense_wins.values())
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0, math.inf])
