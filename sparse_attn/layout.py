@@ -195,19 +195,19 @@ class _Known:
     def __init__(self, classes: Classes, look: Callable[[Positions, Positions], Positions]) -> None:
         self._classes, self._look = classes, look
         self._named: dict[tuple[int, ...], int] = {}
-        self._table = np.full(classes.size, UNKNOWN) if classes.size <= PLACES else None
+        self._table = np.full(classes.places, UNKNOWN) if classes.size <= PLACES else None
 
     def kinds(self, row: Positions, column: Positions) -> Positions:
         """Of each of these blocks, which are sorted by row, then column."""
         if self._table is None:
             return self._by_name(row, column)
-        code, near = self._classes.code(row, column), self._classes.near(row, column)
+        code, near = self._classes.told(row, column)
         kind = self._table[code]
         if len(near):
             kind[near] = self._by_name(row[near], column[near])
         if int(kind.min()) == UNKNOWN:
             new = (kind == UNKNOWN).nonzero()[0]
-            values, which = distinct(code[new], self._classes.size)
+            values, which = distinct(code[new], self._classes.places)
             some = _one_of_each(which, len(values))
             self._table[values] = self._look(row[new[some]], column[new[some]])
             kind[new] = self._table[code[new]]

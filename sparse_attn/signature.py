@@ -73,10 +73,14 @@ class Classes:
         self._distance = by_distance if distances > 1 else None
         self._columns, self._middle = frame.columns, frame.columns - 1
         self._meetings = [(one.meet, one.side(query), one.side(key)) for one in signature.meeting]
-        self._bounds: tuple[Positions, Positions] | None = None
-        if all(one.by_piece for one in signature.meeting) and self._meetings:
-            begins, ends = zip(*(_meeting(query, key) for _, query, key in self._meetings), strict=True)
-            self._bounds = reduce(np.minimum, begins), reduce(np.maximum, ends)
+        self._pieces: Int[np.ndarray, "R 4"] | None = None
+        if self._meetings and all(one.by_piece for one in signature.meeting):
+            self._pieces = _pieces([(query[:2], key[:2]) for _, query, key in self._meetings])
+
+    @property
+    def places(self) -> int:
+        """``told`` gives integers below this."""
+        return 2 * self.size
 
     def code(self, row: Positions, column: Positions) -> Positions:
         """An integer in [0, size) for what rows, columns and diagonals decide."""
@@ -93,21 +97,35 @@ class Classes:
             found += meet(tuple(x[row] for x in query), tuple(x[column] for x in key))
         return found
 
-    def near(self, row: Positions, column: Positions) -> Int[np.ndarray, "n"]:
-        """Which of these blocks, sorted by row, then column, are not told by their code alone."""
+    def told(self, row: Positions, column: Positions) -> tuple[Positions, Int[np.ndarray, "n"]]:
+        """An integer for each of these blocks, sorted by row, then column: equal where masks are, save for the blocks
+        that are listed beside it."""
+        code = self.code(row, column)
         if not self._meetings:
-            return np.zeros(0, np.int64)
-        if self._bounds is None:
-            return np.arange(len(row))
+            return code, np.zeros(0, np.int64)
+        if self._pieces is None:
+            return code, np.arange(len(row))
         rows = np.arange(row[0], row[-1] + 1)
         cells = row * self._columns + column
-        begin, end = (np.searchsorted(cells, rows * self._columns + side[rows]) for side in self._bounds)
-        return spans(begin, np.maximum(end - begin, 0))
+        edges = self._pieces[rows] + (rows * self._columns)[:, None]
+        first, inside, outside, last = np.searchsorted(cells, edges).T
+        code[spans(inside, outside - inside)] += self.size
+        begin, count = np.stack([first, outside], 1), np.stack([inside - first, last - outside], 1)
+        return code, spans(begin.ravel(), count.ravel())
 
 
-def _meeting(query: Sides, key: Sides) -> tuple[Positions, Positions]:
-    """From which column on, and up to which, the blocks have a piece in common with each row's."""
-    return np.searchsorted(key[1], query[0]), np.searchsorted(key[0], query[1], side="right")
+def _pieces(meetings: Sequence[tuple[Sides, Sides]]) -> Int[np.ndarray, "R 4"]:
+    """Of each row: the first column with a piece in common, the first that lies wholly in the row's only piece, the
+    first behind those, and the first behind all."""
+    first = reduce(np.minimum, (np.searchsorted(key[1], query[0]) for query, key in meetings))
+    last = reduce(np.maximum, (np.searchsorted(key[0], query[1], side="right") for query, key in meetings))
+    inside, outside = first, first
+    if len(meetings) == 1:
+        ((query, key),) = meetings
+        begin, end = np.searchsorted(key[0], query[0]), np.searchsorted(key[1], query[1], side="right")
+        some = (query[0] == query[1]) & (begin < end)
+        inside, outside = np.where(some, begin, first), np.where(some, end, first)
+    return np.stack([first, inside, outside, np.maximum(first, last)], 1)
 
 
 def _classes(columns: Sequence[Positions]) -> tuple[Positions, int]:
