@@ -9,7 +9,7 @@ GATE_LENGTH, a prime, must show exactly what the pattern's definition says of ev
 
 import argparse
 import json
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -85,17 +85,25 @@ def gate(pattern: Pattern, block: int) -> None:
         raise ValueError(f"parity: the layout of {pattern} must show what its definition says, got another mask")
 
 
+def resident(what: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most (unlike getrusage's, not what a parent had before it)."""
+    found = re.search(rf"^{what}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise ValueError(f"/proc/self/status must tell {what}, got none")
+    return int(found[1]) * 1024
+
+
 def measure(name: str, length: int, block: int) -> None:
     """One row's numbers as JSON on stdout."""
     pattern = patterns(length)[name]
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = resident("VmRSS")
     seconds, peak = [], 0
     for _ in range(BUILDS):
         layout = None
         start = time.process_time()
         layout = pattern.layout(length, block=block)
         seconds.append(time.process_time() - start)
-        peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        peak = peak or resident("VmHWM") - before
         visited, whole, masks = layout.visited_blocks, layout.full_blocks, len(layout.masks)
     sizes = {"visited": visited, "full": whole, "partial": visited - whole, "masks": masks}
     print(json.dumps({"sizes": sizes, "seconds": seconds, "peak_bytes": max(peak, 0)}))
