@@ -298,17 +298,17 @@ def decode(
         runs = {twin: decoder(model, prompt, lambda: None) for twin in ("dense", "again")}
         runs |= {str(level): decoder(made, prompt, setting) for level, setting in settings.items()}
         verdict = parity(sparse, runs, settings)
-        one = torch.get_num_threads() == 1
+        single = torch.get_num_threads() == 1
         for run in [*runs.values()] * 2:
             run()  # more than the calls in which every layer makes its choice
-        seconds = processor_seconds(runs, rounds=rounds) if one else interleaved(runs, rounds=rounds, warmup=1)
+        seconds = processor_seconds(runs, rounds=rounds) if single else interleaved(runs, rounds=rounds, warmup=1)
         common = {
             "model": "SmolLM2-135M-Instruct",
             "method": name,
             "new_tokens": NEW_TOKENS,
             "batch": 1,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "clock": "processor" if one else "wall",
+            "clock": "processor" if single else "wall",
         }
         kind = "recall" if name == "predictor" else "sparsity"
         record("decode", common | {"method": "dense", "beside": name}, seconds["dense"], {}, "reference")
