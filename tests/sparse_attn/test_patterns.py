@@ -1,4 +1,5 @@
 import re
+from bisect import bisect_right
 
 import pytest
 import torch
@@ -117,6 +118,37 @@ def test_a_complement_has_a_longest_length_unless_something_bounds_it():
     bounded = causal() & sliding_window(1024) & ~sliding_window(256)
     assert bounded.layout(1_000_000).visited_blocks < 15 * 15_625
     assert (causal() & ~sliding_window(256)).layout(1, 1_000_000).visited_blocks == 15_621
+
+
+def test_a_complement_is_laid_out_up_to_its_limit_and_refused_beyond():
+    assert (~sinks(4)).layout(65_536).visited_blocks == 1024**2
+    # under | it is as if alone, whatever bounds the whole
+    either = causal() & (~sinks(4) | sliding_window(9))
+    assert either.layout(65_536).visited_blocks == 1024 * 1025 // 2
+    with pytest.raises(ValueError, match=re.escape("~sinks(4) looks at every block: query blocks x keys")):
+        either.layout(65_537)
+    # of the keys up to each block's last query, summed over the blocks, 2^26 at most
+    late = causal() & ~sliding_window(256)
+    assert late.layout(92_608).visited_blocks == sum(max(row - 3, 0) for row in range(1447))
+    with pytest.raises(ValueError, match=re.escape(f"<= {1 << 26} (67108864, or an eighth of 1448 x 92609), got")):
+        late.layout(92_609)
+
+
+def test_what_bounds_a_complement_leaves_an_eighth_of_all_keys_at_most():
+    rows, length = 3125, 200_000
+
+    def keys(window: int) -> int:
+        return sum(64 * row + 64 - max(64 * row - window + 1, 0) for row in range(rows))
+
+    widest = bisect_right(range(length), rows * length // 8, key=keys) - 1
+    # 2^26 does not decide here
+    assert rows * length // 8 > 1 << 26 and keys(widest) <= rows * length // 8 < keys(widest + 1)
+    between = [causal() & sliding_window(window) & ~sliding_window(256) for window in (widest, widest + 1)]
+    assert between[0].layout(length).visited_blocks > 1_000_000
+    with pytest.raises(
+        ValueError, match=re.escape(f"must be <= 78125000 (67108864, or an eighth of {rows} x {length})")
+    ):
+        between[1].layout(length)
 
 
 @pytest.mark.parametrize(
