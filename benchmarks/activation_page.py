@@ -47,16 +47,9 @@ def present(lines: Iterable[Line]) -> list[str]:
 def quality(lines: list[Line]) -> str:
     """Perplexity of each method at each sparsity, and in brackets what that saves of the networks' weights."""
     rows = [line for line in named(lines, "quality") if line["method"] != "dense"]
-    methods, dense = present(rows), rows[0]
-    cells = [
-        [
-            f"{level:.0%}",
-            *(f"{at[m]['perplexity']:.2f} ({at[m]['reads_saved']:.0%})" if m in at else "" for m in methods),
-        ]
-        for level, at in by_level(rows).items()
-    ]
+    dense = rows[0]
     return (
-        table(["sparsity", *methods], cells)
+        perplexities(rows, {name: name for name in present(rows)})
         + f"\n\nPerplexity of {dense['evaluation_tokens']:,} held-out tokens; dense: {dense['dense_perplexity']:.2f}. "
         + "In brackets: the share of the feed-forward networks' weights that decoding need not read. "
         + f"Thresholds from {dense.get('threshold_rows', THRESHOLD_ROWS)} rows of each network's inputs, drawn at "
@@ -64,21 +57,32 @@ def quality(lines: list[Line]) -> str:
     )
 
 
+def perplexities(rows: list[Line], labels: dict[str, str]) -> str:
+    """A row for each sparsity, a column for each method; a sentence for a method that was not measured at all of them.
+
+    labels: what the page calls each method."""
+    levels = by_level(rows)
+    whole = [m for m in labels if all(m in at for at in levels.values())] or list(labels)
+    cells = [[f"{level:.0%}", *(_perplexity(at[m]) if m in at else "" for m in whole)] for level, at in levels.items()]
+    some = []
+    for m in (m for m in labels if m not in whole):
+        known = [f"{level:.0%} {_perplexity(at[m])}" for level, at in levels.items() if m in at]
+        some.append(f"Measured at fewer sparsities, {labels[m]}: {', '.join(known)}")
+    return table(["sparsity", *(labels[m] for m in whole)], cells) + "".join(f"\n\n{one}." for one in some)
+
+
+def _perplexity(line: Line) -> str:
+    return f"{line['perplexity']:.2f} ({line['reads_saved']:.0%})"
+
+
 def blocks(lines: list[Line]) -> str:
     """TEAL's perplexity at each sparsity for the feed-forward alone and for all seven maps, and what each saves."""
     rows = named(lines, "blocks")
     methods = [name for name in BLOCKS if any(line["method"] == name for line in rows)]
-    cells = [
-        [
-            f"{level:.0%}",
-            *(f"{at[m]['perplexity']:.2f} ({at[m]['reads_saved']:.0%})" if m in at else "" for m in methods),
-        ]
-        for level, at in by_level(rows).items()
-    ]
     one = rows[0]
     seen = {m: next(line["calibration_tokens"] for line in rows if line["method"] == m) for m in methods}
     return (
-        table(["sparsity", *(BLOCKS[m] for m in methods)], cells)
+        perplexities(rows, {m: BLOCKS[m] for m in methods})
         + f"\n\nPerplexity of {one['evaluation_tokens']:,} held-out tokens in {one['dtype']}; dense: "
         + f"{one['dense_perplexity']:.2f}. In brackets: the share of the weights of all seven maps that decoding need "
         + f"not read. Thresholds from {one.get('threshold_rows', THRESHOLD_ROWS)} rows of each map's inputs, drawn at "
@@ -111,6 +115,7 @@ def decode(lines: list[Line]) -> str:
     ]
     every = [line for at in levels.values() for line in at.values()]
     dense = [line for line in named(lines, "decode") if not line["ratios"]]
+    again = [line for line in named(lines, "decode") if line["conditions"].get("again")]
     beside = ", ".join(
         f"{tokens_per_second(line):.1f} beside {line['conditions']['beside']}"
         for line in dense
@@ -118,15 +123,32 @@ def decode(lines: list[Line]) -> str:
     )
     return (
         table(["sparsity", *methods], cells)
-        + f"\n\nTokens a second, greedy, batch 1; in brackets relative to dense in the same rounds ({beside}). "
-        + f"{slower(levels)} {place(every)}"
+        + f"\n\nTokens a second{processor(every)}, greedy, batch 1; in brackets relative to dense in the same rounds "
+        + f"({beside}). {slower(levels, noise(again))} {place(every)}"
     )
 
 
-def slower(levels: dict[float, dict[str, Line]]) -> str:
-    """Which settings are not faster than dense, in words."""
-    found = [f"{m} at {level:.0%}" for level, at in levels.items() for m, line in at.items() if speed(line) <= 1.0]
-    return f"Not faster than dense: {', '.join(found)}." if found else "Every setting is faster than dense."
+def processor(lines: list[Line]) -> str:
+    """What a second is, where it is not one of the wall's clock."""
+    return " of the processor" if any(line["conditions"].get("clock") == "processor" for line in lines) else ""
+
+
+def noise(again: list[Line]) -> dict[str, float]:
+    """How much a second dense model differed from the first beside each method, and at least a hundredth."""
+    return {line["conditions"]["beside"]: max(0.01, abs(speed(line) - 1)) for line in again}
+
+
+def slower(levels: dict[float, dict[str, Line]], margins: dict[str, float]) -> str:
+    """Which settings are not faster than dense by more than the method's margin, a hundredth if none, in words."""
+    rows = [(f"{m} at {level:.0%}", speed(line) - 1, margins.get(m, 0.01)) for level, at in levels.items()
+            for m, line in at.items()]  # fmt: skip
+    even = [name for name, gain, margin in rows if abs(gain) <= margin]
+    worse = [name for name, gain, margin in rows if gain < -margin]
+    within = ", ".join(f"{margin:.1%} ({m})" for m, margin in margins.items()) or "1.0%"
+    said = [f"As fast as dense: {', '.join(even)}."] if even else []
+    said += [f"Slower: {', '.join(worse)}."] if worse else []
+    told = f"What a second dense model differed by counts as none, and 1% at least: {within}. " if margins else ""
+    return told + (" ".join(said) or f"Every setting is faster than dense by more than {within}.")
 
 
 def layer(lines: list[Line]) -> str:
@@ -140,7 +162,8 @@ def layer(lines: list[Line]) -> str:
     every = [line for at in levels.values() for line in at.values()]
     return (
         table(["sparsity", *methods], cells)
-        + f"\n\nMilliseconds a token; in brackets relative to dense in the same rounds. {slower(levels)} {place(every)}"
+        + f"\n\nMilliseconds a token; in brackets relative to dense in the same rounds. {slower(levels, {})} "
+        + place(every)
     )
 
 
@@ -154,11 +177,12 @@ def predictor(lines: list[Line]) -> str:
             f"{line['recall']:.1%}",
             f"{line['computed_share']:.1%}",
             f"{line['perplexity']:.2f}",
-            f"{speed(times[line['recall_target']]['predictor']):.2f}×" if line["recall_target"] in times else "",
+            *([f"{speed(times[line['recall_target']]['predictor']):.2f}×"] if line["recall_target"] in times else []),
         ]
         for line in rows
     ]
-    head = ["recall asked for", "recall on held-out text", "neurons computed", "perplexity", "decoding speed to dense"]
+    head = ["recall asked for", "recall on held-out text", "neurons computed", "perplexity"]
+    head += ["decoding speed to dense"] if times else []
     one = rows[0]
     return (
         table(head, cells)
@@ -169,17 +193,21 @@ def predictor(lines: list[Line]) -> str:
     )
 
 
-def products(lines: list[Line]) -> str:
-    """The library's own timings of single products: the way it takes at each density."""
+def choices(lines: list[Line]) -> str:
+    """What the layers measured of each projection, and how many of them chose the sparse way."""
     found: dict[str, dict[float, Line]] = {}
-    for line in named(lines, "product"):
-        found.setdefault(f"{line['skips']} {line['in']} → {line['out']}", {})[line["density"]] = line
-    densities = sorted({density for at in found.values() for density in at})
-    cells = [
-        [f"skips {shape}", *(f"{at[d]['dense_s'] / at[d]['sparse_s']:.2f}×" if d in at else "" for d in densities)]
-        for shape, at in found.items()
-    ]
-    return table(["density of what is left", *(f"{density:.0%}" for density in densities)], cells)
+    for line in named(lines, "choice"):
+        setting = line["conditions"]
+        if "sparsity" in setting:
+            found.setdefault(f"{setting['method']}, {setting['projection']}", {})[setting["sparsity"]] = line
+    levels = sorted({level for at in found.values() for level in at})
+    cells = [[place, *(_choice(at[level]) if level in at else "" for level in levels)] for place, at in found.items()]
+    return table(["projection", *(f"{level:.0%}" for level in levels)], cells)
+
+
+def _choice(line: Line) -> str:
+    share = f"{line['sparse']} of {line['sparse'] + line['dense']}"
+    return share if line["sparse_s"] is None else f"{line['dense_s'] / line['sparse_s']:.2f}× ({share})"
 
 
 def methods_of(levels: dict[float, dict[str, Line]]) -> list[str]:
@@ -204,7 +232,7 @@ def place(lines: list[Line]) -> str:
 
 
 TABLES: dict[str, Callable[[list[Line]], str]] = {
-    "quality": quality, "blocks": blocks, "decode": decode, "products": products, "layer": layer,
+    "quality": quality, "blocks": blocks, "decode": decode, "choices": choices, "layer": layer,
     "predictor": predictor,
 }  # fmt: skip
 
@@ -216,7 +244,7 @@ def fill(text: str, lines: list[Line]) -> str:
         name = found.group(1)
         if name not in TABLES:
             raise ValueError(f"table must be one of {sorted(TABLES)}, got {name!r}")
-        kind = {"layer": "thresholded", "products": "product"}.get(name, name)
+        kind = {"layer": "thresholded", "choices": "choice"}.get(name, name)
         body = TABLES[name](lines) if named(lines, kind) else "*No record yet.*"
         return f"<!-- table: {name} -->\n{body}\n<!-- end -->"
 
@@ -249,7 +277,7 @@ def collect() -> None:
     Raises: FileNotFoundError if there are none; ValueError if one names a folder of this machine.
     """
     found = [*read(ROOT / "runs" / "smollm2-activation.jsonl"), *read(ROOT / "runs" / "benchmarks.jsonl")]
-    names = ("quality", "blocks", "predictor", "decode", "product", "thresholded")
+    names = ("quality", "blocks", "predictor", "decode", "choice", "thresholded")
     wanted = [line for line in found if line["name"] in names]
     if not wanted:
         raise FileNotFoundError("runs/ must hold records: run python -m benchmarks.activation_smollm2")
@@ -264,9 +292,7 @@ def newest(lines: list[Line]) -> list[Line]:
     """The last record of each name and setting, in the order in which they first came."""
     last: dict[str, Line] = {}
     for line in lines:
-        setting = line.get("conditions") or {
-            key: line.get(key) for key in ("method", "sparsity", "recall_target", "skips", "in", "out", "density")
-        }
+        setting = line.get("conditions") or {key: line.get(key) for key in ("method", "sparsity", "recall_target")}
         last[json.dumps([line["name"], setting])] = line
     return list(last.values())
 

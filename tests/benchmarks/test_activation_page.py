@@ -25,11 +25,15 @@ LINES = [
     {**QUALITY, "method": "TEAL uniform", "sparsity": 0.5, "reads_saved": 0.49, "perplexity": 12.345},
     {**QUALITY, "method": "CATS", "sparsity": 0.5, "reads_saved": 0.33, "perplexity": 14.0},
     timing("decode", {"method": "dense", "beside": "CATS", "new_tokens": 16}, 0.8, {}),
+    timing("decode", {"method": "dense", "beside": "CATS", "again": True, "new_tokens": 16}, 0.8, {"dense": 1.05}),
     timing("decode", {"method": "CATS", "new_tokens": 16, "sparsity": 0.25}, 1.0, {"dense": 1.25}),
+    timing("decode", {"method": "CATS", "new_tokens": 16, "sparsity": 0.7, "clock": "processor"}, 0.8, {"dense": 0.97}),
     timing("decode", {"method": "CATS", "new_tokens": 16, "sparsity": 0.5}, 0.4, {"dense": 0.5}),
     timing("decode", {"method": "predictor", "new_tokens": 16, "recall": 0.9}, 0.4, {"dense": 0.8}),
-    {"name": "product", "method": "CATS", "skips": "inputs", "in": 1536, "out": 576, "density": 0.5, "dense_s": 3.0,
-     "sparse_s": 2.0},
+    {"name": "choice", "conditions": {"method": "CATS", "sparsity": 0.5, "projection": "up"}, "dense": 1, "sparse": 29,
+     "dense_s": 3.0, "sparse_s": 2.0},
+    {"name": "choice", "conditions": {"method": "CATS", "sparsity": 0.25, "projection": "up"}, "dense": 30, "sparse": 0,
+     "dense_s": None, "sparse_s": None},
     timing("thresholded", {"method": "TEAL", "sparsity": 0.5}, 0.01, {"dense": 0.625}),
     {"name": "blocks", "method": "blocks greedy", "sparsity": 0.4, "perplexity": 11.5, "reads_saved": 0.41,
      "dense_perplexity": 10.0, "evaluation_tokens": 2560, "calibration_tokens": 512, "dtype": "float32",
@@ -47,9 +51,10 @@ def test_every_figure_of_the_records_reaches_the_page():
     assert "| sparsity | all seven maps, greedy |" in text and "| 40% | 11.50 (41%) |" in text
     assert "Thresholds from 128 rows of each map's inputs, drawn at random from 512 tokens (all seven maps," in text
     assert "| 25% | 16.0 (0.80×) |" in text and "| 50% | 40.0 (2.00×) |" in text and "20.0 beside CATS" in text
-    assert "Not faster than dense: CATS at 25%." in text
-    assert "| skips inputs 1536 → 576 | 1.50× |" in text
-    assert "| 50% | 10.0 (1.60×) |" in text and "Every setting is faster than dense." in text
+    assert "4.8% (CATS). As fast as dense: CATS at 70%. Slower: CATS at 25%." in text
+    assert "Tokens a second of the processor, greedy" in text
+    assert "| CATS, up | 0 of 30 | 1.50× (29 of 30) |" in text
+    assert "| 50% | 10.0 (1.60×) |" in text and "Every setting is faster than dense by more than 1.0%." in text
     assert "| 90% | 88.4% | 61.0% | 13.00 | 1.25× |" in text
     assert "stale" not in text and fill(text, LINES) == text
 
@@ -72,8 +77,8 @@ def test_the_newest_record_of_each_setting_is_kept():
 def test_the_figure_is_xml_and_has_a_point_for_each_record():
     root = ElementTree.fromstring(draw(LINES))
     tags = [element.tag.rpartition("}")[2] for element in root.iter()]
-    # two methods at one sparsity, one at two, and two names in the legend
-    assert tags.count("circle") == 2 + 2 + 2 and tags.count("polyline") == 3
+    # two methods at one sparsity, one at three, and two names in the legend
+    assert tags.count("circle") == 2 + 3 + 2 and tags.count("polyline") == 3
 
 
 def test_the_page_is_what_its_records_say():
