@@ -1,7 +1,8 @@
 """The attention guide's tables and pictures, computed from the patterns themselves and from records, never typed.
 
 ``python -m benchmarks.attention_page --collect`` first copies the newest records of long documents from runs/; recall's
-are written by ``python examples/recall.py --record benchmarks/records/recall.jsonl``.
+are written by ``python examples/recall.py --record benchmarks/records/recall.jsonl``, and those of layouts are copied
+from runs/layouts.jsonl after ``python -m benchmarks.bench_layouts``.
 """
 
 import argparse
@@ -28,8 +29,8 @@ from transformer.selection_cost import selection_flops
 
 PAGE = ROOT / "docs" / "guides" / "attention.md"
 PICTURES = ROOT / "docs" / "guides" / "attention"
-RECALL, LONG, SPEEDS, CHOICES = (
-    RECORDS / f"{name}.jsonl" for name in ("recall", "long-documents", "patterns", "selections")
+RECALL, LONG, SPEEDS, CHOICES, LAYOUTS = (
+    RECORDS / f"{name}.jsonl" for name in ("recall", "long-documents", "patterns", "selections", "layouts")
 )
 SIDE, LENGTH, HEADS, HEAD_DIM = 48, 4096, 4, 64
 
@@ -202,6 +203,41 @@ def selection_speeds(lines: list[Line]) -> str:
     return table(head, rows) + f"\n\n{_made(found[0], length=False)}"
 
 
+def layouts(lines: list[Line]) -> str:
+    """What building the layout of a million positions takes, in blocks, time and memory."""
+    found = {_size(line): line for line in lines if line["name"] == "layout"}
+    rows = []
+    for name in dict.fromkeys(name for name, *_ in found):
+        first, coarse, short = (found[name, *size] for size in ((10**6, 64), (10**6, 128), (10**5, 64)))
+        sizes = first["conditions"]
+        rows.append([
+            name, f"{sizes['visited']:,}", f"{sizes['partial']:,}", f"{sizes['masks']:,}",
+            f"{first['median_s']:.3f} s", f"{sizes['ns_a_block']:.0f}", f"{sizes['peak_MiB']:,.0f} MiB",
+            f"{coarse['median_s']:.3f} s", f"{short['median_s']:.4f} s",
+        ])  # fmt: skip
+    head = [
+        "",
+        "blocks",
+        "partial",
+        "masks",
+        "time",
+        "ns a block",
+        "memory",
+        "in blocks of 128",
+        "of 100,000 positions",
+    ]
+    one = next(iter(found.values()))
+    return (
+        table(head, rows)
+        + "\n\nSeconds of the processor on one thread, median of three builds; memory: the highest of a build. "
+        + f"{machine(one)}, commit {one['commit']}: `python {one['command']}`."
+    )
+
+
+def _size(line: Line) -> tuple[str, int, int]:
+    return line["conditions"]["pattern"], line["conditions"]["L"], line["conditions"]["block"]
+
+
 def _place(line: Line) -> tuple[int, int, str, str]:
     sizes = line["conditions"]
     return sizes["L"], sizes["H"] // sizes["Hkv"], line["name"], sizes["passes"]
@@ -218,6 +254,7 @@ def _made(line: Line, *, length: bool = True) -> str:
 
 TABLES: dict[str, Callable[[list[Line]], str]] = {
     "patterns": patterns,
+    "layouts": layouts,
     "speeds": speeds,
     "selections": selections,
     "selection_speeds": selection_speeds,
@@ -250,7 +287,7 @@ def pictures(lines: list[Line]) -> dict[str, str]:
 
 def records() -> list[Line]:
     """The committed records that the page is made from."""
-    return [*read(RECALL), *read(LONG), *read(SPEEDS), *read(CHOICES)]
+    return [*read(RECALL), *read(LONG), *read(SPEEDS), *read(CHOICES), *read(LAYOUTS)]
 
 
 def collect() -> None:
