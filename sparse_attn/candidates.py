@@ -74,7 +74,9 @@ class Candidates:
             column, each = parts[0]
             return rows.repeat(each), column
         base = (rows - first) * self._frame.columns
-        cell = np.unique(np.concatenate([base.repeat(each) + column for column, each in parts]))
+        # stable: each part ascends already, and this sort merges what does
+        cell = np.sort(np.concatenate([base.repeat(each) + column for column, each in parts]), kind="stable")
+        cell = cell[np.append(True, cell[1:] != cell[:-1])[: len(cell)]]
         each = np.diff(np.searchsorted(cell, np.append(base, (stop - first) * self._frame.columns)))
         return rows.repeat(each), cell - base.repeat(each)
 

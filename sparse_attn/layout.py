@@ -157,7 +157,7 @@ def touched_blocks(pattern: Geometry, q_len: int, kv_len: int, *, block: int, of
 
 def _candidates(pattern: Geometry, frame: Frame) -> Candidates:
     first = frame.queries
-    last = first + (frame.heights(np.arange(frame.rows)) - 1)
+    last = np.minimum(first + (frame.block - 1), frame.offset + frame.q_len - 1)
     return Candidates(pattern.reach(first, last, frame.key_offset + frame.kv_len), frame)
 
 

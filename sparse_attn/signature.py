@@ -63,10 +63,13 @@ class Classes:
 
     def __init__(self, signature: Signature, frame: Frame) -> None:
         query, key = frame.queries, frame.keys
-        height, width = frame.heights(np.arange(frame.rows)), frame.widths(np.arange(frame.columns))
-        by_query, queries = _classes([height, *(side(query) for side in signature.query)])
-        by_key, keys = _classes([width, *(side(key) for side in signature.key)])
-        by_distance, distances = _classes([side(frame.distances) for side in signature.distance])
+        # a ragged end is like no other; without one, lengths tell nothing apart
+        heights = [frame.heights(np.arange(frame.rows))] if frame.q_len % frame.block else []
+        widths = [frame.widths(np.arange(frame.columns))] if frame.kv_len % frame.block else []
+        distance = frame.distances if signature.distance else query
+        by_query, queries = _classes([*heights, *(side(query) for side in signature.query)])
+        by_key, keys = _classes([*widths, *(side(key) for side in signature.key)])
+        by_distance, distances = _classes([side(distance) for side in signature.distance])
         self.size = queries * keys * distances
         self._query = by_query * (keys * distances) if queries > 1 else None
         self._key = by_key * distances if keys > 1 else None
