@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, MutableMapping
 from dataclasses import dataclass
-from typing import Generic, Literal, NamedTuple, Self, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,10 @@ DECODE_ROWS = 4
 WORTH_TIMING = 0.95
 # among the names of races: the layer's, which follows those of its products
 WHOLE = "layer"
+# calls for which a choice holds, where nothing was timed and where it was; each time after, for twice as many
+UNTIMED_CALLS, TIMED_CALLS, MOST_CALLS = 32, 1024, 1 << 16
+# cases that a layer tells apart; beyond, the oldest is forgotten
+MOST_CASES = 64
 
 Made = TypeVar("Made")
 
@@ -64,11 +68,22 @@ class Case(NamedTuple):
     dropped: Hashable
 
 
+@dataclass
+class Verdict:
+    """The way that a layer takes for ``left`` of ``calls`` calls."""
+
+    dense: bool
+    calls: int
+    left: int
+
+
 class DecodesSparsely(nn.Module):
     """A module whose products in decoding leave out what meets zeros, where that is faster, with what this needs.
 
     execution: "sparse" does so always, "dense" never, "auto" where a :class:`Race` found it faster, of each product and
-    then of the whole layer. races: those, by case, and weight or WHOLE.
+    then of the whole layer. What was found holds for TIMED_CALLS calls, and each time it is found again for twice as
+    many: inputs may become sparser or denser, and weights be loaded. races: by case, and weight or WHOLE. Copies and
+    pickles of the module find out for themselves.
     """
 
     execution: Execution
@@ -81,7 +96,11 @@ class DecodesSparsely(nn.Module):
         """Drop the tables for decoding and what was found out about times."""
         self._tables: dict[str, Kept[ColumnTable]] = {}
         self.races: dict[Case, dict[str, Race]] = {}
-        self._dense_wins: dict[Case, bool] = {}
+        self._verdicts: dict[Case, Verdict] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without copies of the weights and times of this machine."""
+        return self.__dict__ | {"_tables": {}, "races": {}, "_verdicts": {}}
 
     def forget_tables(self) -> None:
         """Drop the decode path's copies of the weights; it makes them again when it needs them."""
@@ -100,10 +119,13 @@ class DecodesSparsely(nn.Module):
         """
         if self.execution == "sparse":
             return sparse()
-        wins = self._dense_wins.get(case)
-        if wins is not None:
-            return dense() if wins else sparse()
-        races = self.races.setdefault(case, {})
+        verdict = self._verdicts.get(case)
+        if verdict is not None and verdict.left:
+            verdict.left -= 1
+            if not verdict.left:
+                self.races.pop(case, None)
+            return dense() if verdict.dense else sparse()
+        races = self._races_of(case)
         whole = races.get(WHOLE)
         if whole is None:
             y = sparse()
@@ -113,15 +135,26 @@ class DecodesSparsely(nn.Module):
         else:
             y = whole.run(dense, sparse)
         if whole is not None and whole.chosen is not None:
-            self._dense_wins[case] = whole.chosen == "dense"
+            calls = TIMED_CALLS if any(race.timing for race in races.values()) else UNTIMED_CALLS
+            if verdict is not None:
+                calls = min(max(calls, 2 * verdict.calls), MOST_CALLS)
+            self._verdicts[case] = Verdict(whole.chosen == "dense", calls, calls)
             self._drop_unread()
         return y
+
+    def _races_of(self, case: Case) -> dict[str, Race]:
+        if case not in self.races and len(self.races) >= MOST_CASES:
+            oldest = next(iter(self.races))
+            del self.races[oldest]
+            self._verdicts.pop(oldest, None)
+        return self.races.setdefault(case, {})
 
     def _drop_unread(self) -> None:
         """Drop the tables that no case reads, or may come to read."""
         read = set[str]()
         for case, races in self.races.items():
-            if not self._dense_wins.get(case, False):
+            verdict = self._verdicts.get(case)
+            if verdict is None or not (verdict.dense and verdict.left):
                 read |= {name for name, race in races.items() if race.chosen != "dense"}
         for name in self._tables.keys() - read:
             del self._tables[name]
@@ -137,7 +170,10 @@ class DecodesSparsely(nn.Module):
         """x Wᵀ + b, without reading the columns of W that meet zeros only where that is wanted or faster."""
 
         def sparse() -> Tensor:
-            y = sparse_matvec(nonzeros(x), kept(self._tables, name, weight, column_table))
+            found = nonzeros(x)
+            if self.execution == "auto" and len(found.columns) >= WORTH_TIMING * x.numel():
+                return F.linear(x, weight, bias)
+            y = sparse_matvec(found, kept(self._tables, name, weight, column_table))
             return y if bias is None else y.add_(bias.detach())
 
         return self.faster(
@@ -157,7 +193,7 @@ class DecodesSparsely(nn.Module):
         """One of the two, by ``execution``; dense without a race where the first call has hardly a zero."""
         if self.execution == "sparse":
             return sparse()
-        races = self.races.setdefault(case, {})
+        races = self._races_of(case)
         if name not in races:
             races[name] = Race("dense" if density() >= WORTH_TIMING else None)
         return races[name].run(dense, sparse)

@@ -77,10 +77,11 @@ class ThresholdedFeedForward(DecodesSparsely):
     function's. Up to DECODE_ROWS rows on the CPU without a gradient, outside autocast, take the decode path: weights
     that meet a zero are not read, where ``execution`` "auto" found that faster than dense; "sparse" and "dense" force
     one. "auto" times each projection both ways, in turns, on the layer's own calls, and then the layer (``races``;
-    the first two dozen), again for other thresholds, rows or threads; where dense is faster it stays so. Sparse
-    decoding holds a transposed second copy of the weights that it reads by column, made on first use, dropped by
-    ``train()`` and where dense is faster, and remade after any change that torch counts (not writes through
-    ``.data``: call ``forget_tables``).
+    the first two dozen), again for other thresholds, rows or threads, and after a thousand calls, then two, four …, as
+    inputs change. The two ways differ in the last bits, so equal calls may too while it does. Sparse decoding holds a
+    transposed second copy of the weights that it reads by column, made on first use, dropped by ``train()`` and where
+    dense is faster, and remade after any change that torch counts (not writes through ``.data``: call
+    ``forget_tables``).
     Raises: ValueError for an unknown option, sizes that are no int or < 1, top_k outside [1, hidden] or with a
     method but hard, cats without a gate; in forward for another width.
     """
@@ -196,6 +197,10 @@ class ThresholdedFeedForward(DecodesSparsely):
         """Drop tables, norms and what was measured."""
         super().start_anew()
         self._norms: dict[str, Kept[Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without norms, too."""
+        return super().__getstate__() | {"_norms": {}}
 
     def forget_tables(self) -> None:
         """Drop what decoding keeps of the weights; it makes it again when it needs it."""

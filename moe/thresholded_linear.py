@@ -37,8 +37,9 @@ class ThresholdedLinear(DecodesSparsely, nn.Linear):
     Its parameters, and their names, are those of nn.Linear. The gradient is that of the dropped input. Up to
     DECODE_ROWS rows on the CPU in evaluation, without gradient and outside autocast, are computed without reading the
     columns of W that meet zeros only, where ``execution`` "auto" found that faster than dense on the first calls
-    (``races``); "sparse" and "dense" force one. Sparse decoding holds a transposed second copy of W, made on first
-    use, dropped by ``train()`` and where dense is faster, and remade after any change that torch counts.
+    (``races``; again after a thousand, then two, four …); "sparse" and "dense" force one. Sparse decoding holds a
+    transposed second copy of W, made on first use, dropped by ``train()`` and where dense is faster, and remade after
+    any change that torch counts.
     Raises: ValueError for sizes that are no int or < 1, a threshold that is negative or NaN, another execution.
     """
 
@@ -74,7 +75,7 @@ class ThresholdedLinear(DecodesSparsely, nn.Linear):
         """x [..., inputs] → [..., outputs]."""
         left = drop(x, self.threshold)
         if decodes(x, self.in_features, execution=self.execution, training=self.training):
-            case = Case(x.numel() // self.in_features, x.dtype, torch.get_num_threads(), self.threshold)
+            case = Case(x.numel() // self.in_features, x.dtype, torch.get_num_threads(), float(self.threshold))
             if self.weight.dtype == x.dtype:
                 return self.decided(
                     case,

@@ -1,6 +1,8 @@
 """Dense and sparse products take turns on a layer's own calls, until the faster is known; what dropping keeps."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from moe.column_products import WHOLE
 from moe.race import CALLS, Race, Timing
 from moe.thresholded import ThresholdedFeedForward, Thresholds, drop
+from moe.thresholded_linear import ThresholdedLinear
 from tests.tolerances import close
 
 
@@ -61,7 +64,7 @@ def test_auto_equals_the_masked_arithmetic_before_and_after_its_choice(monkeypat
         assert len(races) == raced + 1 and all(race.timing for name, race in races.items() if name != WHOLE)
         # where no product is faster sparse, nothing is left to race
         assert (races[WHOLE].timing is None) == (slow == "sparse")
-        assert layer._dense_wins == {case: slow == "sparse"}
+        assert {at: verdict.dense for at, verdict in layer._verdicts.items()} == {case: slow == "sparse"}
         assert bool(layer._tables) == (slow == "dense")
         other = torch.randn(2, 8)
         close(layer(other), plain(other))
@@ -93,7 +96,45 @@ def test_dense_from_the_first_call_on_where_nothing_is_dropped():
     layer = ThresholdedFeedForward(8, 16, method="cett").eval()
     with torch.no_grad():
         layer(torch.randn(1, 8))
-    assert not layer._tables and all(layer._dense_wins.values())
+    assert not layer._tables and all(verdict.dense for verdict in layer._verdicts.values())
+
+
+def test_a_choice_is_made_again_when_inputs_have_changed(monkeypatch):
+    for name, calls in (("UNTIMED_CALLS", 3), ("TIMED_CALLS", 5)):
+        monkeypatch.setattr(f"moe.column_products.{name}", calls)
+    layer, dense, sparse = ThresholdedLinear(8, 4).eval(), torch.randn(1, 8), torch.eye(8)[:1]
+    expected = layer(sparse).detach()
+    with torch.no_grad():
+        layer(dense)
+        (verdict,) = layer._verdicts.values()
+        assert verdict.dense and verdict.left == 3, "a first token without a zero settles little"
+        monkeypatch.setattr("moe.race.Timing.fastest", "sparse")
+        for _ in range(3 + 4 * (CALLS + 1)):
+            close(layer(sparse), expected)
+        (verdict,) = layer._verdicts.values()
+        assert not verdict.dense and verdict.calls == verdict.left == 6, "twice as many as before, once it was timed"
+        with monkeypatch.context() as only:
+            only.setattr("moe.column_products.sparse_matvec", None)
+            close(layer(dense), torch.nn.functional.linear(dense, layer.weight, layer.bias))
+        monkeypatch.setattr("moe.race.Timing.fastest", "dense")
+        for _ in range(5 + 2 * (CALLS + 1) + 1):
+            close(layer(sparse), expected)
+        (verdict,) = layer._verdicts.values()
+        assert verdict.dense and verdict.calls == 12 and not layer._tables
+
+
+def test_copies_and_pickles_find_out_for_themselves_and_old_cases_are_forgotten(monkeypatch):
+    monkeypatch.setattr("moe.column_products.MOST_CASES", 3)
+    layer = ThresholdedFeedForward(8, 16, method="cett", threshold=0.3).eval()
+    with torch.no_grad():
+        for threshold in range(9):
+            layer.thresholds = Thresholds(down=float(threshold))
+            y = layer(torch.ones(1, 8))
+        assert len(layer.races) == 3 >= len(layer._verdicts)
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):  # noqa: S301
+            assert not (other.races or other._tables or other._verdicts or other._norms)
+            close(other(torch.ones(1, 8)), y)
+    assert layer.races and layer._norms
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0, math.inf])
