@@ -136,7 +136,7 @@ def search(
     """
     n = keys.shape[2]
     halved = query.unflatten(2, (2, -1))
-    lean = query.device.type == "cpu" and not torch.compiler.is_compiling()
+    lean = query.device.type == "cpu" and not (torch.compiler.is_compiling() or _transformed())
     with torch.autocast(query.device.type, enabled=False), torch.set_grad_enabled(torch.is_grad_enabled() and not lean):
         halves = torch.einsum("rhsc,hsnc->rhsn", halved, keys.expand(query.shape[1], -1, -1, -1))
     with torch.no_grad():
@@ -151,8 +151,13 @@ def search(
     return chosen[:, :, 0] * n + chosen[:, :, 1], scores.sum(2)
 
 
+def _transformed() -> bool:
+    """Whether torch.func or forward mode is at work, which look into operations."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 class _ChosenScores(torch.autograd.Function):
-    """Scores of the chosen sub-keys, known from the search, with a gradient for these alone: n / k of the work less."""
+    """Scores of the chosen sub-keys, known from the search, with a gradient for these alone: k / n of the work."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, keys: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
@@ -162,12 +167,6 @@ class _ChosenScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_scores: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         query, keys, chosen = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again
-            scores = torch.einsum("rhsc,hsnc->rhsn", query, keys.expand(query.shape[1], -1, -1, -1)).gather(3, chosen)
-            wanted = [i for i in (0, 1) if ctx.needs_input_grad[i]]
-            found = torch.autograd.grad(scores, [(query, keys)[i] for i in wanted], d_scores, create_graph=True)
-            both = dict(zip(wanted, found, strict=True))
-            return both.get(0), both.get(1), None, None
         first = torch.arange(0, keys[..., 0].numel(), keys.shape[2]).view(-1, 2, 1)
         slots, d_scores = (chosen + first).flatten(0, 2), d_scores.flatten(0, 2).contiguous()
         table, d_query, d_keys = keys.flatten(0, 2), None, None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moe.memory_stats import memory_stats
 from moe.memory_values import MemoryValues, dot_rows, sparse_tables, sum_rows
 from moe.pages import advise_huge_pages
-from moe.product_key import ProductKeyMemory, search, top_scores
+from moe.product_key import ProductKeyMemory, ProductKeys, search, top_scores
 from tests.tolerances import close
 from tests.typecheck import unchecked
 
@@ -337,6 +337,22 @@ def test_gradients_of_the_search_are_those_of_all_scores_gathered(shared):
     torch.testing.assert_close(scores, both.topk(k).values)
     torch.testing.assert_close(found, torch.autograd.grad(expected, [query, keys], d_scores))
     assert torch.autograd.gradgradcheck(lambda q, w: search(q, w, k, pairs=every)[1], (query, keys))
+
+
+def test_keys_under_torch_func_and_forward_mode():
+    keys = ProductKeys(8, num_keys=8, heads=2, k=4, key_dim=6).double()
+    x, direction = torch.randn(2, 5, 8, dtype=torch.float64).requires_grad_()
+
+    def loss(x):
+        return keys(x).weights.square().sum()
+
+    (expected,) = torch.autograd.grad(loss(x), x)
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+    slope = (expected * direction).sum()
+    torch.testing.assert_close(torch.func.jvp(loss, (x,), (direction,))[1], slope)
+    with torch.autograd.forward_ad.dual_level():
+        dual = loss(torch.autograd.forward_ad.make_dual(x, direction))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, slope)
 
 
 def test_huge_pages_are_asked_for_large_tables_alone_and_change_no_value():
