@@ -131,8 +131,9 @@ def _woven(plain: Bounds, bounds: Bounds, listed: Int[np.ndarray, "n"], moves: b
         begin, end = (np.searchsorted(listed, x - shift) for x in (low, high))
         return Runs(begin, np.maximum(end - begin, 0), listed, moves)
     gaps = np.concatenate([edge, plain[1]], 1), np.concatenate([plain[0], edge + frame.columns], 1)
-    low = np.maximum(low[:, :, None], gaps[0][:, None]).reshape(frame.rows, -1)
-    high = np.minimum(high[:, :, None], gaps[1][:, None]).reshape(frame.rows, -1)
+    parts = frame.rows, low.shape[1] * gaps[0].shape[1]
+    low = np.maximum(low[:, :, None], gaps[0][:, None]).reshape(parts)
+    high = np.minimum(high[:, :, None], gaps[1][:, None]).reshape(parts)
     mark = np.arange(low.shape[1] + plain[0].shape[1]) < low.shape[1]
     low, high, mark = _sorted(np.concatenate([low, plain[0]], 1), np.concatenate([high, plain[1]], 1), mark)
     # the blocks themselves follow the list, from as far before the first as the last row moves

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from itertools import accumulate, pairwise
 from operator import and_
 
@@ -48,14 +48,14 @@ class _Documents(Pattern):
         return self._document(key_pos) >= self._document(torch.tensor(next_query, device=key_pos.device))
 
     def _ends(self, like: Tensor) -> Int[Tensor, "M"]:
-        return torch.tensor(list(accumulate(self.lengths)), device=like.device)
+        return torch.from_numpy(self._edges)[1:].to(like.device)
 
     def _document(self, position: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
         """Index of the document of a position; -1 before the first."""
         document = torch.searchsorted(self._ends(position), position.contiguous(), right=True)
         return torch.where(position < 0, -1, document)
 
-    @property
+    @cached_property
     def _edges(self) -> Int[np.ndarray, "M"]:
         """Where each document begins, and what lies behind the last one."""
         return starts(np.array(self.lengths))

@@ -2,13 +2,15 @@
 
 import tracemalloc
 from contextlib import contextmanager
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_attn import candidates, layout, parse_pattern
+from sparse_attn import candidates, causal, documents, layout, parse_pattern
+from sparse_attn.arrays import starts
 from tests.sparse_attn.expressions import cases
 
 # lengths around a block of 16 and primes
@@ -92,3 +94,19 @@ def test_the_blocks_of_a_long_sequence_are_those_of_a_formula_and_memory_is_thei
     assert found.visible_pairs() == pattern.visible_pairs(length)
     # two integers a visit, and what is worked on at a time
     assert peak < 16 * found.visited_blocks + (4 << 20)
+
+
+@pytest.mark.parametrize("text", [*LISTS, "causal() & (sliding_window(8) | global_tokens([0]))", "fixed(16, 4)"])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(0, 0), (0, 16), (5, 0)])
+def test_no_queries_or_no_keys_have_a_layout_without_blocks(text, q_len, kv_len):
+    found = parse_pattern(text).layout(q_len, kv_len)
+    assert found.visited_blocks == 0 and found.row_start.numel() == found.num_query_blocks + 1
+
+
+def test_many_short_documents_take_work_by_their_blocks():
+    """The ends of 28,571 documents are worked out once, not for every few blocks."""
+    pattern = causal() & documents([7] * 28_571)
+    with patch("sparse_attn.patterns.documents.starts", Mock(wraps=starts)) as found_ends:
+        found = pattern.layout(199_997)
+    assert found_ends.call_count <= 2
+    assert found.visited_blocks == 2 * 3125 - 1 - sum(64 * k % 7 == 0 for k in range(1, 3125))
