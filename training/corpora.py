@@ -99,7 +99,13 @@ def load_corpus(
     train, rest = split_documents(documents, held_out=held_out)
     kept: tuple[str, ...] = ()
     if validation:
-        train, kept = split_documents(list(train), held_out=validation / (1 - held_out))
+        try:
+            train, kept = split_documents(list(train), held_out=validation / (1 - held_out))
+        except ValueError as error:
+            raise ValueError(
+                f"validation={validation:g} cannot be cut from what held_out={held_out:g} leaves of {len(documents)} "
+                f"documents, one of {len(train[0])} characters with no line end: give more files, or a longer text"
+            ) from error
     return Corpus(name=name, train=train, held_out=rest, skipped=tuple(skipped), validation=kept)
 
 
