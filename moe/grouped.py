@@ -62,14 +62,20 @@ def expert_mixture(
     back in the dtype of each input. In float16 what exceeds 65504 inside an expert reaches y as inf or NaN; compiled
     loops, which are float32 inside, overflow in y alone. Differentiable once, in reverse mode. compiled: a few tokens
     without a graph pass by loops that torch.compile makes.
-    Raises: ValueError where x and the weights differ in dtype outside autocast, and for one bias without the other.
+    Raises: ValueError where x and the weights differ in dtype outside autocast, for one bias without the other, and for
+    biases of another shape.
     """
     if (up_bias is None) != (down_bias is None):
         raise ValueError(
             f"up_bias and down_bias must be given together, got {'down' if up_bias is None else 'up'}_bias"
         )
+    held: tuple[Tensor, ...] = (up, down)
+    if up_bias is not None and down_bias is not None:
+        held += (up_bias, down_bias)
+        for name, bias, shape in (("up_bias", up_bias, up.shape[::2]), ("down_bias", down_bias, down.shape[:2])):
+            if bias.shape != shape:
+                raise ValueError(f"{name} must be {list(shape)}, a row for each expert, got {list(bias.shape)}")
     device = x.device.type
-    held = (up, down) if up_bias is None or down_bias is None else (up, down, up_bias, down_bias)
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     elif any(x.dtype != tensor.dtype for tensor in held):

@@ -1,6 +1,7 @@
 """Every public layer and router under input that is wrong, empty, huge or lopsided: a clear error or a right answer."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -320,3 +321,15 @@ def test_a_replay_of_ids_out_of_range_is_refused(router, change, message) -> Non
             record = replace(record, **{name: changed})
     with pytest.raises(ValueError, match=message):
         made(x, token_ids=ids, replay=record)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize(("name", "shape"), [("up_bias", [4, 24]), ("down_bias", [4, 8])])
+def test_a_bias_of_another_shape_is_named(tokens, name, shape) -> None:
+    layer = MoE(DIM, 12, EXPERTS, TopKRouter(DIM, EXPERTS, k=2), bias=True)
+    bias = layer.experts.get_parameter(name)
+    for wrong in (bias[:, :1], bias[0], bias[:1]):
+        setattr(layer.experts, name, nn.Parameter(wrong.clone()))
+        message = f"{name} must be {shape}, a row for each expert, got {list(wrong.shape)}"
+        with unchecked(), torch.no_grad(), pytest.raises(ValueError, match=re.escape(message)):
+            layer(torch.randn(tokens, DIM))
