@@ -3,11 +3,14 @@
 from collections.abc import Callable, Hashable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from moe.activation import ColumnTable, column_table, nonzeros, sparse_matvec
 from moe.race import Race
@@ -27,13 +30,36 @@ MOST_CASES = 64
 Made = TypeVar("Made")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Kept(Generic[Made]):
-    """What was made from a weight, and that weight: holding it keeps its address from being used again."""
+    """What was made from a weight, and that weight: holding it keeps its address from being used again.
+
+    version: -1 once an optimiser has stepped on the weight, which fused ones do without counting it as a change."""
 
     source: Tensor
     version: int
     made: Made
+
+
+_all_kept: WeakSet[Kept[Any]] = WeakSet()
+
+
+def _outdate(optimizer: Optimizer, *_: object) -> None:
+    """After each step of any optimiser."""
+    if not _all_kept:
+        return
+    stepped = {_memory(p) for group in optimizer.param_groups for p in group["params"] if isinstance(p, Tensor)}
+    for one in _all_kept:
+        if _memory(one.source) in stepped:
+            one.version = -1
+
+
+def _memory(x: Tensor) -> int:
+    """Where the numbers lie, whichever part of them x is; 0 for what has no memory of its own (DTensor)."""
+    return x.untyped_storage().data_ptr() if type(x) in (Tensor, nn.Parameter) else 0
+
+
+register_optimizer_step_post_hook(_outdate)
 
 
 def kept(
@@ -42,12 +68,15 @@ def kept(
     weight: Float[Tensor, "O F"],
     make: Callable[[Float[Tensor, "O F"]], Made],
 ) -> Made:
-    """``make(weight)`` from ``store``, made anew after any change that torch counts (not through ``.data``)."""
+    """``make(weight)`` from ``store``, made anew after any change that torch counts and any step of an optimiser (not
+    after writes through ``.data``); for each call from a weight of ``torch.inference_mode``, which counts no change."""
     weight = weight.detach()
-    version = 0 if weight.is_inference() else weight._version
+    if weight.is_inference():
+        return make(weight)
     known = store.get(name)
-    if known is None or known.version != version or known.source.data_ptr() != weight.data_ptr():
-        known = store[name] = Kept(weight, version, make(weight))
+    if known is None or known.version != weight._version or known.source.data_ptr() != weight.data_ptr():
+        known = store[name] = Kept(weight, weight._version, make(weight))
+        _all_kept.add(known)
     return known.made
 
 

@@ -80,8 +80,8 @@ class ThresholdedFeedForward(DecodesSparsely):
     the first two dozen), again for other thresholds, rows or threads, and after a thousand calls, then two, four …, as
     inputs change. The two ways differ in the last bits, so equal calls may too while it does. Sparse decoding holds a
     transposed second copy of the weights that it reads by column, made on first use, dropped by ``train()`` and where
-    dense is faster, and remade after any change that torch counts (not writes through ``.data``: call
-    ``forget_tables``).
+    dense is faster, and remade after any change that torch counts and any step of an optimiser (not
+    writes through ``.data``: call ``forget_tables``).
     Raises: ValueError for an unknown option, sizes that are no int or < 1, top_k outside [1, hidden] or with a
     method but hard, cats without a gate; in forward for another width.
     """

@@ -39,7 +39,7 @@ class ThresholdedLinear(DecodesSparsely, nn.Linear):
     columns of W that meet zeros only, where ``execution`` "auto" found that faster than dense on the first calls
     (``races``; again after a thousand, then two, four …); "sparse" and "dense" force one. Sparse decoding holds a
     transposed second copy of W, made on first use, dropped by ``train()`` and where dense is faster, and remade after
-    any change that torch counts.
+    any change that torch counts and any step of an optimiser.
     Raises: ValueError for sizes that are no int or < 1, a threshold that is negative or NaN, another execution.
     """
 
