@@ -99,6 +99,13 @@ def test_hash_is_the_argmax_of_both_signs():
     assert found.min() >= 0 and 4 <= found.max() < 8
 
 
+def test_of_equal_products_the_lower_bucket_and_the_first_half_win():
+    rotations = torch.tensor([[[[1.0, -1, 1, -1]]]])
+    x = torch.tensor([[[[2.0], [-2], [0]]]])
+    # [x R; -x R] of 2: its highest are at 0, 2, 5 and 7; of -2: at 1, 3, 4 and 6
+    assert hash_buckets(x, rotations).tolist() == [[[[0, 1, 0]]]]
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_module_is_hashing_then_attention_over_the_union(shared):
     q, k, v = make((2, 4, 4 if shared else 2, 19, 19, 4, 4))

@@ -18,6 +18,7 @@ from sparse_attn.selection import (
     TopKKeys,
     attend_selected,
     attend_tokens,
+    dsa,
     top_k_keys,
 )
 from sparse_attn.selection.compressed import Geometry, attend_compressed
@@ -234,7 +235,9 @@ def test_the_highest_scores_are_those_with_the_bias(name):
 
 @pytest.mark.parametrize("name", ["softcap", "alibi", "all"])
 @pytest.mark.parametrize("warm_up", [False, True])
-def test_the_indexer_learns_the_probabilities_with_the_options(name, warm_up):
+@pytest.mark.parametrize("elements", [1, 2**22])  # each query a stretch of its own, or all in one
+def test_the_indexer_learns_the_probabilities_with_the_options(name, warm_up, elements, monkeypatch):
+    monkeypatch.setattr(dsa, "ELEMENTS", elements)
     options = OPTIONS[name]
     q, k, _, _ = make(6, 11)
     g = torch.Generator().manual_seed(4)
