@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from moe.checks import at_least, within
 from moe.memory_values import MemoryValues, table_gradient, weighted_rows
+from moe.recomputation import in_backward
 
 QueryNorm = Literal["layer", "batch", "none"]
 
@@ -40,8 +42,10 @@ class ProductKeys(nn.Module):
     (i + 1)(j + 1) ≤ k, because that many pairs score at least as much.
 
     query_norm: over the key_dim of each head ("layer"), over the tokens of the batch ("batch", as in the paper: it
-    lets tokens see each other, the future included, in training) or "none". shared: one set of sub-keys for all
-    heads, as in PEER, rather than each head its own. Scores and softmax are float32 whatever autocast says.
+    lets tokens see each other, the future included, in training) or "none". The running statistics of "batch" move once
+    a batch, the recomputation of activation checkpointing being none (but for a layer that was compiled inside the
+    checkpoint, which counts again: compile around the checkpoint). shared: one set of sub-keys for all heads, as in
+    PEER, rather than each head its own. Scores and softmax are float32 whatever autocast says.
     ``weight`` [heads or 1, 2, num_keys, half] is a stack of matrices [num_keys, half], one for each half of a query:
     ``matrix_stacks`` says so to what prunes matrices.
     Raises: ValueError for a size below 1, k > num_keys, or an odd key_dim.
@@ -120,7 +124,13 @@ class ProductKeys(nn.Module):
     def _over_batch(self, norm: nn.BatchNorm1d, query: Float[Tensor, "R C"]) -> Float[Tensor, "R C"]:
         if self.training and len(query) == 1:
             raise ValueError(f"{self.name}: query_norm='batch' must see >= 2 real tokens while training, got 1")
-        return query if len(query) == 0 else norm(query.to(norm.weight.dtype))
+        if len(query) == 0:
+            return query
+        query = query.to(norm.weight.dtype)
+        if not in_backward():
+            return norm(query)
+        # its first run has moved the running statistics: the recomputation of a checkpoint moves copies
+        return functional_call(norm, {name: buffer.clone() for name, buffer in norm.named_buffers()}, (query,))
 
     def extra_repr(self) -> str:
         sizes = f"dim={self.dim}, num_keys={self.num_keys}, heads={self.heads}, k={self.k}, key_dim={self.key_dim}"

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moe.noise import Source
+from moe.recomputation import in_backward
 from moe.routers.linear import LinearRouter
 from moe.routers.top_k import record_choice, replay_choice, router_logits
 from moe.routing import Routing
@@ -101,7 +102,7 @@ class SigmoidRouter(LinearRouter):
             # the bias can pick experts whose scores all underflow beside the largest
             weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         routing = record_choice(expert, weight, logits, scores, real=real)
-        if self.training and not _in_backward():
+        if self.training and not in_backward():
             self._counts = self.pending_loads() + routing.loads()
         return routing
 
@@ -171,8 +172,3 @@ def _check_groups(num_experts: int, k: int, num_groups: int, top_groups: int) ->
     room = top_groups * num_experts // num_groups
     if k > room:
         raise ValueError(f"k must be at most top_groups · num_experts / num_groups = {room}, got {k}")
-
-
-def _in_backward() -> bool:
-    """Whether autograd is running a backward pass: a forward in there is the recomputation of a checkpoint."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
