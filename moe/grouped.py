@@ -8,9 +8,8 @@ biases are da = Σ weight_n dA_n and db = Σ weight_n dY_n over the rows of thei
 
 Kept for the backward pass, weights left out: D + K·(G·F + 1) floating-point elements a token (SwiGLU: D + K·(2F + 1)),
 three integers an assignment and four a block. On CPU experts may share a product, their rows filled up to equal
-numbers, which adds at most a twentieth to the G·F part, where products are small a tenth; in half precision, where
-rows are filled to whole tile steps, at most an eighth, or fewer than TILE_ROWS rows an expert. The buffers of a pass
-hold CHUNK_ROWS rows of each expert that is worked on, however many tokens meet in one.
+numbers, in half precision to whole tile steps where there are enough, which adds at most a tenth to the G·F part. The
+buffers of a pass hold CHUNK_ROWS rows of each expert that is worked on, however many tokens meet in one.
 
 Both passes walk over blocks of experts with buffers that stay in cache, one product for each block, empty experts
 skipped. They are custom operators: torch.compile keeps the graph whole around them. They read the group sizes on the
@@ -29,6 +28,7 @@ from torch.utils.flop_counter import register_flop_formula
 from moe.decode import few_without_graph, mix_few_tokens
 from moe.dispatch import Block, group_by_expert, plan_blocks
 from moe.nonlinearity import Activation, activate_into, differentiate_into, sum_rows
+from moe.transforms import plain_mixture, transformed
 
 # rows of one expert that are worked on at once: bounds the buffers when all tokens meet in one expert
 CHUNK_ROWS = 1024
@@ -37,6 +37,8 @@ TILE_ROWS = 32
 # without tiles, oneDNN prepares a half-precision product anew for each row count that it has not met lately
 # (a fifth of the product's time), and some odd counts are slower for good: a few counts serve all
 SHAPE_ROWS = 16
+# filled rows are at most one for so many others
+FILLING = 10
 HALVES = (torch.bfloat16, torch.float16)
 # multiply-adds of an expert's product below which calls cost more than filled rows: in half precision, and in float32
 SMALL_HALF, SMALL_FLOAT = 2**28, 2**26
@@ -60,8 +62,8 @@ def expert_mixture(
 
     Computes in the dtype of x, or in autocast's, to which it converts the weights expert by expert; gradients come
     back in the dtype of each input. In float16 what exceeds 65504 inside an expert reaches y as inf or NaN; compiled
-    loops, which are float32 inside, overflow in y alone. Differentiable once, in reverse mode. compiled: a few tokens
-    without a graph pass by loops that torch.compile makes.
+    loops, which are float32 inside, overflow in y alone. Differentiable once, in reverse mode; under torch.func and in
+    forward mode by plain operations. compiled: a few tokens without a graph pass by loops that torch.compile makes.
     Raises: ValueError where x and the weights differ in dtype outside autocast, for one bias without the other, and for
     biases of another shape.
     """
@@ -80,6 +82,8 @@ def expert_mixture(
         x = x.to(torch.get_autocast_dtype(device))
     elif any(x.dtype != tensor.dtype for tensor in held):
         raise ValueError(f"x must have the dtype of the expert weights, {up.dtype}, outside autocast, got {x.dtype}")
+    if transformed():
+        return plain_mixture(x, token, expert, weight, up, down, activation, up_bias, down_bias)
     if few_without_graph(x, weight, *held):
         return mix_few_tokens(
             x, token, expert, weight, up, down, activation, up_bias, down_bias, compiled=compiled
@@ -213,17 +217,28 @@ def _lay_out(token: Tensor, expert: Tensor, up: Tensor, dtype: torch.dtype) -> t
     num_experts = up.shape[0]
     groups = group_by_expert(token, expert, num_experts)
     sizes = groups.counts.tolist()
-    width, multiple, spare = _sharing(len(token), up, dtype)
-    blocks = plan_blocks(sizes, width=width, multiple=multiple, chunk=CHUNK_ROWS, spare=spare)
+    blocks = _plan(sizes, *_sharing(len(token), up, dtype))
     starts = _expert_starts(blocks, num_experts)
     shift = torch.tensor(starts, device=token.device) - (groups.counts.cumsum(0) - groups.counts)
     sorted_place = torch.arange(len(token), device=token.device) + shift[expert[groups.order]]
     place = torch.empty_like(groups.order)
     place[groups.order] = sorted_place
     # filling repeats a routed token: another may hold NaN, which a weight of 0 would carry into the gradients
-    source = token[:1].repeat(sum(block.experts * block.rows for block in blocks))
+    source = token[:1].repeat(_rows(blocks))
     source[place] = token
     return blocks, source, place
+
+
+def _plan(sizes: list[int], width: int, multiple: int, spare: int) -> list[Block]:
+    """The blocks, with rows in smaller multiples where filling would add more than a part in FILLING."""
+    blocks = plan_blocks(sizes, width=width, multiple=multiple, chunk=CHUNK_ROWS, spare=spare)
+    if multiple > 1 and FILLING * _rows(blocks) > (FILLING + 1) * sum(sizes):
+        return _plan(sizes, width, multiple // 2, spare)
+    return blocks
+
+
+def _rows(blocks: list[Block]) -> int:
+    return sum(block.experts * block.rows for block in blocks)
 
 
 def _sharing(rows: int, up: Tensor, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -241,8 +256,8 @@ def _sharing(rows: int, up: Tensor, dtype: torch.dtype) -> tuple[int, int, int]:
         return 1, SHAPE_ROWS, 1
     threads = torch.get_num_threads()
     if half:
-        return threads, TILE_ROWS if has_tiles() else SHAPE_ROWS, 8
-    return threads, 1, 10 if small else 20
+        return threads, TILE_ROWS if has_tiles() else SHAPE_ROWS, FILLING
+    return threads, 1, FILLING if small else 2 * FILLING
 
 
 @cache

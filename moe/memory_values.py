@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from moe.checks import at_least
 from moe.pages import advise_huge_pages
 from moe.sampled import sampled_products, samples_in_place
+from moe.transforms import transformed
 
 
 class MemoryValues(nn.Module):
@@ -75,6 +76,8 @@ def sum_rows(
     >>> sum_rows(torch.eye(3), torch.tensor([[0, 2]]), torch.tensor([[0.5, 2.0]]))
     tensor([[0.5000, 0.0000, 2.0000]])
     """
+    if transformed():
+        return torch.einsum("tk,tkv->tv", weights.to(table.dtype), table[slots])
     return _SumRows.apply(table, slots.contiguous(), weights.to(table.dtype).contiguous(), sparse)
 
 
@@ -93,6 +96,8 @@ def dot_rows(
         least, most = (int(end) for end in slots.aminmax())
         if least < 0 or most >= len(table):
             raise IndexError(f"slots must be in [0, {len(table)}), got {least if least < 0 else most}")
+    if transformed():
+        return torch.einsum("tkv,tv->tk", table[slots], x.to(table.dtype))
     return _DotRows.apply(table, slots.contiguous(), x.to(table.dtype).contiguous(), sparse)
 
 
