@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe import MoE, Routing, TopKRouter
-from moe.grouped import CHUNK_ROWS, TILE_ROWS, mixture_backward, mixture_forward
+from moe.grouped import CHUNK_ROWS, mixture_backward, mixture_forward
 from tests.moe.cases import top_k_layer
 
 
@@ -51,21 +51,25 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("tokens", "dim", "hidden", "experts", "k"),
-    [(512, 32, 64, 4, 2), (512, 64, 16, 16, 8), (600, 48, 40, 2, 1), (1024, 16, 16, 64, 4), (300, 128, 8, 8, 8)],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_kept_for_backward_is_x_the_pre_activation_and_the_routing(tokens, dim, hidden, experts, k, dtype):
+    [(512, 32, 64, 4, 2), (512, 64, 16, 16, 8), (600, 48, 40, 2, 1), (1024, 16, 16, 64, 4), (300, 128, 8, 8, 8),
+     (300, 32, 64, 64, 2), (256, 32, 16, 512, 1), (64, 32, 16, 512, 8), (1000, 16, 8, 512, 8)],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tiles", [False, True], ids=["", "tiles"])
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_kept_for_backward_is_x_the_pre_activation_and_the_routing(
+    tokens, dim, hidden, experts, k, dtype, tiles, threads, monkeypatch
+):
+    monkeypatch.setattr("moe.grouped.has_tiles", lambda: tiles)
+    torch.set_num_threads(threads)
     layer = top_k_layer(dim, hidden, experts, k, dtype=dtype)
     x = torch.randn(tokens, dim, dtype=dtype, requires_grad=True)
     routing = layer.router(x)
     real, whole = saved_elements(layer, x, routing)
     filling = 1.1
     rows = tokens * k
-    if dtype == torch.float32 or rows >= 10 * TILE_ROWS * experts:
-        assert real <= filling * (tokens * dim + rows * 2 * hidden) + rows
-        assert whole <= (2 + filling) * rows + 4 * 2 * experts
-    else:
-        assert real <= tokens * dim + (rows + TILE_ROWS * experts) * 2 * hidden + rows
+    assert real <= filling * (tokens * dim + rows * 2 * hidden) + rows
+    assert whole <= (2 + filling) * rows + 4 * 2 * experts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
