@@ -120,6 +120,7 @@ class MixtureOfDepths(nn.Module):
         thrown away. run is not called when no token passes, unless ``always``. padding_mask: True for real tokens.
         choose: "auto" takes "top_k" in training and "predictor" in evaluation. replay: the tokens of this record pass,
         whatever the logits say; gates and losses are computed from the current logits.
+        Raises: ValueError for a replay of another shape, or by which padding would pass.
         """
         routing = self.route(x, padding_mask=padding_mask, choose=choose, replay=replay)
         return self.through(x, run, routing), routing
@@ -142,7 +143,7 @@ class MixtureOfDepths(nn.Module):
             raise FloatingPointError(f"{self.name}: {error}") from error
         predicted = rearrange(self.predictor(x.detach().to(self.weight.dtype)).to(logits.dtype), "b l 1 -> b l")
         if replay is not None:
-            indices, ragged = _replayed(replay, x), replay.ragged
+            indices, ragged = _replayed(replay, real), replay.ragged or padding_mask is not None
         elif choose == "top_k" or (choose == "auto" and self.training):
             indices, ragged = self.top_tokens(logits, real), padding_mask is not None
         else:
@@ -219,9 +220,14 @@ def predictor_width(dim: int) -> int:
     return max(1, dim // 4)
 
 
-def _replayed(replay: DepthRouting, x: Float[Tensor, "B L D"]) -> Int[Tensor, "B C"]:
-    if replay.selected.shape != x.shape[:2]:
-        raise ValueError(f"replay must be of shape {list(x.shape[:2])}, got {list(replay.selected.shape)}")
+def _replayed(replay: DepthRouting, real: Bool[Tensor, "B L"]) -> Int[Tensor, "B C"]:
+    if replay.selected.shape != real.shape:
+        raise ValueError(f"replay must be of shape {list(real.shape)}, got {list(replay.selected.shape)}")
+    if torch.compiler.is_compiling():
+        return replay.places
+    padding = int((replay.selected & ~real).sum())
+    if padding:
+        raise ValueError(f"replay must let no padding pass, got {padding} tokens that padding_mask calls padding")
     return replay.places
 
 

@@ -208,3 +208,16 @@ def test_a_predictor_that_is_no_number_is_an_error_and_not_a_skipped_token():
         depths(x, lambda rows, _: rows, padding_mask=real)
     y, _ = depths(x, lambda rows, _: rows, padding_mask=torch.zeros_like(real))
     assert torch.equal(y, x)
+
+
+def test_a_replay_lets_no_padding_pass():
+    layer, x = MixtureOfDepths(8), torch.randn(1, 6, 8)
+    _, record = layer(x, lambda rows, places: rows + 1)
+    mask = ~record.selected
+    mask[0, int(record.selected[0].nonzero()[0])] = True
+    with pytest.raises(
+        ValueError, match="replay must let no padding pass, got 2 tokens that padding_mask calls padding"
+    ):
+        layer(x, lambda rows, places: rows + 1, padding_mask=mask, replay=record)
+    found = layer(x, lambda rows, places: rows + 1, padding_mask=record.selected, replay=record)[1]
+    assert torch.equal(found.selected, record.selected) and found.ragged
