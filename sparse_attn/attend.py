@@ -29,6 +29,8 @@ BLOCK = 64
 FLEX_BLOCK = 128
 # Below this many pairs a dense mask costs less than walking blocks.
 FEW_PAIRS = 1 << 15
+# From so many pairs on blocks cost less than torch's attention with dropout, which on the CPU keeps every probability.
+MANY_PAIRS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,8 @@ class _Call:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scoring: Scoring, call: _Call) -> list[Tensor]:
     """One pattern for all heads: the output, and the log-sum-exp if asked."""
-    if call.bare and scoring.plain and _is_dense(pattern, q.shape[2], k.shape[2]):
+    fits = call.backend == "sdpa" or not _keeps_all(q, k, call.dropout)
+    if call.bare and scoring.plain and _is_dense(pattern, q.shape[2], k.shape[2]) and fits:
         return [sdpa_unmasked(q, k, v, scale=scoring.scale, causal=pattern == causal(), dropout=call.dropout)]
     apart = _apart(pattern, q.shape[2], k.shape[2]) if call.bare and call.backend == "auto" else None
     if apart is not None:
@@ -203,6 +206,7 @@ def _by_pattern(
         call.return_lse,
         scoring.slopes is not None,
         scoring.softcap is not None,
+        _keeps_all(q, k, call.dropout),
     )
     name = choice.backend if call.backend == "auto" else call.backend
     if name in ("folded", "flex", "triton"):
@@ -245,9 +249,10 @@ def explain_backend(
     return_lse: bool = False,
     alibi: bool = False,
     softcap: bool = False,
+    dropout: bool = False,
 ) -> BackendChoice:
-    """What ``attend(..., backend="auto")`` would run for such a call, and why. key_mask, alibi, softcap: whether the
-    call has one. Raises: ValueError on a negative length.
+    """What ``attend(..., backend="auto")`` would run for such a call on the CPU, and why. key_mask, alibi, softcap,
+    dropout: whether the call has one. Raises: ValueError on a negative length.
 
     >>> explain_backend(causal() & sliding_window(256), 4096).backend
     'folded'
@@ -267,7 +272,8 @@ def explain_backend(
             return BackendChoice(
                 "auto", "documents", f"each of {len(apart[0])} documents attends by itself: {apart[1]}"
             )
-        return _choose(seen, False, q_len, keys, place, key_mask, return_lse, alibi, softcap)
+        keeps_all = dropout and q_len * keys >= MANY_PAIRS
+        return _choose(seen, False, q_len, keys, place, key_mask, return_lse, alibi, softcap, keeps_all)
 
     seen = per_head(*pattern) if isinstance(pattern, Sequence) else pattern
     return _by_heads(one, seen) if isinstance(seen, PerHead) else one(full() if seen is None else seen)
@@ -295,9 +301,10 @@ def _choose(
     return_lse: bool,
     alibi: bool,
     softcap: bool,
+    keeps_all: bool,
 ) -> BackendChoice:
     dense = "reference" if return_lse or softcap else "sdpa"
-    bare = not (key_mask or return_lse or alibi or softcap)
+    bare = not (key_mask or return_lse or alibi or softcap or keeps_all)
     if has_layout:
         return BackendChoice("folded", "masked", "a layout was given")
     if place is None:
@@ -308,7 +315,15 @@ def _choose(
         return BackendChoice("sdpa", "causal", "exactly the keys j <= i are visible")
     if q_len * kv_len <= FEW_PAIRS:
         return BackendChoice(dense, "masked", f"{q_len}x{kv_len} pairs are few")
+    if keeps_all:
+        return BackendChoice("folded", "masked", "torch's attention would keep every probability for dropout")
     return BackendChoice("folded", "masked", "only the visited blocks are computed")
+
+
+def _keeps_all(q: Tensor, k: Tensor, dropout: float) -> bool:
+    """Whether torch's attention would hold L·S probabilities, and many: its CPU kernel knows no dropout."""
+    many = q.shape[2] * k.shape[2] >= MANY_PAIRS
+    return dropout > 0 and many and q.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _is_dense(pattern: Pattern, q_len: int, kv_len: int) -> bool:

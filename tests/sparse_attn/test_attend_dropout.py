@@ -1,0 +1,31 @@
+"""Dropout over many pairs, which torch's own CPU attention would keep a probability each for."""
+
+import pytest
+import torch
+
+from sparse_attn import attend, causal, documents, explain_backend, full, sliding_window
+
+
+@pytest.mark.parametrize("pattern", [causal(), full(), causal() & sliding_window(2000), causal() & documents(1100, 40)])
+def test_dropout_over_many_pairs_keeps_no_probability(pattern):
+    q, k = torch.randn(1, 2, 1140, 4, requires_grad=True), torch.randn(1, 1, 1140, 4, requires_grad=True)
+    kept = []
+
+    def pack(x):
+        kept.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = attend(q, k, k, pattern=pattern, dropout=0.5)
+    assert max(kept) < 1140 * 100
+    out.sum().backward()
+    # of values of one, a dropped probability takes its share and a kept one twice as much
+    ones = attend(q, k, torch.ones_like(k), pattern=pattern, dropout=0.5)
+    assert abs(ones.mean().item() - 1) < 0.05 and not torch.allclose(ones, torch.ones_like(ones), atol=0.01)
+
+
+def test_auto_tells_where_dropout_leaves_torchs_attention():
+    assert explain_backend(causal(), 1023, dropout=True).pairs == "causal"
+    assert explain_backend(causal(), 1024, dropout=True).backend == "folded"
+    assert explain_backend(full(), 1024, dropout=True).backend == "folded"
+    assert explain_backend(causal(), 1024).pairs == "causal"
