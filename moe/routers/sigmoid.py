@@ -33,7 +33,7 @@ class SigmoidRouter(LinearRouter):
     rank's alone.
     Routing.scores holds s divided by its sum over all experts. DeepSeek-V3, eq. 12-16 (arXiv:2412.19437).
     Raises: ValueError for sizes that do not fit each other, for a scale that is not positive, for a bias_update < 0;
-    FloatingPointError for NaN or infinite logits of a real token.
+    FloatingPointError for NaN or infinite logits of a real token, or bias.
 
     >>> router = SigmoidRouter(8, 6, k=2, num_groups=3, top_groups=1)
     >>> router(torch.randn(3, 8)).loads().sum(), router.pending_loads().sum()
@@ -95,6 +95,7 @@ class SigmoidRouter(LinearRouter):
         self, logits: Float[Tensor, "T E"], scores: Float[Tensor, "T E"], gates: Float[Tensor, "T E"],
         real: Bool[Tensor, "T"] | None,
     ) -> Routing:  # fmt: skip
+        _require_finite(self.bias)
         biased = logits.detach().sigmoid() + self.bias
         expert = limit_groups(biased, self.num_groups, self.top_groups).topk(self.k, dim=-1).indices
         weight = gates.gather(1, expert)
@@ -172,3 +173,15 @@ def _check_groups(num_experts: int, k: int, num_groups: int, top_groups: int) ->
     room = top_groups * num_experts // num_groups
     if k > room:
         raise ValueError(f"k must be at most top_groups · num_experts / num_groups = {room}, got {k}")
+
+
+def _require_finite(bias: Float[Tensor, "E"]) -> None:
+    """NaN would win every choice, or none, without a word."""
+    finite = bias.isfinite()
+    if torch.compiler.is_compiling():
+        torch._assert_async(finite.all(), "the router's bias must be finite, got NaN or infinity")
+    elif not finite.all():
+        bad = int((~finite).sum())
+        raise FloatingPointError(
+            f"the router's bias must be finite, got NaN or infinity for {bad} of {len(bias)} experts"
+        )

@@ -105,13 +105,21 @@ def transport_plan(logits: Float[Tensor, "T E"], *, iterations: int, temperature
     """Logarithm of the plan: rows sum to 1 exactly, columns approach T / E.
 
     Each iteration subtracts from every column its log-sum-exp, then from every row its own; that the columns get T / E
-    follows. In log space no exponential overflows, whatever the temperature.
+    follows. In log space no exponential overflows, and a temperature below 1e-30 of the largest |logit| counts as that,
+    the limit of none, so that no quotient does either.
     """
-    plan = logits / temperature
+    plan = logits / _attained(logits, temperature)
     for _ in range(iterations):
         plan = plan - plan.logsumexp(0, keepdim=True)
         plan = plan - plan.logsumexp(1, keepdim=True)
     return plan
+
+
+def _attained(logits: Float[Tensor, "T E"], temperature: float) -> Float[Tensor, ""]:
+    """The temperature, or the nearest to it by which logits of this dtype and size can be divided."""
+    least = logits.abs().amax() * 1e-30 if logits.numel() else logits.new_zeros(())
+    finite = torch.finfo(logits.dtype)
+    return least.clamp_min(min(max(temperature, finite.tiny), finite.max))
 
 
 @torch.no_grad()
@@ -189,7 +197,7 @@ def _starting_price(values: Float[Tensor, "T E"], temperature: float) -> Float[T
         return values.new_zeros(values.shape[1])
     plan = transport_plan(values, iterations=30, temperature=temperature)
     # ln plan = (value − price_e) / temperature + a constant of the row: any one row tells the prices
-    price = values[0] - temperature * plan[0]
+    price = values[0] - _attained(values, temperature) * plan[0]
     return price - price.min()
 
 

@@ -12,7 +12,7 @@ import pytest
 # aot_eager traces forward and backward as inductor does, and needs no C++ compiler.
 PROGRAM = """
 import torch
-from moe import MoE, SwitchRouter, TopKRouter, prepare_for_decoding, load_balancing_loss, router_z_loss
+from moe import MoE, SigmoidRouter, SwitchRouter, TopKRouter, prepare_for_decoding, load_balancing_loss, router_z_loss
 
 def compare(layer, **options):
     x = torch.randn(12, 8, requires_grad=True)
@@ -33,6 +33,15 @@ compare(layer, replay=layer(torch.randn(12, 8))[1].detach())
 biased = MoE(8, 12, 4, TopKRouter(8, 4, k=2), activation="relu", bias=True)
 compare(biased)
 compare(MoE(8, 12, 4, SwitchRouter(8, 4, capacity_factor=0.75)))
+sigmoid = MoE(8, 12, 4, SigmoidRouter(8, 4, k=2))
+compare(sigmoid)
+sigmoid.router.bias[1] = torch.nan
+try:
+    compare(sigmoid)
+except RuntimeError as error:
+    assert "the router's bias must be finite" in str(error), error
+else:
+    raise AssertionError("a bias of NaN routed tokens")
 
 for prepared in (False, True):
     if prepared:

@@ -238,6 +238,16 @@ def test_no_tokens_and_no_numbers():
     assert not router.pending_loads().any()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_token_is_routed_by_a_bias_that_is_no_number(value):
+    layer = MoE(4, 6, 4, SigmoidRouter(4, 4, k=2), name="layers.3")
+    layer.router.bias[1:3] = value
+    message = r"layers\.3: the router's bias must be finite, got NaN or infinity for 2 of 4 experts"
+    with pytest.raises(FloatingPointError, match=message):
+        layer(torch.randn(5, 4))
+    assert not layer.router.pending_loads().any()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

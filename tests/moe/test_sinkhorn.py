@@ -40,6 +40,32 @@ def test_many_iterations_balance_the_columns_and_huge_logits_do_not_overflow():
     assert transport_plan(torch.zeros(0, 4), iterations=8).shape == (0, 4)
 
 
+@pytest.mark.parametrize("temperature", [1e-12, 1e-38, 1e-300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_plan_of_a_tiny_temperature_is_the_limit_of_small_ones(temperature, dtype):
+    logits = 10 * torch.randn(16, 4, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    plan = transport_plan(logits, iterations=8, temperature=temperature)
+    limit = transport_plan(logits.double(), iterations=8, temperature=1e-6)
+    assert plan.isfinite().all() and plan.argmax(1).equal(limit.argmax(1))
+    close(plan.exp(), limit.exp().to(dtype))
+    router = SinkhornRouter(4, 4, temperature=temperature).to(dtype)
+    router.load_state_dict({"weight": torch.eye(4)})
+    assert router(logits).expert.equal(limit.argmax(1))
+    assert transport_plan(torch.zeros(2, 2, dtype=dtype), iterations=3, temperature=temperature).exp().eq(0.5).all()
+
+
+def test_logits_as_large_as_they_can_be_have_a_plan_and_an_assignment():
+    most = torch.finfo(torch.float32).max
+    logits = torch.tensor([[most, -most], [most, -most / 4], [-most, most]])
+    assert transport_plan(logits, iterations=8).isfinite().all()
+    values = torch.randn(40, 5)
+    even = transport_plan(values, iterations=1, temperature=1e300)
+    close(even.exp(), torch.full((40, 5), 0.2))
+    best, tiny = (balanced_assignment(values, epsilon=epsilon) for epsilon in (1e-4, 1e-300))
+    assert torch.bincount(tiny).tolist() == [8] * 5
+    assert values.gather(1, tiny[:, None]).sum() >= values.gather(1, best[:, None]).sum() - 40 * 1e-4
+
+
 def skewed_inputs(tokens=64, dim=6):
     x = torch.randn(tokens, dim, dtype=torch.float64)
     x[:, 0] = 3.0
