@@ -1,8 +1,8 @@
 """No two routers are names of one computation: on the same weights, tokens and seeds each chooses or weighs otherwise.
 
-Three pairs coincide by definition, and are held equal here: SwitchRouter without jitter and capacity is
-``TopKRouter(k=1, renormalize=False)``; ``Top2Router(second="always")`` is ``TopKRouter(k=2)``; in evaluation
-``SinkhornRouter(k=1)`` is ``BalancedAssignmentRouter``.
+Four pairs coincide by definition, and are held equal here: SwitchRouter without jitter and capacity is
+``TopKRouter(k=1, renormalize=False)``; ``Top2Router(second="always")`` is ``TopKRouter(k=2)``, and without capacity so
+is ``GumbelTop2Router(noise="never")``; in evaluation ``SinkhornRouter(k=1)`` is ``BalancedAssignmentRouter``.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,7 @@ from moe import (
     Top2Router,
     TopKRouter,
 )
+from moe.fairscale import GumbelTop2Router
 from tests.tolerances import close
 
 DIM, EXPERTS, TOKENS = 6, 8, 40
@@ -36,6 +37,9 @@ ROUTERS: dict[str, Callable[[], nn.Module]] = {
     "noisy": lambda: NoisyTopKRouter(DIM, EXPERTS, k=2),
     "top_2": lambda: Top2Router(DIM, EXPERTS),
     "top_2 with capacity": lambda: Top2Router(DIM, EXPERTS, capacity_factor=1.0),
+    "gumbel": lambda: GumbelTop2Router(DIM, EXPERTS, capacity_factor=None),
+    "gumbel with capacity": lambda: GumbelTop2Router(DIM, EXPERTS),
+    "gumbel without noise": lambda: GumbelTop2Router(DIM, EXPERTS, noise="never"),
     "sigmoid": lambda: SigmoidRouter(DIM, EXPERTS, k=2),
     "sigmoid with bias": lambda: biased(SigmoidRouter(DIM, EXPERTS, k=2)),
     "grouped": lambda: SigmoidRouter(DIM, EXPERTS, k=2, num_groups=4, top_groups=1),
@@ -91,9 +95,10 @@ def test_two_names_are_two_computations(tables: dict[str, Tensor], one: str, oth
     [
         (lambda: SwitchRouter(DIM, EXPERTS), ROUTERS["top_k of one"], True),
         (lambda: Top2Router(DIM, EXPERTS, second="always"), ROUTERS["top_k"], True),
+        (lambda: GumbelTop2Router(DIM, EXPERTS, capacity_factor=None, noise="never"), ROUTERS["top_k"], True),
         (ROUTERS["sinkhorn of one"], ROUTERS["base"], False),
     ],
-    ids=["switch", "top_2", "sinkhorn"],
+    ids=["switch", "top_2", "gumbel", "sinkhorn"],
 )
 def test_pairs_that_coincide_by_definition(
     one: Callable[[], nn.Module], other: Callable[[], nn.Module], training: bool
