@@ -27,8 +27,11 @@ def check_tensors(
         ("query_positions", query_positions, q.shape[2]),
         ("key_positions", key_positions, k.shape[2]),
     ):
+        if positions is None:
+            continue
+        check_tensor(name, positions)
         shapes = ((length,), (q.shape[0], length))
-        if positions is not None and (tuple(positions.shape) not in shapes or positions.is_floating_point()):
+        if tuple(positions.shape) not in shapes or positions.is_floating_point():
             raise ValueError(
                 f"{name} must be integers [{length}] or {list(shapes[1])}, "
                 f"got {positions.dtype} {list(positions.shape)}"
@@ -38,6 +41,7 @@ def check_tensors(
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
     """Floating q [B, H, L, d], k [B, Hkv, S, d], v [B, Hkv, S, d_v], Hkv a divisor of H, and a mask over the keys."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be [batch, heads, length, head_dim], got shape {list(tensor.shape)}")
         if not tensor.is_floating_point():
@@ -51,9 +55,18 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> No
     check_mask("key_mask", key_mask, k)
 
 
+def check_tensor(name: str, given: object) -> None:
+    """A tensor, not a list of numbers."""
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(given).__name__}")
+
+
 def check_mask(name: str, mask: Tensor | None, k: Tensor) -> None:
     """A mask over the keys of k [B, Hkv, S, d] is bool [B, S]: ~ and indexing take other types for something else."""
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (k.shape[0], k.shape[2])):
+    if mask is None:
+        return
+    check_tensor(name, mask)
+    if mask.dtype != torch.bool or mask.shape != (k.shape[0], k.shape[2]):
         raise ValueError(f"{name} must be bool {[k.shape[0], k.shape[2]]}, got {mask.dtype} {list(mask.shape)}")
 
 
@@ -61,12 +74,15 @@ def check_scores(q: Tensor, softcap: float | None, alibi: Tensor | None, dropout
     """What is done to the scores of q [B, H, L, d] and to their probabilities."""
     if softcap is not None and not 0 < softcap < inf:
         raise ValueError(f"softcap must be finite and > 0, got {softcap}")
-    if alibi is not None and (tuple(alibi.shape) != (q.shape[1],) or not alibi.is_floating_point()):
-        raise ValueError(f"alibi must be floating slopes [{q.shape[1]}], got {alibi.dtype} {list(alibi.shape)}")
-    if alibi is not None and alibi.requires_grad:
-        raise ValueError("alibi must be fixed slopes, got a tensor that requires grad")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if alibi is None:
+        return
+    check_tensor("alibi", alibi)
+    if tuple(alibi.shape) != (q.shape[1],) or not alibi.is_floating_point():
+        raise ValueError(f"alibi must be floating slopes [{q.shape[1]}], got {alibi.dtype} {list(alibi.shape)}")
+    if alibi.requires_grad:
+        raise ValueError("alibi must be fixed slopes, got a tensor that requires grad")
 
 
 def check_options(
@@ -101,6 +117,11 @@ def check_options(
         raise ValueError("backend='triton' has neither softcap nor alibi: use 'folded' or 'reference'")
     if layout is None:
         return
+    if not isinstance(layout, BlockLayout):
+        raise ValueError(
+            "layout must be a BlockLayout, as pattern.layout() gives (attend_selected and attend_tokens take a"
+            f" selection), got {type(layout).__name__}"
+        )
     if pattern is not None or query_positions is not None or key_positions is not None:
         raise ValueError("layout already holds the pattern and the positions: pass layout alone")
     if (layout.q_len, layout.kv_len) != (q.shape[2], k.shape[2]):

@@ -3,7 +3,9 @@
 import ast
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import reduce
 from inspect import Parameter, Signature, signature
+from operator import and_, or_
 from typing import Any
 
 from sparse_attn import patterns
@@ -13,6 +15,9 @@ PATTERNS: dict[str, Callable[..., Pattern]] = {
     name: getattr(patterns, name) for name in patterns.__all__ if name not in ("Pattern", "PerHead")
 }
 
+# characters of a text that an error shows
+SHOWN = 200
+
 
 def parse_pattern(text: str) -> Pattern:
     """The pattern that ``text`` writes: calls with integers or lists of them, ``&``, ``|``, ``~`` and parentheses.
@@ -20,26 +25,39 @@ def parse_pattern(text: str) -> Pattern:
     >>> parse_pattern("causal() & (sliding_window(256) | sinks(4))") == causal() & (sliding_window(256) | sinks(4))
     True
 
-    The text is parsed, never evaluated. ``parse_pattern(str(p)) == p`` for every pattern.
+    The text is parsed, never evaluated. ``parse_pattern(str(p)) == p`` for every pattern that Python's own parser can
+    read: of more than some thousand parts, or nested some hundred deep, it cannot.
     Raises: ValueError naming the offending part; an unknown name comes with the nearest known one.
     """
     if not isinstance(text, str):
         raise TypeError(f"pattern must be text such as 'causal()', got {text!r}")
     try:
-        tree = ast.parse(text.strip(), mode="eval")
+        return _build(_parsed(text.strip()))
+    except (RecursionError, MemoryError) as error:  # MemoryError: the parser's own stack
+        raise ValueError(
+            f"pattern must have fewer parts, and be nested less deeply, for Python's parser; got {_short(text)}"
+        ) from error
+
+
+def _parsed(text: str) -> ast.expr:
+    try:
+        return ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError) as error:  # ValueError: null bytes
         raise ValueError(
-            f"pattern must be an expression such as 'causal() & sliding_window(256)', got {text!r}"
+            f"pattern must be an expression such as 'causal() & sliding_window(256)', got {_short(text)}"
         ) from error
-    return _build(tree.body)
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= SHOWN else f"{text[:SHOWN]!r}… of {len(text)} characters"
 
 
 def _build(node: ast.expr) -> Pattern:
     match node:
-        case ast.BinOp(left=left, op=ast.BitAnd(), right=right):
-            return _build(left) & _build(right)
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return _build(left) | _build(right)
+        case ast.BinOp(op=ast.BitAnd()):
+            return reduce(and_, map(_build, _chain(node, ast.BitAnd)))
+        case ast.BinOp(op=ast.BitOr()):
+            return reduce(or_, map(_build, _chain(node, ast.BitOr)))
         case ast.UnaryOp(op=ast.Invert(), operand=operand):
             return ~_build(operand)
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
@@ -49,6 +67,15 @@ def _build(node: ast.expr) -> Pattern:
         case ast.Name(id=name):
             raise ValueError(_unknown(name))
     raise ValueError(f"a pattern may hold calls, &, | and ~ only, got {ast.unparse(node)!r}")
+
+
+def _chain(node: ast.expr, op: type[ast.operator]) -> list[ast.expr]:
+    """a, b, c of ``a op b op c``, without a call for each: a chain may be longer than the stack."""
+    found = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, op):
+        found.append(node.right)
+        node = node.left
+    return [node, *reversed(found)]
 
 
 def _call(name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Pattern:

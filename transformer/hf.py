@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparse_attn import Pattern
 from transformer.config import TransformerConfig
 from transformer.hf_config import FAMILIES, Family, family_named, read_config, write_config
 from transformer.hf_patterns import with_pattern
@@ -29,7 +30,10 @@ _OF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
 
 
 def from_hugging_face(
-    folder: str | Path, *, dtype: torch.dtype | None = None, pattern: str | Sequence[str | None] | None = None
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    pattern: str | Pattern | Sequence[str | Pattern | None] | None = None,
 ) -> Transformer:
     """The model of a folder with config.json and *.safetensors (one file, or several with an index), to evaluate.
 
@@ -37,7 +41,8 @@ def from_hugging_face(
     stored one by one or stacked. A Llama whose layers this library pruned to unequal sizes is read by the sizes that
     pruning left in its config, though stock transformers cannot load it. Dropout and router noise, which count in
     training only, are not taken over.
-    pattern: which keys a query sees instead, in every layer, or one text for each (None keeps the layer's own):
+    pattern: which keys a query sees instead, in every layer, or one for each (None keeps the layer's own), as text or
+    as a Pattern:
 
     >>> from_hugging_face(folder, pattern="causal() & (sliding_window(256) | sinks(4))")
 

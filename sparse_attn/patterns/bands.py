@@ -94,7 +94,7 @@ class _Dilated(Pattern):
         return (distance.abs() < self._span) & (distance % self.dilation == 0)
 
     def reach(self, first: Positions, last: Positions, key_end: int) -> Reaches:
-        return _lattice(first, last, self.dilation, self.window)
+        return _lattice(first, last, key_end, self.dilation, most=self.window)
 
     def signature(self, block: int) -> Signature:
         return Signature(
@@ -123,10 +123,7 @@ class _Multiples(Pattern):
         return (query_pos - key_pos) % self.stride == 0
 
     def reach(self, first: Positions, last: Positions, key_end: int) -> Reaches:
-        if not len(first):
-            return everything(first, key_end)
-        farthest = max(int(last.max()), key_end - int(first.min()))
-        return _lattice(first, last, self.stride, max(farthest, 0) // self.stride + 1)
+        return _lattice(first, last, key_end, self.stride)
 
     def signature(self, block: int) -> Signature:
         return Signature(distance=(lambda distance: _remainder(distance, self.stride, block),))
@@ -139,11 +136,16 @@ class _Multiples(Pattern):
         return f"multiples({self.stride})"
 
 
-def _lattice(first: Positions, last: Positions, step: int, count: int) -> Reaches:
-    """Keys at fewer than ``count`` steps from a query in [first, last]: an interval, and a comb if the steps part."""
+def _lattice(first: Positions, last: Positions, key_end: int, step: int, *, most: int | None = None) -> Reaches:
+    """Keys of [0, key_end) at whole steps, fewer than ``most``, from a query in [first, last]: an interval, and a comb
+    if the steps part."""
+    if not len(first):
+        return everything(first, key_end)
+    count = max(int(last.max()), key_end - int(first.min()), 0) // step + 1
+    count = count if most is None else min(count, most)
     farthest = (count - 1) * step
     reach = Reach((first - farthest)[:, None], (last + farthest + 1)[:, None])
-    if not len(first) or step <= int((last - first).max()) + 1:
+    if step <= int((last - first).max()) + 1:
         return (reach,)
     shift = np.arange(1 - count, count) * step
     return (Reach(reach.start, reach.stop, (Comb(shift, shift + 1, moves=True),)),)
@@ -187,7 +189,10 @@ def dilated(window: int, dilation: int) -> Pattern:
     ``dilated(w, 1)`` sees what ``sliding_window(w)`` sees. Beltagy et al. 2020, §3.1 (arXiv:2004.05150).
     Raises: ValueError if window or dilation < 1.
     """
-    return _Dilated(at_least("window", window, 1), at_least("dilation", dilation, 1))
+    at_least("window", window, 1)
+    at_least("dilation", dilation, 1)
+    at_least("(window - 1) * dilation", (window - 1) * dilation, 0)
+    return _Dilated(window, dilation)
 
 
 def multiples(stride: int) -> Pattern:

@@ -6,7 +6,8 @@
 
 A pattern is geometry over absolute positions. It knows the truth for a pair of positions (``visible``), the key
 intervals a block of queries can reach, what decides the mask of a block (see ``layout``), and which cached keys a
-later query can still see (``retained``). Combinations derive all four from their parts.
+later query can still see (``retained``). Combinations derive all four from their parts. Sizes and positions are at most
+2^62; a larger one is a ValueError.
 """
 
 from abc import ABC, abstractmethod
@@ -28,6 +29,8 @@ from sparse_attn.signature import Signature
 
 # query blocks times keys up to which the complement of a pattern is laid out
 COMPLEMENT_CELLS = 1 << 26
+# largest size or position of a pattern: twice as many still are int64
+LARGEST = 1 << 62
 # blocks that are counted one by one, unless the pattern has no grain to go by
 COUNTED = 1 << 24
 
@@ -359,10 +362,12 @@ def integers(name: str, values: tuple[Any, ...]) -> list[int]:
     return items
 
 
-def at_least(name: str, value: int, least: int) -> int:
-    """``value``. Raises: TypeError if it is no int, ValueError if it is below ``least``."""
+def at_least(name: str, value: int, least: int, *, most: int | None = LARGEST) -> int:
+    """``value``. Raises: TypeError if it is no int, ValueError if it is below ``least`` or above ``most``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be >= {least}, got {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be <= {most}, got {value}")
     return value

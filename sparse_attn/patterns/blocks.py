@@ -134,10 +134,12 @@ def block_sparse(rows: Sequence[Iterable[int]], block: int = 64) -> Pattern:
     Any layout: ``block_sparse([[0], [0, 1], [2]], 16)``. Raises: ValueError for a negative block or block < 1.
     """
     table = tuple(tuple(sorted(set(integers("rows", (row,))))) for row in rows)
+    at_least("block", block, 1)
     for row in table:
         if row:
             at_least("rows", row[0], 0)
-    return _BlockSparse(table, at_least("block", block, 1))
+            at_least("(rows + 1) * block", (row[-1] + 1) * block, 1)
+    return _BlockSparse(table, block)
 
 
 def random_blocks(
@@ -160,7 +162,7 @@ def random_blocks(
     if length is not None:
         at_least("length", length, 1)
     return _RandomBlocks(
-        at_least("count", count, 1), at_least("block", block, 1), at_least("seed", seed, 0), length
+        at_least("count", count, 1), at_least("block", block, 1), at_least("seed", seed, 0, most=None), length
     )  # fmt: skip
 
 

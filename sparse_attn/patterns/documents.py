@@ -88,7 +88,9 @@ def documents(*lengths: int | Iterable[int]) -> Pattern:
     sizes = integers("lengths", lengths)
     if not sizes:
         raise ValueError("lengths must hold at least one length, got none")
-    return _Documents(tuple(at_least("lengths", size, 1) for size in sizes))
+    found = _Documents(tuple(at_least("lengths", size, 1) for size in sizes))
+    at_least("the sum of lengths", sum(sizes), 1)
+    return found
 
 
 def split_documents(pattern: Pattern, length: int) -> tuple[tuple[int, ...], Pattern] | None:

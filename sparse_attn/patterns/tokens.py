@@ -110,5 +110,6 @@ def global_tokens(*positions: int | Iterable[int]) -> Pattern:
     chosen = sorted(set(integers("positions", positions)))
     if not chosen:
         raise ValueError("positions must hold at least one position, got none")
-    at_least("positions", chosen[0], 0)
+    for end in (chosen[0], chosen[-1]):
+        at_least("positions", end, 0)
     return _GlobalTokens(tuple(chosen))

@@ -70,9 +70,10 @@ class KMeansRouting(nn.Module):
             raise ValueError(f"decay must be in [0, 1), got {decay}")
         self.num_clusters, self.window, self.members = num_clusters, window, members
         self.decay, self.shared_qk, self.seed = decay, shared_qk, seed
-        draws = torch.randn(num_kv_heads, num_clusters, head_dim, generator=torch.Generator().manual_seed(seed))
+        seeded, shape = torch.Generator().manual_seed(seed), (num_kv_heads, num_clusters, head_dim)
+        draws = torch.randn(shape, generator=seeded, dtype=torch.float32)
         self.register_buffer("centroids", F.layer_norm(draws, (head_dim,)))
-        self.register_buffer("mass", torch.ones(num_kv_heads, num_clusters))
+        self.register_buffer("mass", torch.ones(num_kv_heads, num_clusters, dtype=torch.float32))
         self._sums: Tensor | None = None
         self._counts: Tensor | None = None
 

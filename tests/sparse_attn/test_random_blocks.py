@@ -1,4 +1,6 @@
 import tracemalloc
+from functools import reduce
+from operator import or_
 
 import numpy as np
 import pytest
@@ -6,7 +8,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_attn import bigbird, causal, global_tokens, layout, parse_pattern, random_blocks, sliding_window
+from sparse_attn import (
+    attend,
+    bigbird,
+    causal,
+    global_tokens,
+    layout,
+    parse_pattern,
+    random_blocks,
+    sinks,
+    sliding_window,
+)
+from tests.tolerances import close
 from tests.typecheck import unchecked
 
 
@@ -111,12 +124,55 @@ def test_bigbird_is_its_three_parts():
         ("sliding_window([3])", "window must be an int, got [3]"),
         ("same_row(0)", "width must be >= 1, got 0"),
         ("~3", "calls, &, | and ~ only"),
+        (f"sliding_window({2**63 - 1})", f"window must be <= {2**62}, got {2**63 - 1}"),
+        (f"sinks({2**63})", f"count must be <= {2**62}, got {2**63}"),
+        (f"dilated({2**40}, {2**40})", f"(window - 1) * dilation must be <= {2**62}, got {(2**40 - 1) * 2**40}"),
+        (f"global_tokens(1, {2**63})", f"positions must be <= {2**62}, got {2**63}"),
+        (f"documents({2**62}, 1)", f"the sum of lengths must be <= {2**62}, got {2**62 + 1}"),
+        (f"block_sparse([[{2**62}]], 4)", f"(rows + 1) * block must be <= {2**62}, got {2**64 + 4}"),
+        ("&".join(["causal()"] * 5000), "fewer parts, and be nested less deeply, for Python's parser; got 'causal()&"),
+        ("~" * 20_000 + "causal()", "fewer parts, and be nested less deeply, for Python's parser; got '~~~"),
+        ("sinks(" + "-" * 5000 + "1)", "fewer parts, and be nested less deeply, for Python's parser; got 'sinks(--"),
+        ("(" * 20_000 + "causal()", "must be an expression such as"),
     ],
 )
 def test_bad_values_are_clear_errors(text, message):
     with unchecked(), pytest.raises(ValueError) as error:
         parse_pattern(text)
     assert message in str(error.value)
+    # not all of a text that is longer than a screen
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"sliding_window({2**62})",
+        f"sinks({2**62})",
+        f"dilated(2, {2**62})",
+        f"dilated({2**31}, {2**31})",
+        f"global_tokens(3, {2**62})",
+        f"documents(5, {2**61})",
+        f"axial({2**62}) & ~same_row(7)",
+        f"block_sparse([[0]], {2**62})",
+        f"random_blocks(1, 7, {2**70})",
+    ],
+)
+def test_the_largest_sizes_attend(text):
+    pattern = causal() & parse_pattern(text)
+    assert parse_pattern(str(pattern)) == pattern
+    positions = torch.arange(200)
+    truth = pattern.visible(positions[:, None], positions)
+    assert pattern.layout(200).to_mask().equal(truth)
+    assert pattern.visible_pairs(200) == int(truth.sum())
+    q = torch.randn(1, 2, 200, 4)
+    mine, reference = (attend(q, q, q, pattern=pattern, backend=name) for name in ("folded", "reference"))
+    close(mine, reference)
+
+
+def test_a_long_chain_is_read():
+    pattern = reduce(or_, (sinks(n) for n in range(1, 1501)))
+    assert parse_pattern(str(pattern)) == pattern
 
 
 def test_text_only():

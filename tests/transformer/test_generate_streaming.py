@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparse_attn import parse_pattern
 from tests.tolerances import close
 from tests.transformer.test_model import MIXTURE, model_of, uniform
+from tests.typecheck import unchecked
 from transformer import DepthConfig, Transformer, from_hugging_face, generate, to_hugging_face
 from transformer.hf_patterns import with_pattern
 
@@ -92,7 +94,8 @@ def test_loaded_weights_take_another_pattern(tmp_path):
     close(sparse(ids).logits, expected(ids).logits)
     assert [layer.attention.pattern for layer in sparse.config.layers] == [SINKS] * 2
     assert (sparse(ids).logits - model(ids).logits).abs().max() > 1e-4
-    mixed = from_hugging_face(folder, pattern=[None, SINKS])
+    assert from_hugging_face(folder, pattern=parse_pattern(SINKS)).config == sparse.config
+    mixed = from_hugging_face(folder, pattern=[None, parse_pattern(SINKS)])
     assert [layer.attention.pattern for layer in mixed.config.layers] == ["causal()", SINKS]
     with pytest.raises(ValueError, match="one for each of the 2 layers, got 1"):
         from_hugging_face(folder, pattern=[SINKS])
@@ -100,3 +103,6 @@ def test_loaded_weights_take_another_pattern(tmp_path):
         from_hugging_face(folder, pattern="sliding_window(4)")
     with pytest.raises(ValueError, match="did you mean 'sinks'"):
         from_hugging_face(folder, pattern="causal() & sink(4)")
+    for wrong, message in ((3, "one text or Pattern, .* got 3"), ([None, 3], "text, a Pattern or None, got 3")):
+        with unchecked(), pytest.raises(ValueError, match=message):
+            from_hugging_face(folder, pattern=wrong)

@@ -233,3 +233,18 @@ def test_bad_sizes():
         KMeansRouting(4, 2, members="top")(q[:, :, :1], k, v)
     with pytest.raises(ValueError, match="q must not be longer than k=3, got 14"):
         KMeansRouting(4, 2)(q, k[:, :, :3], v[:, :, :3])
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_buffers_are_float32_whatever_the_default_type(default):
+    plain = KMeansRouting(4, 2, num_clusters=3)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        module = KMeansRouting(4, 2, num_clusters=3)
+    finally:
+        torch.set_default_dtype(before)
+    assert module.centroids.equal(plain.centroids) and module.centroids.dtype == torch.float32
+    assert module.mass.equal(plain.mass) and module.mass.dtype == torch.float32
+    q, k, v = make(dtype=torch.float32)
+    close(module(q, k, v).out, plain(q, k, v).out)
