@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from moe.checks import below_one
 from moe.noise import Noise, Source
 
 
@@ -167,6 +168,5 @@ def keep_mask(
 
 
 def _checked_probability(p: float) -> float:
-    if not 0 <= p < 1:
-        raise ValueError(f"p must be in [0, 1), got {p}")
+    below_one("p", p)
     return p

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moe import noise as draws
+from moe.checks import positive
 from moe.dispatch import Priority, expert_capacity, group_by_expert, limit_capacity, limit_rows
 from moe.experts import Experts
 from moe.layer import MoE
@@ -51,7 +52,7 @@ class FairscaleGate(nn.Module):
     ) -> None:
         super().__init__()
         if capacity_factor is not None:
-            expert_capacity(0, 1, capacity_factor)
+            positive("capacity_factor", capacity_factor)
         if any(isinstance(module, HashRouter) for module in router.modules()):
             raise ValueError(
                 "router must choose by x alone, all that fairscale's MOELayer gives its gate, "
@@ -121,7 +122,7 @@ class GumbelTop2Router(LinearRouter):
         if noise not in get_args(Noise):
             raise ValueError(f"noise must be one of {', '.join(get_args(Noise))}, got {noise!r}")
         if capacity_factor is not None:
-            expert_capacity(0, num_experts, capacity_factor)
+            positive("capacity_factor", capacity_factor)
         self.capacity_factor, self.noise = capacity_factor, noise
 
     def forward(

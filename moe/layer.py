@@ -7,8 +7,8 @@ from typing import get_args
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moe.checks import at_least
-from moe.dispatch import Priority, expert_capacity, limit_capacity
+from moe.checks import at_least, positive
+from moe.dispatch import Priority, limit_capacity
 from moe.experts import Experts
 from moe.noise import Source
 from moe.nonlinearity import Activation
@@ -53,7 +53,7 @@ class MoE(nn.Module):
         _check_router(router, dim, num_experts)
         at_least("shared_hidden", shared_hidden, 0)
         if capacity_factor is not None:
-            expert_capacity(0, num_experts, capacity_factor)
+            positive("capacity_factor", capacity_factor)
         self.dim, self.num_experts, self.capacity_factor, self.name = dim, num_experts, capacity_factor, name
         if drop_priority not in get_args(Priority):
             raise ValueError(f"drop_priority must be one of {', '.join(get_args(Priority))}, got {drop_priority!r}")

@@ -62,7 +62,7 @@ class PEER(nn.Module):
         """y, and the experts and weights that made it, for :func:`moe.memory_stats.memory_stats`.
 
         padding_mask: True for real tokens; padding uses no expert, gets zeros, and is not seen by query_norm="batch".
-        Raises: ValueError for a wrong width or mask; FloatingPointError, with the layer's name, for NaN or inf.
+        Raises: ValueError for a wrong width, dtype or mask; FloatingPointError, with the layer's name, for NaN or inf.
         """
         rows = real_rows(x, padding_mask, self.dim, self.name)
         lookup = self.keys(rows)

@@ -90,7 +90,7 @@ class ProductKeys(nn.Module):
     def forward(self, x: Float[Tensor, "R D"]) -> Lookup:
         """The k best keys of each head, weighted by the softmax of their scores.
 
-        Raises: ValueError for a wrong width, or one token in a training batch with query_norm="batch";
+        Raises: ValueError for a wrong width or dtype, or one token in a training batch with query_norm="batch";
         FloatingPointError where a score is NaN or infinite.
         """
         if x.shape[1] != self.dim:
@@ -110,6 +110,7 @@ class ProductKeys(nn.Module):
         return {(0, half): halves[:, :, half].flatten(0, 1) for half in (0, 1)}
 
     def _queries(self, x: Float[Tensor, "R D"]) -> Float[Tensor, "R H c"]:
+        self._require_dtype(x)
         query = self.query(x)
         dtype = torch.promote_types(query.dtype, torch.float32)
         norm, split = self.norm, (self.heads, self.key_dim)
@@ -120,6 +121,14 @@ class ProductKeys(nn.Module):
             if norm is None:
                 return query
             return F.layer_norm(query, (self.key_dim,), norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
+
+    def _require_dtype(self, x: Tensor) -> None:
+        wanted = next(self.query.parameters(), self.weight).dtype
+        lowered = torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64
+        if x.dtype != wanted and not lowered:
+            raise ValueError(
+                f"{self.name}: x must have the dtype of the query's weight, {wanted}, outside autocast, got {x.dtype}"
+            )
 
     def _over_batch(self, norm: nn.BatchNorm1d, query: Float[Tensor, "R C"]) -> Float[Tensor, "R C"]:
         if self.training and len(query) == 1:
@@ -277,7 +286,7 @@ class ProductKeyMemory(nn.Module):
         """y, and the slots and weights that made it, for :func:`moe.memory_stats.memory_stats`.
 
         padding_mask: True for real tokens; padding reads nothing, gets zeros, and is not seen by query_norm="batch".
-        Raises: ValueError for a wrong width or mask; FloatingPointError, with the layer's name, for NaN or inf.
+        Raises: ValueError for a wrong width, dtype or mask; FloatingPointError, with the layer's name, for NaN or inf.
         """
         rows = real_rows(x, padding_mask, self.dim, self.name)
         lookup = self.keys(rows)

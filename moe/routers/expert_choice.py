@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe.checks import positive
 from moe.dispatch import expert_capacity
 from moe.noise import Source
 from moe.routers.linear import LinearRouter
@@ -33,7 +34,7 @@ class ExpertChoiceRouter(LinearRouter):
 
     def __init__(self, dim: int, num_experts: int, *, capacity_factor: float = 2.0, allow_future: bool = False) -> None:
         super().__init__(dim, num_experts, k=None)
-        expert_capacity(0, num_experts, capacity_factor)
+        positive("capacity_factor", capacity_factor)
         self.capacity_factor, self.allow_future = capacity_factor, allow_future
 
     def forward(

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moe.checks import at_least
+from moe.checks import at_least, whole
 from moe.noise import Source
 from moe.routers.linear import check_sizes
 from moe.routers.top_k import choose_top_k
@@ -57,6 +57,7 @@ class HashRouter(nn.Module):
         check_sizes(dim=dim, num_experts=num_experts, k=k)
         if vocab_size is not None:
             at_least("vocab_size", vocab_size, 1)
+        whole("seed", seed)
         self.dim, self.num_experts, self.k, self.vocab_size, self.seed = dim, num_experts, k, vocab_size, seed
         table = None
         # counted on the CPU, wherever the table lies

@@ -12,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from moe.checks import not_negative, positive, whole, within
 from moe.noise import Source
 from moe.recomputation import in_backward
 from moe.routers.linear import LinearRouter
@@ -56,10 +57,8 @@ class SigmoidRouter(LinearRouter):
     ) -> None:
         super().__init__(dim, num_experts, k=k)
         _check_groups(num_experts, k, num_groups, top_groups)
-        if not 0 < scale < math.inf:
-            raise ValueError(f"scale must be a finite number > 0, got {scale}")
-        if not 0 <= bias_update < math.inf:
-            raise ValueError(f"bias_update must be a finite number >= 0, got {bias_update}")
+        positive("scale", scale)
+        not_negative("bias_update", bias_update)
         self.num_groups, self.top_groups = num_groups, top_groups
         self.scale, self.bias_update, self.renormalize = scale, bias_update, renormalize
         self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32))
@@ -166,10 +165,10 @@ def limit_groups(scores: Float[Tensor, "T E"], num_groups: int, top_groups: int)
 
 
 def _check_groups(num_experts: int, k: int, num_groups: int, top_groups: int) -> None:
+    whole("num_groups", num_groups)
     if num_groups < 1 or num_experts % num_groups:
         raise ValueError(f"num_groups must divide num_experts={num_experts}, got {num_groups}")
-    if not 1 <= top_groups <= num_groups:
-        raise ValueError(f"top_groups must be in [1, num_groups={num_groups}], got {top_groups}")
+    within("top_groups", top_groups, 1, num_groups, most_name="num_groups")
     room = top_groups * num_experts // num_groups
     if k > room:
         raise ValueError(f"k must be at most top_groups · num_experts / num_groups = {room}, got {k}")

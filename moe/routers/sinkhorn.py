@@ -1,13 +1,12 @@
 """Balanced assignment in training, plain top-k in evaluation: S-BASE by Sinkhorn, BASE by auction."""
 
 import dataclasses
-import math
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moe.checks import at_least
+from moe.checks import at_least, positive
 from moe.dispatch import group_by_expert
 from moe.noise import Source
 from moe.routers.linear import LinearRouter
@@ -33,7 +32,7 @@ class SinkhornRouter(LinearRouter):
     ) -> None:
         super().__init__(dim, num_experts, k=k)
         at_least("iterations", iterations, 1)
-        _require_positive("temperature", temperature)
+        positive("temperature", temperature)
         self.iterations, self.temperature = iterations, temperature
 
     def forward(
@@ -74,7 +73,7 @@ class BalancedAssignmentRouter(LinearRouter):
     def __init__(self, dim: int, num_experts: int, *, rounds: int = 500, epsilon: float = 0.01) -> None:
         super().__init__(dim, num_experts, k=1)
         at_least("rounds", rounds, 1)
-        _require_positive("epsilon", epsilon)
+        positive("epsilon", epsilon)
         self.rounds, self.epsilon = rounds, epsilon
 
     def forward(
@@ -135,7 +134,7 @@ def balanced_assignment(values: Float[Tensor, "T E"], *, rounds: int = 500, epsi
     Raises: ValueError for rounds below 0 or an epsilon that is not finite and positive.
     """
     at_least("rounds", rounds, 0)
-    _require_positive("epsilon", epsilon)
+    positive("epsilon", epsilon)
     capacity = _capacities(values)
     expert = capacity.new_full(values.shape[:1], -1)
     bid = values.new_zeros(len(values))
@@ -223,8 +222,3 @@ def _weigh(routing: Routing, logits: Float[Tensor, "T E"], *, sigmoid: bool) -> 
 
 def _real_rows(real: Bool[Tensor, "T"] | None, num_tokens: int, device: torch.device) -> Int[Tensor, "n"]:
     return torch.arange(num_tokens, device=device) if real is None else real.nonzero()[:, 0]
-
-
-def _require_positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a finite number > 0, got {value}")

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moe.dispatch import expert_capacity, limit_capacity
+from moe.checks import positive
+from moe.dispatch import limit_capacity
 from moe.noise import Noise, Source, drawn
 from moe.routers.linear import LinearRouter
 from moe.routers.top_k import choose_top_k, draw_seed, require_replay_of, router_logits
@@ -38,7 +39,7 @@ class Top2Router(LinearRouter):
         if second not in get_args(Second):
             raise ValueError(f"second must be one of {', '.join(get_args(Second))}, got {second!r}")
         if capacity_factor is not None:
-            expert_capacity(0, num_experts, capacity_factor)
+            positive("capacity_factor", capacity_factor)
         self.second, self.capacity_factor = second, capacity_factor
 
     def forward(

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moe.dispatch import expert_capacity, limit_capacity
+from moe.checks import below_one, positive
+from moe.dispatch import limit_capacity
 from moe.noise import Noise, Source, drawn
 from moe.routers.linear import LinearRouter
 from moe.routing import Routing
@@ -61,10 +62,9 @@ class SwitchRouter(LinearRouter):
         self, dim: int, num_experts: int, *, capacity_factor: float | None = None, jitter: float = 0.0
     ) -> None:
         super().__init__(dim, num_experts, k=1)
-        if not 0.0 <= jitter < 1.0:
-            raise ValueError(f"jitter must be in [0, 1), got {jitter}")
+        below_one("jitter", jitter)
         if capacity_factor is not None:
-            expert_capacity(0, num_experts, capacity_factor)
+            positive("capacity_factor", capacity_factor)
         self.capacity_factor, self.jitter = capacity_factor, jitter
 
     def forward(

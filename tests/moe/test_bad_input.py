@@ -31,6 +31,7 @@ from moe import (
     router_z_loss,
     routing_stats,
 )
+from moe.dropout import PathDropout
 from moe.fairscale import GumbelTop2Router
 from tests.typecheck import unchecked
 
@@ -102,11 +103,39 @@ def test_sizes_of_experts(name, sizes) -> None:
         (lambda: MePropLinear(8, 6, k=2.5), r"k must be in \[1, outputs=6\], got 2\.5"),
         (lambda: MePropLinear(8.5, 6, k=2), r"inputs must be an int >= 1, got 8\.5"),
         (lambda: MePropLinear(8, 0, k=1), r"outputs must be >= 1, got 0"),
+        (lambda: SigmoidRouter(8, 4, k=2, num_groups=2.0), r"num_groups must be an int, got 2\.0"),
+        (
+            lambda: SigmoidRouter(8, 4, k=2, num_groups=2, top_groups=1.0),
+            r"top_groups must be in .*num_groups=2\], got 1",
+        ),
+        (lambda: HashRouter(8, 4, seed=1.5), r"seed must be an int, got 1\.5"),
     ],
 )
 def test_counts_are_whole_numbers(build, message) -> None:
     with pytest.raises(ValueError, match=message), unchecked():
         build()
+
+
+@pytest.mark.parametrize("value", ["a", True, [1.0]], ids=str)
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        *[
+            (lambda value, make=make: make(8, 4, capacity_factor=value), "capacity_factor must be a finite number > 0")
+            for make in (SwitchRouter, Top2Router, ExpertChoiceRouter, GumbelTop2Router)
+        ],
+        (lambda value: MoE(8, 6, 4, SigmoidRouter(8, 4, k=1), capacity_factor=value), "capacity_factor must be"),
+        (lambda value: SwitchRouter(8, 4, jitter=value), r"jitter must be in \[0, 1\)"),
+        (lambda value: SigmoidRouter(8, 4, k=2, scale=value), "scale must be a finite number > 0"),
+        (lambda value: SigmoidRouter(8, 4, k=2, bias_update=value), "bias_update must be a finite number >= 0"),
+        (lambda value: SinkhornRouter(8, 4, temperature=value), "temperature must be a finite number > 0"),
+        (lambda value: BalancedAssignmentRouter(8, 4, epsilon=value), "epsilon must be a finite number > 0"),
+        (PathDropout, r"p must be in \[0, 1\)"),
+    ],
+)  # fmt: skip
+def test_rates_and_factors_are_numbers(build, message, value) -> None:
+    with pytest.raises(ValueError, match=rf"{message}.*, got {re.escape(repr(value))}"), unchecked():
+        build(value)
 
 
 def test_options_of_the_layer() -> None:
@@ -279,6 +308,17 @@ def test_memories(make) -> None:
         layer(torch.randn(2, 3, 7))
     with pytest.raises(FloatingPointError):
         layer(torch.full((2, 3, DIM), math.nan))
+    layer = make(name="layers.3")
+    for dtype in (torch.bfloat16, torch.float64, torch.int64, torch.bool):
+        message = rf"layers\.3: x must have the dtype of the query's weight, torch\.float32, .*, got {dtype}"
+        with pytest.raises(ValueError, match=message), unchecked():
+            layer(torch.ones(3, DIM, dtype=dtype))
+        with torch.autocast("cpu", torch.bfloat16), unchecked():
+            if dtype == torch.bfloat16:
+                assert layer(torch.ones(3, DIM, dtype=dtype)).dtype == dtype
+            else:
+                with pytest.raises(ValueError, match=message):
+                    layer(torch.ones(3, DIM, dtype=dtype))
 
 
 def test_soft_moe() -> None:
