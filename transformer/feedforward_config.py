@@ -101,7 +101,7 @@ class MoEConfig:
         at_least("num_experts", self.num_experts, 1)
         for name in ("sinkhorn_iterations", "auction_rounds"):
             at_least(name, getattr(self, name), 1)
-        for name in ("sinkhorn_temperature", "auction_epsilon"):
+        for name in ("route_scale", "sinkhorn_temperature", "auction_epsilon"):
             above_zero(name, getattr(self, name))
         at_least("shared_hidden", self.shared_hidden, 0)
         one_of("activation", self.activation, ACTIVATIONS)

@@ -63,6 +63,8 @@ def test_bad_sizes(options, message):
         ({"k": 2, "router": "switch"}, "k must be 1, got 2"),
         ({"capacity_factor": 0.0}, "capacity_factor must be a finite number > 0, or None, got 0.0"),
         ({"jitter": 0.1}, "jitter belongs to the switch router"),
+        ({"router": "sigmoid", "route_scale": -1.0}, r"^route_scale must be a finite number > 0, got -1\.0"),
+        ({"router": "sigmoid", "route_scale": float("inf")}, r"^route_scale must be a finite number > 0, got inf"),
         (
             {"renormalize": False, "router": "hash"},
             "renormalize belongs to the top_k or sigmoid router, got renormalize=False with 'hash'",
