@@ -109,6 +109,8 @@ class LayerOverride:
     """Neurons that this layer's thresholded feed-forward keeps for each token."""
     threshold_execution: Execution | None = None
     """How this layer's thresholded feed-forward decodes on the CPU."""
+    activation_predictor_rank: int | None = None
+    """Rank of the network that tells the neurons of this layer's thresholded feed-forward."""
     error_k: int | None = None
     """Errors that the backward pass of this layer's dense feed-forward keeps for each token."""
     error_unified: bool | None = None

@@ -164,6 +164,10 @@ class ModelConfig:
     threshold_execution: Execution = "auto"
     """How a thresholded feed-forward decodes on the CPU: whichever is measured to be faster, always by reading what is
     left alone (sparse), or always whole (dense)."""
+    activation_predictor_rank: int | None = None
+    """Rank of a network in a thresholded feed-forward that tells beforehand which neurons it keeps (DejaVu), but with
+    teal. It is not trained with the model and tells every neuron, in evaluation too, until 'sparse-transformers
+    threshold RUN --method dejavu' trains it; none if left out."""
     attention_threshold: float = 0.0
     """Magnitude up to which entries of the inputs of attention's four projections are left out, in training too
     (TEAL)."""

@@ -165,6 +165,7 @@ _KINDS: dict[FeedForwardName, Callable[["ModelConfig"], FeedForwardConfig]] = {
         model.threshold_method,
         model.threshold,
         model.top_neurons,
+        predictor_rank=model.activation_predictor_rank,
         execution=model.threshold_execution,
     ),
     "soft_moe": _soft_moe,

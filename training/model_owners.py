@@ -22,7 +22,11 @@ OWNERS: dict[str, Sequence[str]] = {
     **dict.fromkeys(("error_k", "error_unified"), ("dense",)),
     **dict.fromkeys(("num_keys", "memory_heads", "memory_k", "key_dim", "query_norm"), MEMORIES),
     **dict.fromkeys(("gated", "memory_pool", "value_dim"), ("product_key",)),
-    **dict.fromkeys(("threshold_method", "threshold", "top_neurons", "threshold_execution"), ("thresholded",)),
+    **dict.fromkeys(
+        (
+            "threshold_method", "threshold", "top_neurons", "threshold_execution", "activation_predictor_rank",
+        ), ("thresholded",)
+    ),
 }  # fmt: skip
 # what [model] may state for kinds that no layer has, as the base of a comparison, and a layer's own table may not
 SIZE_OWNERS: dict[str, Sequence[str]] = {

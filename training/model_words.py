@@ -8,7 +8,8 @@ _MEMORY = {"heads": "memory_heads", "k": "memory_k", "pool": "memory_pool"}
 FEEDFORWARD_WORDS: Mapping[str, Mapping[str, str]] = {
     "product_key": _MEMORY,
     "peer": _MEMORY,
-    "thresholded": {"top_k": "top_neurons", "method": "threshold_method", "execution": "threshold_execution"},
+    "thresholded": {"top_k": "top_neurons", "method": "threshold_method", "execution": "threshold_execution"}
+    | {"predictor_rank": "activation_predictor_rank"},
 }
 ATTENTION_WORDS = {
     "num_heads": "heads", "num_kv_heads": "kv_heads", "dropout": "attention_dropout", "shared_qk": "select_shared_qk",

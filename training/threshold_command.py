@@ -28,7 +28,8 @@ from training.evaluation import Evaluation, evaluate
 from training.folders import only_user
 from training.run import load_data, model_folder
 from training.saved_model import open_model, save_made
-from transformer import Transformer, with_thresholds
+from transformer import Transformer, own_foresight, train_own_predictors, with_thresholds
+from transformer.predictors import has_predictors
 
 # rows of each network that thresholds are taken from; batches of held-out text that predictors are judged on
 SAMPLE, BATCHES_TOLD = 1024, 2
@@ -49,7 +50,8 @@ class ThresholdArguments:
     method: Literal["teal", "cats", "cett", "hard", "dejavu"] = "teal"
     """What is left out: small inputs of every matrix (teal), neurons with a small gate (cats), with a small effect on
     the output (cett), or of small magnitude (hard). dejavu: cett's neurons, told beforehand by a small network of each
-    layer, which is trained here, so that the matrix of the gate need not be read whole either."""
+    layer, which is trained here, so that the matrix of the gate need not be read whole either. A model made with
+    model.activation_predictor_rank keeps its own thresholds, and its networks learn which neurons those keep."""
     sparsity: float | None = None
     """Share that is left out, of inputs or neurons; 0.4 if neither this nor --error is given."""
     error: float | None = None
@@ -85,6 +87,15 @@ class Found:
     predictors: Mapping[str, ActivePredictor] | None = None
 
 
+@dataclass(frozen=True)
+class Made:
+    """The new model, what was done in words, and what its predictors tell of held-out text, if they were trained."""
+
+    model: Transformer
+    what: str
+    told: Foresight | None
+
+
 def threshold_command(arguments: ThresholdArguments, console: Console) -> None:
     """Calibrate, save, and print what it costs.
 
@@ -95,22 +106,20 @@ def threshold_command(arguments: ThresholdArguments, console: Console) -> None:
     folder = model_folder(arguments.source)
     model = open_model(folder).to(arguments.device)
     config = data_config(arguments.source, folder, arguments.corpus, arguments.length, model)
+    own = has_predictors(model)
+    if own:
+        _check_own(arguments)
     data = load_data(config)
     before = _held_out(model, data, config.length)
-    found = _calibrated(model, _batches(data, arguments, config.length), arguments, sparsity)
-    made = with_thresholds(
-        model, method=_method(arguments), thresholds=found.feedforward or None, attention=found.attention,
-        predictors=found.predictors,
-    )  # fmt: skip
-    told = None if found.predictors is None else _told(model, data, config.length, found, arguments.device)
-    after = _held_out(made, data, config.length)
+    made = (_with_own if own else _with_found)(model, data, config.length, arguments, sparsity)
+    after = _held_out(made.model, data, config.length)
     with only_user(arguments.out):
-        save_made(made, arguments.out, source=folder)
+        save_made(made.model, arguments.out, source=folder)
     console.print(
-        f"{arguments.method}, {_target(sparsity, arguments.error)}, of {_where(found)}:"
+        f"{arguments.method}, {made.what}:"
         f" {before.bits_per_byte:.4f} -> {after.bits_per_byte:.4f} bits per byte,"
         f" perplexity {math.exp(before.loss):.2f} -> {math.exp(after.loss):.2f}"
-        f" ({after.tokens:,} held-out tokens), saved in {arguments.out}{_shown(told)}; decode with:\n"
+        f" ({after.tokens:,} held-out tokens), saved in {arguments.out}{_shown(made.told)}; decode with:\n"
         f"  {shlex.join([PROGRAM, 'generate', str(arguments.out)])}",
         highlight=False,
     )
@@ -128,6 +137,44 @@ def _check(arguments: ThresholdArguments, sparsity: float | None) -> None:
     if _with_attention(arguments, sparsity) and arguments.allocation == "equal_error":
         raise ValueError("--allocation equal_error is of feed-forward layers alone: add --no-attention")
     require_free(arguments.out)
+
+
+def _check_own(arguments: ThresholdArguments) -> None:
+    """Raises: ValueError for what a model with predictors and thresholds of its own does not take."""
+    if arguments.method != "dejavu":
+        raise ValueError(f"--method must be dejavu for a model made with predictors, got {arguments.method}")
+    for name in ("sparsity", "error", "allocation", "rank"):
+        value = getattr(arguments, name)
+        if value != getattr(ThresholdArguments, name):
+            raise ValueError(
+                f"--{name} must be left out for a model made with predictors: its thresholds and rank stay, got {value}"
+            )
+
+
+def _with_own(
+    model: Transformer, data: Data, length: int, arguments: ThresholdArguments, sparsity: float | None
+) -> Made:
+    """The predictors that it was made with, trained."""
+    batches = _batches(data, arguments, length)
+    made = train_own_predictors(
+        model, batches, rows=sum(ids.numel() for ids in batches), recall=arguments.recall, steps=arguments.steps,
+        generator=torch.Generator().manual_seed(arguments.seed),
+    )  # fmt: skip
+    ids = _judged_on(data, length, arguments.device)
+    return Made(made, "the model's own thresholds", own_foresight(made, ids.split(8), rows=ids.numel()))
+
+
+def _with_found(
+    model: Transformer, data: Data, length: int, arguments: ThresholdArguments, sparsity: float | None
+) -> Made:
+    """Thresholds, and with dejavu predictors, that it had not."""
+    found = _calibrated(model, _batches(data, arguments, length), arguments, sparsity)
+    made = with_thresholds(
+        model, method=_method(arguments), thresholds=found.feedforward or None, attention=found.attention,
+        predictors=found.predictors,
+    )  # fmt: skip
+    told = None if found.predictors is None else _told(model, data, length, found, arguments.device)
+    return Made(made, f"{_target(sparsity, arguments.error)}, of {_where(found)}", told)
 
 
 def _with_attention(arguments: ThresholdArguments, sparsity: float | None) -> bool:
@@ -178,10 +225,15 @@ def _foretold(
 
 def _told(model: Transformer, data: Data, length: int, found: Found, device: str) -> Foresight:
     """What the predictors tell of the first held-out sequences."""
-    rows = max(1, min(8 * BATCHES_TOLD, len(data.held_out) // length))
-    ids = torch.from_numpy(data.held_out[: rows * length].astype("int64")).view(rows, -1).to(device)
+    ids = _judged_on(data, length, device)
     inputs = feedforward_inputs(model, ids.split(8), rows=ids.numel())
     return foresight(model, inputs, found.predictors or {}, method="cett", thresholds=found.feedforward)
+
+
+def _judged_on(data: Data, length: int, device: str) -> Tensor:
+    """Token ids of the first held-out sequences."""
+    rows = max(1, min(8 * BATCHES_TOLD, len(data.held_out) // length))
+    return torch.from_numpy(data.held_out[: rows * length].astype("int64")).view(rows, -1).to(device)
 
 
 def _shown(told: Foresight | None) -> str:

@@ -18,6 +18,7 @@ from transformer.hf import from_hugging_face, to_hugging_face
 from transformer.layer_config import AttentionConfig, DepthConfig, LayerConfig
 from transformer.loss import chunked_cross_entropy
 from transformer.model import ModelCache, ModelOutput, Transformer
+from transformer.predictors import own_foresight, train_own_predictors
 from transformer.rope import RopeScaling
 from transformer.selection_config import (
     DSAConfig,
@@ -62,8 +63,10 @@ __all__ = [
     "chunked_cross_entropy",
     "from_hugging_face",
     "generate",
+    "own_foresight",
     "stream",
     "to_hugging_face",
+    "train_own_predictors",
     "upcycle",
     "with_thresholds",
 ]

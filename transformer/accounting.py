@@ -131,8 +131,12 @@ def visible_pairs_among(pattern: Pattern, length: int, passing: int) -> float:
     return alone * passing / length + (pairs - alone) * passing * (passing - 1) / (length * (length - 1))
 
 
-def _plain(dim: int, f: DenseConfig | ThresholdedConfig, length: int, active: bool) -> float:
+def _plain(dim: int, f: DenseConfig, length: int, active: bool) -> float:
     return _feedforward_flops(dim, f.hidden, f.activation)
+
+
+def _thresholded(dim: int, f: ThresholdedConfig, length: int, active: bool) -> float:
+    return _feedforward_flops(dim, f.hidden, f.activation) + 2 * (f.predictor_rank or 0) * (dim + f.hidden)
 
 
 def _experts(dim: int, f: MoEConfig, length: int, active: bool) -> float:
@@ -167,7 +171,7 @@ def _search_flops(dim: int, f: ProductKeyConfig | PEERConfig) -> int:
 
 _FLOPS: dict[type, Callable[[int, Any, int, bool], float]] = {
     DenseConfig: _plain,
-    ThresholdedConfig: _plain,
+    ThresholdedConfig: _thresholded,
     MoEConfig: _experts,
     SoftMoEConfig: _soft_experts,
     ProductKeyConfig: _memory,

@@ -1,5 +1,6 @@
 """From the record of a layer to its modules."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -110,8 +111,9 @@ def _dense(dim: int, config: DenseConfig, name: str) -> FeedForward:
 def _thresholded(dim: int, config: ThresholdedConfig, name: str) -> ThresholdedFeedForward:
     predictor = None
     if config.predictor_rank is not None:
-        predictor = ActivePredictor(dim, config.hidden, rank=config.predictor_rank)
-        predictor.threshold = config.predictor_threshold
+        # what it tells has no gradient: processes that average gradients would wait for one
+        predictor = ActivePredictor(dim, config.hidden, rank=config.predictor_rank).requires_grad_(False)
+        predictor.threshold = -math.inf if config.predictor_threshold is None else config.predictor_threshold
     return ThresholdedFeedForward(
         dim, config.hidden, activation=cast(Any, config.activation), method=cast(Any, config.method),
         threshold=config.threshold if config.thresholds is None else config.thresholds, top_k=config.top_k,

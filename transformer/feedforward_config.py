@@ -164,9 +164,11 @@ class ThresholdedConfig:
     method: "hard", "cett", "cats" (with a gate: swiglu, reglu, drelu) or "teal". threshold: magnitudes up to it are
     dropped; thresholds: instead, one for each place, as calibration finds them; top_k: neurons kept instead, under
     "hard". predictor_rank, predictor_threshold: a :class:`moe.ActivePredictor` of that rank tells the neurons
-    beforehand, those with a logit above the threshold; it is trained apart (:func:`moe.train_predictor`), not with the
-    model. None: no predictor. execution: "auto" measures, for each shape and density, whether decoding is faster where
-    it reads the needed weights alone; "sparse" and "dense" force one way: what is measured may differ from run to run.
+    beforehand, those with a logit above the threshold. It is trained apart (:func:`transformer.train_own_predictors`),
+    gets no gradient from the model, and is frozen; with a predictor_threshold of None it is not trained yet and tells
+    every neuron. predictor_rank None: no predictor. execution: "auto" measures, for each shape and density, whether
+    decoding is faster where it reads the needed weights alone; "sparse" and "dense" force one way: what is measured may
+    differ from run to run.
     """
 
     hidden: int
@@ -176,7 +178,7 @@ class ThresholdedConfig:
     top_k: int | None = None
     thresholds: Thresholds | None = None
     predictor_rank: int | None = None
-    predictor_threshold: float = 0.0
+    predictor_threshold: float | None = None
     execution: str = "auto"
 
     def __post_init__(self) -> None:

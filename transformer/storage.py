@@ -53,7 +53,7 @@ def from_pretrained(
     # parameters alone: indices stay whole numbers, and a router's balancing bias stays float32
     cast = {name for name, _ in model.named_parameters()} if dtype is not None else set()
     model.load_state_dict({n: t.to(dtype) if n in cast else t for n, t in tensors.items()}, assign=True)
-    return model.requires_grad_(True).eval()
+    return model.eval()
 
 
 def shared_once(model: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:

@@ -1,10 +1,11 @@
 """A model whose layers leave out small activations for good: the thresholds stand in its config and are saved."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from moe import ActivePredictor, AttentionThresholds, Thresholds
 from transformer.feedforward_config import DenseConfig, ThresholdedConfig
@@ -62,14 +63,30 @@ def with_thresholds(
         old = layers[at].attention
         new = None if old is None else dataclasses.replace(old, thresholds=bounds)
         layers[at] = dataclasses.replace(layers[at], attention=new)
-    tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    for at, predictor in told.items():
-        where = f"layers.{at}.feedforward.predictor"
-        tensors |= {f"{where}.{name}": tensor.detach().clone() for name, tensor in predictor.state_dict().items()}
+    tensors = copied(model) | of_predictors(told)
+    return with_layers(model, layers, tensors)
+
+
+def with_layers(model: Transformer, layers: Sequence[LayerConfig], tensors: Mapping[str, Tensor]) -> Transformer:
+    """A model with these layers and weights, else configured as ``model``; it holds ``tensors`` themselves."""
     with torch.device("meta"):
-        result = Transformer(dataclasses.replace(config, layers=tuple(layers)))
+        result = Transformer(dataclasses.replace(model.config, layers=tuple(layers)))
     result.load_state_dict(tensors, assign=True)
-    return result.requires_grad_(True).train(model.training)
+    return result.train(model.training)
+
+
+def copied(model: Transformer) -> dict[str, Tensor]:
+    """Its state, that shares nothing with it."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def of_predictors(told: Mapping[int, ActivePredictor]) -> dict[str, Tensor]:
+    """Copies of the weights of the layers' predictors, by index, under their names in the model."""
+    return {
+        f"layers.{at}.feedforward.predictor.{name}": tensor.detach().clone()
+        for at, predictor in told.items()
+        for name, tensor in predictor.state_dict().items()
+    }
 
 
 def _by_layer(what: str, given: Mapping[str, T] | None, part: str, known: Iterable[int]) -> dict[int, T]:
@@ -97,6 +114,6 @@ def _feedforward(
         top_k=top_k,
         thresholds=thresholds,
         predictor_rank=None if predictor is None else predictor.down.out_features,
-        predictor_threshold=0.0 if predictor is None else predictor.threshold,
+        predictor_threshold=None if predictor is None else predictor.threshold,
     )
     return dataclasses.replace(layer, feedforward=new)

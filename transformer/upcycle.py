@@ -59,7 +59,7 @@ def upcycle(
     with torch.device("meta"):
         result = Transformer(dataclasses.replace(model.config, layers=parts))
     result.load_state_dict(tensors, assign=True)
-    return result.requires_grad_(True).train(model.training)
+    return result.train(model.training)
 
 
 def _mixtures(dense: dict[int, DenseConfig], num_experts: int, k: int, granularity: int) -> dict[int, MoEConfig]:

@@ -33,6 +33,7 @@ from transformer import (
     DepthConfig,
     LayerConfig,
     MoEConfig,
+    ThresholdedConfig,
     Transformer,
     TransformerConfig,
 )
@@ -60,7 +61,7 @@ GLOBAL = {"aux_scope": "global", "aux": 0.1}
 class Run(NamedTuple):
     """feedforward, layer: of the model; dropout: of its branches; train: settings of [train]."""
 
-    feedforward: DenseConfig | MoEConfig
+    feedforward: DenseConfig | ThresholdedConfig | MoEConfig
     train: dict[str, Any] = {}
     layer: LayerConfig = PLAIN
     dropout: float = 0.0
@@ -68,6 +69,8 @@ class Run(NamedTuple):
 
 RUNS: dict[str, Run] = {
     "dense": Run(DenseConfig(hidden=24)),
+    # predictors that no gradient reaches
+    "told": Run(ThresholdedConfig(hidden=24, activation="reglu", predictor_rank=4)),
     "moe": Run(MoEConfig(hidden=8, num_experts=12, k=2, shared_hidden=8, expert_bias=True), GLOBAL),
     "sigmoid": Run(MoEConfig(hidden=8, num_experts=4, k=2, router="sigmoid"), {"aux": 0.0, "accumulation": 2}),
     # noise: in routers, and of every dropout; recomputed; in micro-batches
@@ -119,6 +122,8 @@ LAYOUTS = {
     2: [
         Layout("dense"),
         Layout("dense", shard="fsdp"),
+        Layout("told"),
+        Layout("told", shard="fsdp"),
         Layout("moe", shard="fsdp"),
         Layout("moe", 2),
         Layout("moe", 2, "fsdp"),

@@ -42,6 +42,7 @@ OPTIONS = [
     (MEMORY | {"gated": True}, "value_dim", 24),
     ({"feedforward": "thresholded"}, "top_neurons", 5),
     ({"feedforward": "thresholded"}, "threshold_execution", "dense"),
+    ({"feedforward": "thresholded"}, "activation_predictor_rank", 5),
     ({"feedforward": "dense"}, "error_k", 3),
     ({"feedforward": "dense", "error_k": 3}, "error_unified", True),
     ({"feedforward": "dense"}, "drop_connect", 0.1),
@@ -50,7 +51,8 @@ OPTIONS = [
     ({"depth_capacity": 0.5}, "depth_weighting", "raw"),
 ]
 NAMES = {"memory_heads": "heads", "memory_k": "k", "memory_pool": "pool", "top_neurons": "top_k",
-         "threshold_execution": "execution", "depth_weighting": "weighting"}  # fmt: skip
+         "threshold_execution": "execution", "activation_predictor_rank": "predictor_rank",
+         "depth_weighting": "weighting"}  # fmt: skip
 PLAIN = {"dim": 16, "layers": 2, "heads": 2}
 
 
@@ -99,6 +101,10 @@ def test_layers_of_several_routers_take_each_their_own_options():
          r"model\.layer\.jitter belongs to router switch, got jitter=0\.1 in layer 1, whose router is base"),
         ({"feedforward": "dense", "hash_table": "even"}, r"model\.hash_table belongs to feedforward moe"),
         ({"layer": (LayerOverride(at=0, value_dim=8),)}, r"model\.layer\.value_dim belongs to feedforward product_key"),
+        ({"activation_predictor_rank": 4},
+         r"model\.activation_predictor_rank belongs to feedforward thresholded, got .*=4 with moe"),
+        ({"layer": (LayerOverride(at=1, feedforward="dense", activation_predictor_rank=4),)},
+         r"model\.layer\.activation_predictor_rank belongs to feedforward thresholded, got .* 1, which is dense"),
         ({"layer_drop_rescale": True}, r"model\.layer_drop_rescale needs a layer_drop, got none"),
         ({"layer": (LayerOverride(at=1, layer_drop_rescale=True),)}, r"needs a layer_drop, got none in layer 1"),
         ({"layer": (LayerOverride(at=1, depth_weighting="raw"),)}, r"needs a depth_capacity, got none in layer 1"),
@@ -123,6 +129,8 @@ def test_what_is_set_in_vain_is_refused(options, message):
         (MEMORY | {"memory_k": 9}, r"layer 0: memory_k must be in \[1, num_keys=8\], got 9"),
         (MEMORY | {"memory_heads": 0}, r"layer 0: memory_heads must be >= 1, got 0"),
         ({"feedforward": "thresholded", "hidden": 8, "top_neurons": 9}, r"top_neurons must be in \[1, hidden=8\], got"),
+        ({"feedforward": "thresholded", "threshold_method": "teal", "activation_predictor_rank": 2},
+         r"layer 0: threshold_method must be 'hard', 'cats' or 'cett' with a predictor, got 'teal'"),
         ({"feedforward": "thresholded", "threshold_method": "cats"}, r"threshold_method 'cats' must have a gate"),
         ({"layer": (LayerOverride(at=1, depth_capacity=1.5),)}, r"layer 1: depth_capacity must be in \(0, 1\], got"),
         ({"selection": "lsh", "select_buckets": 3}, r"select_buckets must be even, got 3"),

@@ -42,6 +42,7 @@ CAUSAL = {
     "cats": ThresholdedConfig(16, "swiglu", "cats", threshold=0.01),
     "drelu": ThresholdedConfig(16, "drelu", "cett"),
     "teal": ThresholdedConfig(16, "swiglu", "teal", thresholds=Thresholds(0.1, 0.2, 0.001)),
+    "told": ThresholdedConfig(16, "reglu", predictor_rank=3),
     "product_key": ProductKeyConfig(8, heads=2, k=4, key_dim=8, gated=True),
     "product_key_wide": ProductKeyConfig(8, heads=2, k=4, key_dim=8, gated=True, value_dim=24),
     "peer": PEERConfig(8, heads=2, k=4, key_dim=8),
@@ -70,7 +71,7 @@ def ids(*shape):
 def test_a_step_reaches_every_parameter_and_the_config_survives(kind, tmp_path):
     built = model((CAUSAL | LEAKING)[kind])
     built(ids(2, 9), labels=ids(2, 9)).loss.backward()
-    assert [name for name, p in built.named_parameters() if p.grad is None] == []
+    assert [name for name, p in built.named_parameters() if p.requires_grad and p.grad is None] == []
     built.save_pretrained(tmp_path)
     again = Transformer.from_pretrained(tmp_path)
     assert again.config == built.config
@@ -97,7 +98,7 @@ def test_checkpointing_draws_and_chooses_nothing_anew(kind):
         loss = built(ids(2, 9), labels=ids(2, 9)).loss
         loss.backward()
         losses.append(loss.detach())
-        gradients.append([p.grad for p in built.parameters()])
+        gradients.append([p.grad for p in built.parameters() if p.requires_grad])
         routers = [m for m in built.modules() if hasattr(m, "pending_loads")]
         biases.append([router.pending_loads() for router in routers])
     close(losses[1], losses[0])
