@@ -13,6 +13,7 @@ from torch.func import functional_call
 from moe.checks import at_least, within
 from moe.memory_values import MemoryValues, table_gradient, weighted_rows
 from moe.recomputation import in_backward
+from moe.transforms import transformed
 
 QueryNorm = Literal["layer", "batch", "none"]
 
@@ -155,7 +156,7 @@ def search(
     """
     n = keys.shape[2]
     halved = query.unflatten(2, (2, -1))
-    lean = query.device.type == "cpu" and not (torch.compiler.is_compiling() or _transformed())
+    lean = query.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed())
     with torch.autocast(query.device.type, enabled=False), torch.set_grad_enabled(torch.is_grad_enabled() and not lean):
         halves = torch.einsum("rhsc,hsnc->rhsn", halved, keys.expand(query.shape[1], -1, -1, -1))
     with torch.no_grad():
@@ -168,11 +169,6 @@ def search(
     if lean:
         scores = _ChosenScores.apply(halved, keys, chosen, scores)
     return chosen[:, :, 0] * n + chosen[:, :, 1], scores.sum(2)
-
-
-def _transformed() -> bool:
-    """Whether torch.func or forward mode is at work, which look into operations."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 class _ChosenScores(torch.autograd.Function):
