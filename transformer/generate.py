@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_attn import parse_pattern
 from transformer.config import TransformerConfig
 from transformer.feedforward_config import MoEConfig
 from transformer.model import ModelCache, Transformer
+from transformer.padding import counts_positions
 
 
 @torch.no_grad()
@@ -199,8 +199,5 @@ def require_no_future(config: TransformerConfig) -> None:
 
 
 def _count_their_own(model: Transformer, mask: Tensor | None) -> bool:
-    """Whether some rows are shorter and some layer counts positions from the start, as sinks and selections do."""
-    if mask is None or bool(mask.all()):
-        return False
-    attentions = [layer.attention for layer in model.config.layers if layer.attention is not None]
-    return any(attention.selection or not parse_pattern(attention.pattern).is_relative for attention in attentions)
+    """Whether some rows are shorter and some layer counts positions from the start."""
+    return mask is not None and not bool(mask.all()) and counts_positions(model.config)

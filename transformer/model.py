@@ -22,6 +22,7 @@ from transformer.config import TransformerConfig
 from transformer.layer_config import LayerConfig
 from transformer.loss import IGNORE, chunked_cross_entropy
 from transformer.norm import RMSNorm
+from transformer.padding import counts_positions, pads_left, require_own_positions
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class Transformer(nn.Module):
     ) -> ModelOutput:
         """Token ids [B, L] to logits [B, L, V].
 
-        attention_mask [B, L]: 0 marks padding among these tokens; a cache remembers the padding before them.
+        attention_mask [B, L]: 0 marks padding among these tokens; a cache remembers the padding before them. Padding on
+        the left is refused with gradients, or a cache without ``unequal_rows``, where a layer counts positions.
         labels: targets at their own positions (``labels=input_ids`` is usual); the model compares position i with label
         i + 1 and skips −100. An encoder compares position i with label i. cache: from :meth:`new_cache`, updated in
         place. replay: routings of an earlier pass; their experts are used again. replay_depths: likewise the tokens
@@ -158,6 +160,10 @@ class Transformer(nn.Module):
                 f"attention_mask must have shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
             )
         token_mask = None if attention_mask is None else attention_mask.bool()
+        shared = cache is None or cache.tokens is None
+        if shared and not torch.compiler.is_compiling() and pads_left(token_mask) and counts_positions(self.config):
+            require_own_positions(self.config, len(input_ids), cache is not None)
+            cache = self.new_cache(unequal_rows=len(input_ids))
         positions = None
         if cache is not None and cache.tokens is not None:
             positions = cache.place(torch.ones_like(input_ids, dtype=torch.bool) if token_mask is None else token_mask)
