@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from moe.dropout import DropConnect, HeadDropout, LayerDrop, PathDropout
+from moe.dropout import DropConnect, HeadDropout, LayerDrop, PathDropout, keep_mask
+from moe.noise import Noise
 from tests.tolerances import close
 from tests.typecheck import unchecked
 
@@ -120,6 +121,14 @@ def test_seeds_decide_and_the_global_generator_is_the_default(build):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_stays_half(build, dtype):
     assert applied(build(0.5).to(dtype), torch.randn(5, 3, 4, 2, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("source", [lambda: seeded(1), lambda: Noise("dropout", sequences=2)], ids=["seed", "noise"])
+def test_a_small_rate_is_kept_in_every_dtype(source, dtype):
+    """A uniform number of bfloat16 is a multiple of 1/256: below 0.001 are three times as many as should be."""
+    kept = keep_mask(torch.zeros((), dtype=dtype), [2, 500_000], 0.001, source())
+    assert (kept == 0).float().mean().item() == pytest.approx(0.001, abs=2e-4), "6 deviations of a mean of 10^6"
 
 
 @pytest.mark.parametrize("build", BUILDS)

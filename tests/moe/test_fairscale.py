@@ -281,6 +281,16 @@ def test_replay_repeats_choices_and_weights():
         close(got, wanted)
 
 
+def test_padding_takes_no_part_of_the_capacity():
+    """Two experts: nothing to draw, so that the choices are those of the real tokens alone."""
+    router = GumbelTop2Router(DIM, 2, capacity_factor=0.75)
+    x, mask = torch.randn(24, DIM), torch.arange(24) % 3 != 1
+    routing, alone = router(x, padding_mask=mask), router(x[mask])
+    assert routing.loads().tolist() == alone.loads().tolist() == [12, 12], "0.75 of 2 · 16 / 2"
+    assert routing.token.equal(mask.nonzero()[:, 0][alone.token]) and routing.expert.equal(alone.expert)
+    close(routing.weight, alone.weight)
+
+
 ROUTERS = {
     "top_k": lambda: TopKRouter(DIM, 4, k=2),
     "top_3": lambda: TopKRouter(DIM, 4, k=3, renormalize=False),

@@ -145,6 +145,18 @@ def test_the_auction_equals_brute_force(tokens, experts, seed):
         assert min(demand[e] for e in large) >= max(demand[e] for e in range(experts) if e not in large)
 
 
+def test_the_auction_is_within_tokens_times_epsilon_of_the_best_permutation():
+    """Of 8 tokens for 8 experts with steps so large that bids which rise by a few epsilon end further off."""
+    permutations = torch.tensor(list(itertools.permutations(range(8))))
+    for seed in range(12):
+        values = torch.randn(8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        best = values[torch.arange(8), permutations].sum(1).max().item()
+        for epsilon in (0.03, 0.1):
+            expert = balanced_assignment(values, rounds=10_000, epsilon=epsilon)
+            assert expert.sort().values.equal(torch.arange(8))
+            assert values.gather(1, expert[:, None]).sum().item() >= best - 8 * epsilon - 1e-9, (seed, epsilon)
+
+
 def test_the_auction_of_a_large_skewed_problem_ends_in_few_rounds():
     values = torch.randn(512, 16, dtype=torch.float64) + 2 * torch.randn(16, dtype=torch.float64)
     few, many = (
