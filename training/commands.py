@@ -17,10 +17,11 @@ from training.folders import only_user
 from training.precision import DTypeName, choose_precision
 from training.run import CONFIG, load_data, model_folder, read_corpus, read_record
 from training.saved_model import open_model, save_made
+from training.start_words import undone
 from training.tokenizer import FILE_NAME as TOKENIZER
 from training.tokenizer import load_tokenizer
 from training.trainer import CHECKPOINTS, choose_device
-from transformer import Transformer, stream
+from transformer import Transformer, TransformerConfig, stream
 from transformer.upcycle import upcycle
 
 PROGRAM = "sparse-transformers"
@@ -179,10 +180,11 @@ def upcycle_command(arguments: UpcycleArguments, console: Console) -> None:
             generator=torch.Generator().manual_seed(arguments.seed),
         )
         save_made(model, arguments.out, source=folder)
+    command = going_on(arguments.out, out="FOLDER", source=arguments.source, folder=folder, config=model.config)
     console.print(
         f"{dense.num_parameters():,} parameters -> {model.num_parameters():,}"
         f" ({model.num_parameters(active=True):,} active), saved in {arguments.out}; train on with:\n"
-        f"  {shlex.join([PROGRAM, 'train', 'CONFIG.toml', '--init', str(arguments.out), '--out', 'FOLDER'])}",
+        f"  {shlex.join(command)}",
         highlight=False,
     )
 
@@ -208,6 +210,17 @@ def run_config_of(source: Path, folder: Path) -> RunConfig | None:
         if file.is_file():
             return from_dict(RunConfig, read_record(file), where=str(file))
     return None
+
+
+def going_on(init: Path, *, out: Path | str, source: Path, folder: Path, config: TransformerConfig) -> list[str]:
+    """The command that trains the model in ``init`` on: with the config of the run that made its source, if there is
+    one, less the words of [model] that are no longer true of it."""
+    try:
+        run = run_config_of(source, folder)
+    except ValueError:  # a damaged record: what was made is whole
+        run = None
+    words = [] if run is None else undone(run.model, config)
+    return [PROGRAM, "train", "CONFIG.toml", "--init", str(init), "--out", str(out), *words]
 
 
 def _load(source: Path, device: str) -> tuple[Transformer, Path]:

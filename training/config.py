@@ -172,7 +172,8 @@ class RunConfig:
     """Seed of the weights, the order of the data, dropout and samples."""
     init: Path | None = None
     """Start from the model saved in this folder or run, or by Hugging Face transformers (its shape, weights and
-    tokenizer), instead of [model]."""
+    tokenizer). Of [model] it then takes pattern, selection and select_…, where they are not at their default; other
+    words are refused unless that model has them."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
@@ -255,6 +256,8 @@ def _check(config: RunConfig) -> None:
         raise ValueError("train.compile must be false for sparsify.method='variational', whose hooks it would skip")
     _check_optim(optim)
     check_upcycle(config.upcycle, config.init)
+    if config.model.select_warm_up and config.sparsify != SparsifyConfig():
+        raise ValueError("[sparsify] must be left out with model.select_warm_up, in which only the indexers learn")
     if config.init is None:
         # a layer that cannot be built is found before the corpus is read; its vocabulary changes nothing of that
         _check_routers(config, model_config(config.model, vocab_size=1, length=data.length))

@@ -16,6 +16,7 @@ from sparse_attn.selection.kmeans import KMeansRouting
 from sparse_attn.selection.sinkhorn import SinkhornSorting
 from training.data import Batch
 from training.step import StepOutput
+from training.warm_up import warming
 
 Pass = Callable[[Batch], StepOutput]
 
@@ -256,7 +257,10 @@ def balance_routers(model: nn.Module) -> None:
     """Let what counts in a forward pass use its counts after the optimiser step.
 
     Routers that balance by a bias move it, k-means attention moves its centroids, Sinkhorn sorting draws new noise.
+    While indexers warm up nothing moves.
     """
+    if warming(model):
+        return
     for module in model.modules():
         if isinstance(module, SigmoidRouter | KMeansRouting | SinkhornSorting):
             module.after_step()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -22,7 +22,7 @@ from pruning import Masks, save_compact
 from pruning.batches import Loss
 from pruning.weights import matrices
 from training.allocator import keep_freed_memory
-from training.commands import PROGRAM
+from training.commands import PROGRAM, going_on
 from training.conditions import conditions, device_name
 from training.durable import sync_folder, write_durably
 from training.folders import only_user
@@ -50,6 +50,7 @@ from training.prune_text import Quality, Texts, hash_of_model, quality, read_tex
 from training.prune_units import Scoring, budget_kinds, remove_again, remove_to_budget, remove_units
 from training.run import seed_everything
 from training.trainer import choose_device
+from transformer import Transformer
 
 NOT_OF_THE_RUN = ("model", "target", "out", "resume", "json")  # arguments that may differ when a run goes on
 MASKS, COMPACT, REPORT = "masks.safetensors", "compact", "report.html"
@@ -363,8 +364,10 @@ def _recovery(job: Job, weights: Weights | None) -> str | None:
     held, out = Masks.of(job.model), job.arguments.folder
     if not all(mask.any() for mask in matrices(held.kept).values() if mask.numel()):
         return None
-    command = [PROGRAM, "train", "CONFIG.toml", "--init", str(out), "--out",
-               str(out.with_name(f"{out.name}-recovered"))]  # fmt: skip
+    command = going_on(
+        out, out=out.with_name(f"{out.name}-recovered"), source=job.arguments.model, folder=job.source.folder,
+        config=cast(Transformer, job.model).config,
+    )  # fmt: skip
     return shlex.join(command + (_holding(job, held, weights) if held.zeros else []))
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -38,12 +38,16 @@ from training.model_config import model_config
 from training.parallel import Alone, Parallel
 from training.saved_model import open_model
 from training.sparsity import calibration_ids, make_pace, make_sparsifiers, masks_at_start
+from training.start_from import StartReport, attending
+from training.start_words import said
 from training.tokenizer import FILE_NAME as TOKENIZER
 from training.trainer import CHECKPOINTS, Outcome, Trainer, choose_device
 from training.upcycle_config import upcycled
+from training.warm_up import describe_warm_up, freeze_for_warm_up
 from transformer import Transformer
 
 CONFIG = "run.json"
+START = "start"  # what run.json says beside the config: what became of the model in 'init'
 NAMED = 3  # files left out that are named
 SEEDS_APART = 1_000_003  # between the seeds of two ranks
 
@@ -113,7 +117,8 @@ def _train(config: RunConfig, start: Start, *, parallel: Parallel, console: Cons
         point = together(found, parallel.gathered)
         require_alike("checkpoint", str(point), parallel.gathered)
         keep_freed_memory()
-        trainer = make_trainer(config, parallel=parallel)
+        starts: list[StartReport] = []
+        trainer = make_trainer(config, parallel=parallel, report=starts.append)
         require_alike("fingerprint of the data", trainer.data.fingerprint, parallel.gathered)
         if point is not None:
             trainer.resume(point)
@@ -122,15 +127,21 @@ def _train(config: RunConfig, start: Start, *, parallel: Parallel, console: Cons
         elif start.overwrite and first:
             remove_checkpoints(config.out / CHECKPOINTS)
         if first:
-            replace_durably(config.out / CONFIG, json.dumps(to_dict(config), indent=1).encode())
+            record = run_record(config) | ({START: starts[0].to_dict()} if starts else {})
+            replace_durably(config.out / CONFIG, json.dumps(record, indent=1).encode())
+        for start_report in starts if point is None else ():
+            console.print(start_report.lines(), highlight=False, markup=False, soft_wrap=True)
         console.print(describe(trainer), highlight=False)
         return trainer.run(console=console)
 
 
-def make_trainer(config: RunConfig, *, parallel: Parallel | None = None) -> Trainer:
+def make_trainer(
+    config: RunConfig, *, parallel: Parallel | None = None, report: Callable[[StartReport], None] | None = None
+) -> Trainer:
     """Everything that a run needs, at its first step; global generators are seeded.
 
     parallel: the processes that train the model together, each with generators of its own once the model is made.
+    report: hears what became of the model in ``config.init``, if there is one.
     """
     parallel = parallel or Alone()
     if config.train.threads is not None:
@@ -140,7 +151,8 @@ def make_trainer(config: RunConfig, *, parallel: Parallel | None = None) -> Trai
         data_config = _with_tokenizer_of(data_config, model_folder(config.init))
     data = load_data(data_config)
     seed_everything(config.seed)
-    model = make_model(config, vocab_size=data.tokenizer.vocab_size)
+    model = make_model(config, vocab_size=data.tokenizer.vocab_size, report=report)
+    freeze_for_warm_up(model)
     balance_hash_tables(model, data.train)
     model = model.to(choose_device(config.train.device))
     if config.train.dtype == "float64":
@@ -171,18 +183,27 @@ def make_trainer(config: RunConfig, *, parallel: Parallel | None = None) -> Trai
     return trainer
 
 
-def make_model(config: RunConfig, *, vocab_size: int) -> Transformer:
-    """A fresh model of the [model] section, or the one in ``config.init``, upcycled if [upcycle] says so.
+def make_model(
+    config: RunConfig, *, vocab_size: int, report: Callable[[StartReport], None] | None = None
+) -> Transformer:
+    """A fresh model of the [model] section, or the one in ``config.init``: it attends as [model] says
+    (:func:`training.start_from.attending`), and is upcycled if [upcycle] says so.
 
-    Raises: ValueError if the vocabulary or length of ``config.init`` does not fit the data, or it cannot be upcycled.
+    report: hears what became of the one in ``config.init``.
+    Raises: ValueError if the vocabulary or length of ``config.init`` does not fit the data, [model] has a word that
+    cannot be applied to it, or it cannot be upcycled.
     """
     if config.init is None:
         return Transformer(model_config(config.model, vocab_size=vocab_size, length=config.data.length))
-    model = open_model(model_folder(config.init))
+    folder = model_folder(config.init)
+    model = open_model(folder)
     if model.config.vocab_size < vocab_size:
         raise ValueError(f"{config.init} knows {model.config.vocab_size} tokens, the tokenizer has {vocab_size}")
     if model.config.max_length < config.data.length:
         raise ValueError(f"data.length must be at most {model.config.max_length} for {config.init}")
+    model, start = attending(model, config.model, folder=folder, seed=config.seed)
+    if report is not None:
+        report(start)
     return upcycled(model, config.upcycle, seed=config.seed)
 
 
@@ -253,6 +274,16 @@ def read_record(file: Path) -> dict[str, Any]:
             f"{file} is cut short or not JSON ({error}): remove it; train --resume writes it anew,"
             " other commands then need --corpus"
         ) from error
+    record.pop(START, None)
+    return record
+
+
+def run_record(config: RunConfig) -> dict[str, Any]:
+    """The config as run.json has it: of a run that starts from a model, [model] has only the words that counted."""
+    record = to_dict(config)
+    if config.init is not None:
+        counted = said(config.model).keys() | ({"layer"} if config.model.layer else set())
+        record["model"] = {word: value for word, value in record["model"].items() if word in counted}
     return record
 
 
@@ -263,7 +294,7 @@ def changes(config: RunConfig, file: Path) -> list[str]:
     """
     if not file.is_file():
         return []
-    old, new = flat(read_record(file)), flat(to_dict(config))
+    old, new = flat(read_record(file)), flat(run_record(config))
     names = [name for name in {**old, **new} if name != "train.stop_at"]
     return [f"{name} {old.get(name)} → {new.get(name)}" for name in names if old.get(name) != new.get(name)]
 
@@ -304,17 +335,21 @@ def seed_everything(seed: int) -> None:
 
 
 def describe(trainer: Trainer) -> str:
-    """What is about to run, in two lines, and one more if files were left out."""
+    """What is about to run, in two lines, and one more each for many processes, a warm-up and files left out."""
     model, data, precision = trainer.model, trainer.data, trainer.precision
     total, active = model.num_parameters(), model.num_parameters(active=True)
     tokens, skipped = len(data.train), _naming(data.skipped)
     precision_name = str(precision.dtype).removeprefix("torch.")
-    return trainer.parallel.describe() + (
-        f"{total:,} parameters ({active:,} active), {tokens:,} training tokens"
-        f" ({data.train_bytes / 2**20:.1f} MiB), {data.held_out_bytes / 2**20:.2f} MiB held out,"
-        f" vocabulary {data.tokenizer.vocab_size}\n{skipped}"
-        f"{trainer.device}, {torch.get_num_threads()} threads, matrix products in {precision_name}"
-        f" ({precision.reason}); step {trainer.step} of {trainer.train.steps}, into {trainer.out}"
+    return (
+        trainer.parallel.describe()
+        + describe_warm_up(trainer.model)
+        + (
+            f"{total:,} parameters ({active:,} active), {tokens:,} training tokens"
+            f" ({data.train_bytes / 2**20:.1f} MiB), {data.held_out_bytes / 2**20:.2f} MiB held out,"
+            f" vocabulary {data.tokenizer.vocab_size}\n{skipped}"
+            f"{trainer.device}, {torch.get_num_threads()} threads, matrix products in {precision_name}"
+            f" ({precision.reason}); step {trainer.step} of {trainer.train.steps}, into {trainer.out}"
+        )
     )
 
 

@@ -10,7 +10,7 @@ from transformer import Transformer, TransformerConfig
 MAY_CHANGE = frozenset(
     {"dropout", "head_dropout", "drop_connect", "path_dropout", "layer_drop", "layer_drop_rescale", "jitter",
      "bias_update", "second_expert", "sinkhorn_iterations", "sinkhorn_temperature", "auction_rounds", "auction_epsilon",
-     "execution", "warm_up", "error_k", "error_unified", "max_length", "allow_future"}
+     "execution", "error_k", "error_unified", "max_length", "allow_future"}
 )  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def check_same_model(folder: Path, model: Transformer) -> None:
         if there != here and name.rpartition(".")[2] not in MAY_CHANGE:
             raise ValueError(
                 f"{folder} is of another model: {name} is {there!r} there and {here!r} in this run: resume with the"
-                " [model] settings that made it, or start a new --out"
+                f" [model] settings that made it, or start a new --out (with --init {folder} to go on from its weights)"
             )
 
 

@@ -166,7 +166,8 @@ def accumulate(
         with nullcontext() if around is None else around(start + rows == size):
             with autocast or nullcontext():
                 output = forward(model, part, side=side) if run is None else run(part)
-            (output.loss * (output.targets / total)).backward()
+            if output.loss.requires_grad:  # not where a warm-up skipped every layer with an indexer
+                (output.loss * (output.targets / total)).backward()
         outputs.append(output)
     return _combined(outputs, total)
 

@@ -61,13 +61,17 @@ def test_what_is_of_training_alone_may_change(tmp_path: Path) -> None:
     noisy = dataclasses.replace(ATTENTION, head_dropout=0.1, drop_connect=0.1, dropout=0.1)
     model = Transformer(config(noisy, layer={"path_dropout": 0.1, "layer_drop": 0.1}, dropout=0.1, max_length=32))
     check_same_model(saved(tmp_path), model)
-    warming = dataclasses.replace(ATTENTION, selection=DSAConfig(4, warm_up=True))
-    sparse = dataclasses.replace(ATTENTION, selection=DSAConfig(4))
-    check_same_model(saved(tmp_path, attention=warming), Transformer(config(sparse)))
     jitter = MoEConfig(hidden=8, num_experts=4, k=1, router="switch", jitter=0.1)
     check_same_model(
         saved(tmp_path, experts=dataclasses.replace(jitter, jitter=0.3)), Transformer(config(experts=jitter))
     )
+
+
+def test_a_warm_up_is_another_model_as_its_optimiser_has_the_indexers_alone(tmp_path: Path) -> None:
+    warming = dataclasses.replace(ATTENTION, selection=DSAConfig(4, warm_up=True))
+    sparse = Transformer(config(dataclasses.replace(ATTENTION, selection=DSAConfig(4))))
+    with pytest.raises(ValueError, match=r"selection.warm_up is True there and False .*\(with --init .* to go on"):
+        check_same_model(saved(tmp_path, attention=warming), sparse)
 
 
 def test_every_setting_that_may_change_is_one() -> None:
