@@ -12,8 +12,13 @@ from sparse_attn.arrays import distinct, tensor
 from sparse_attn.patterns.bands import sliding_window
 from sparse_attn.patterns.base import Pattern, at_least, integers
 from sparse_attn.patterns.tokens import global_tokens
-from sparse_attn.reach import Positions, Reach, Reaches
+from sparse_attn.reach import Positions, Reach, Reaches, interval
 from sparse_attn.signature import Meeting, Sides, Signature, crossing
+
+# Choices of a row up to which each is compared with every key.
+SCANNED = 32
+# Draws that are worked on together.
+DRAWN = 1 << 20
 
 
 class _Blocks(Pattern):
@@ -37,6 +42,8 @@ class _Blocks(Pattern):
         )
         # -1 stands for no choice
         key_block = torch.where(key_block < 0, -2, key_block)
+        if seen.shape[1] > SCANNED:
+            return _listed(seen, place, key_block).expand(result.shape)
         for choice in seen.unbind(1):
             result |= choice[place] == key_block
         return result
@@ -55,8 +62,7 @@ class _Blocks(Pattern):
             found = [crossing(query_start, self.size, block), crossing(key_start, self.size, block)]
             columns = self._touched(key_start, key_start + block - 1)
             for row in self._touched(query_start, query_start + block - 1):
-                seen = self._row(row)
-                found += [((seen == column[:, None]) & (seen >= 0)).any(1).astype(np.int64) for column in columns]
+                found += self._shown(row, columns)
             return found
 
         return Signature(meeting=(Meeting(side, meet, by_piece=False),))
@@ -66,12 +72,18 @@ class _Blocks(Pattern):
         most = int((last // self.size - first // self.size).max()) + 1 if len(first) else 1
         return [first // self.size + shift for shift in range(most)]
 
-    def _row(self, row: Positions) -> Int[np.ndarray, "N C"]:
+    def _shown(self, row: Positions, columns: list[Positions]) -> list[Int[np.ndarray, "N"]]:
+        """1 where row[n] sees columns[m][n], for each m; 0 elsewhere."""
         if not len(row):
-            return self.chosen(row)
+            return columns
         least = int(row.min())
         values, place = distinct(row - least, int(row.max()) - least + 1)
-        return self.chosen(values + least)[place]
+        seen, span = self.chosen(values + least), max(int(column.max()) for column in columns) + 2
+        # each row's choices behind those of the row before; what is no choice, or lies behind all columns, comes last
+        inside = np.where((seen >= 0) & (seen < span), seen, span - 1)
+        listed = np.append(np.sort(inside + np.arange(len(values))[:, None] * span, 1).ravel(), -1)
+        codes = [place * span + column for column in columns]
+        return [(listed[np.searchsorted(listed[:-1], code)] == code).astype(np.int64) for code in codes]
 
 
 @dataclass(frozen=True)
@@ -102,26 +114,67 @@ class _RandomBlocks(_Blocks):
     length: int | None
 
     def chosen(self, row: Positions) -> Int[np.ndarray, "N C"]:
-        # the c-th choice is uniform over the blocks that the earlier ones left: sampling without replacement
+        open_blocks = self._open(row)
+        width = min(self.count, int(open_blocks.max(initial=0)))
+        every = np.arange(width)
+        found = np.where(every < open_blocks[:, None], every, -1)
+        (choosing,) = (open_blocks > width).nonzero()
+        step = max(1, DRAWN // max(1, width))
+        for part in np.split(choosing, range(step, len(choosing), step)):
+            # the c-th choice is uniform over the blocks that the earlier ones left: sampling without replacement
+            pick = _hashed(self.seed, row[part], width) % (open_blocks[part, None] - every)
+            found[part] = _without_replacement(pick)
+        return found
+
+    def reach(self, first: Positions, last: Positions, key_end: int) -> Reaches:
+        open_blocks = self._open(last // self.size)
+        if int(open_blocks.max(initial=0)) > self.count:
+            return super().reach(first, last, key_end)
+        return interval(np.zeros_like(last), open_blocks * self.size)
+
+    def _open(self, row: Positions) -> Positions:
+        """The blocks that a row draws from are those before this one."""
         open_blocks = row + 1 if self.length is None else np.full_like(row, -(-self.length // self.size))
-        open_blocks = np.where(row < 0, 0, open_blocks)
-        taken = np.empty((len(row), self.count), np.int64)
-        for draw in range(self.count):
-            left = open_blocks - draw
-            pick = _hashed(self.seed, row, draw) % np.maximum(left, 1)
-            for earlier in np.sort(taken[:, :draw], 1).T:
-                pick += (pick >= earlier) & (earlier >= 0)
-            taken[:, draw] = np.where(left > 0, pick, -1)
-        return taken
+        return np.where(row < 0, 0, open_blocks)
 
     def __str__(self) -> str:
         length = "" if self.length is None else f", {self.length}"
         return f"random_blocks({self.count}, {self.size}, {self.seed}{length})"
 
 
-def _hashed(seed: int, row: Positions, draw: int) -> Positions:
-    """63 bits from the finaliser of SplitMix64 (Steele et al. 2014): the same on every device and in every process."""
-    x = (row * 0x1000003 + draw) ^ (seed * 0x5851F42D4C957F2D + 0x14057B7EF767814F) % (1 << 62)
+def _without_replacement(pick: Int[np.ndarray, "N C"]) -> Int[np.ndarray, "N C"]:
+    """What is taken where the c-th draw takes number pick[n, c] of what the earlier ones left; ascending.
+
+    Draws are merged two by two, then four by four, …: to the later half, number k is number k + j of all, where j of
+    the earlier half lie at or before it. These are the elements s_i, ascending, with s_i - i <= k.
+    """
+    rows, width = pick.shape
+    none = (1 << 62) - 1
+    found = np.full((rows, 1 << max(width - 1, 0).bit_length(), 1), none)
+    found[:, :width, 0] = pick
+    while found.shape[1] > 1:
+        earlier, later = found[:, ::2], found[:, 1::2]
+        shifted = np.where(earlier == none, none, earlier - np.arange(earlier.shape[2]))
+        # of equal numbers the earlier half first
+        merged = np.sort(np.concatenate([shifted << 1, later << 1 | 1], 2), axis=2)
+        of_earlier = ~merged & 1
+        found = np.minimum((merged >> 1) + of_earlier.cumsum(2) - of_earlier, none)
+    return found[:, 0, :width]
+
+
+def _listed(seen: Int[Tensor, "R C"], place: Int[Tensor, "..."], key_block: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
+    """Whether seen[place] holds the key block, by searching: for many choices."""
+    keys, column = torch.unique(key_block, return_inverse=True)
+    found = torch.searchsorted(keys, seen).clamp(max=max(len(keys) - 1, 0))
+    code = torch.arange(len(seen), device=seen.device)[:, None] * len(keys) + found
+    listed = code[keys[found] == seen].sort().values if len(keys) else code.flatten()[:0]
+    return torch.isin(place * len(keys) + column, listed)
+
+
+def _hashed(seed: int, row: Positions, draws: int) -> Int[np.ndarray, "N C"]:
+    """63 bits for each row and draw, from the finaliser of SplitMix64 (Steele et al. 2014): the same on every device
+    and in every process."""
+    x = (row[:, None] * 0x1000003 + np.arange(draws)) ^ (seed * 0x5851F42D4C957F2D + 0x14057B7EF767814F) % (1 << 62)
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
         # an arithmetic shift would copy the sign
         x = (x ^ (x >> shift & (1 << (64 - shift)) - 1)) * factor

@@ -1,6 +1,7 @@
 import tracemalloc
 from functools import reduce
 from operator import or_
+from time import process_time
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from sparse_attn import (
     sinks,
     sliding_window,
 )
+from sparse_attn.patterns import blocks
 from tests.tolerances import close
 from tests.typecheck import unchecked
 
@@ -43,6 +45,68 @@ def test_with_a_length_the_draw_is_from_all_of_its_blocks(count, seed):
     seen = blocks_seen(random_blocks(count, 4, seed, 18), 5, 4, 9)
     assert [len(s) for s in seen] == [min(count, 5)] * 5
     assert all(max(s) < 5 for s in seen)
+
+
+def by_drawing(count: int, seed: int, row: int, blocks: int) -> list[int]:
+    """Draw by draw, from a list of what is left."""
+    left, found = list(range(blocks)), []
+    for draw in range(min(count, blocks)):
+        x = (row * 0x1000003 + draw) ^ (seed * 0x5851F42D4C957F2D + 0x14057B7EF767814F) % 2**62
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            x = (x ^ (x >> shift)) * factor % 2**64
+        found.append(left.pop(x % 2**63 % len(left)))
+    return sorted(found)
+
+
+@given(st.integers(1, 70), st.integers(0, 2**40), st.sampled_from([None, 1, 5, 64, 65, 200]), st.integers(1, 90))
+def test_the_draw_is_one_block_after_the_other(count, seed, length, drawn):
+    rows, before = np.arange(-2, 90), blocks.DRAWN
+    blocks.DRAWN = drawn
+    try:
+        chosen = random_blocks(count, 1, seed, length).chosen(rows)
+    finally:
+        blocks.DRAWN = before
+    for row, found in zip(rows.tolist(), chosen.tolist(), strict=True):
+        wanted = by_drawing(count, seed, row, 0 if row < 0 else length or row + 1)
+        assert sorted(c for c in found if c >= 0) == wanted
+
+
+def test_saved_models_keep_their_blocks():
+    pattern = random_blocks(3, 64, 5)
+    assert np.sort(pattern.chosen(np.array([2, 9, 400])), 1).tolist() == [[0, 1, 2], [0, 3, 5], [260, 358, 373]]
+
+
+@pytest.mark.parametrize("length", [None, 40])
+def test_more_than_there_is_to_draw_is_all_of_it_at_once(length):
+    pattern = random_blocks(10**12, 1, 0, length)
+    row, column = torch.arange(40)[:, None], torch.arange(40)
+    truth = (column <= row) if length is None else torch.ones(40, 40, dtype=torch.bool)
+    assert pattern.layout(40, block=8).to_mask().equal(truth)
+    assert pattern.visible(row, column).equal(truth)
+    assert pattern.visible_pairs(40) == int(truth.sum())
+
+
+def test_work_is_that_of_the_draws_and_not_of_their_pairs():
+    start = process_time()
+    chosen = random_blocks(4000, 1).chosen(np.array([9000]))
+    # 3 ms; a look at all earlier draws in each takes over 10 s
+    assert process_time() - start < 2
+    assert np.sort(chosen)[0].tolist() == by_drawing(4000, 0, 9000, 9001)
+
+
+@given(st.sampled_from([33, 40, 64, 100]), st.integers(1, 3), st.sampled_from([1, 5, 16]), st.integers(-9, 9))
+def test_of_many_choices_layouts_show_what_is_drawn(count, size, block, offset):
+    pattern = random_blocks(count, size, 3)
+    truth = torch.zeros(90, 80, dtype=torch.bool)
+    for query in range(max(0, -offset), 90):
+        row = (query + offset) // size
+        for column in by_drawing(count, 3, row, row + 1):
+            truth[query, column * size : (column + 1) * size] = True
+    positions = torch.arange(90)[:, None] + offset
+    assert pattern.visible(positions, torch.arange(80)).equal(truth)
+    assert pattern.visible(positions, torch.arange(-8, 80))[:, 8:].equal(truth)
+    assert pattern.layout(90, 80, block=block, offset=offset).to_mask().equal(truth)
+    assert pattern.visible(positions, torch.arange(0)).shape == (90, 0)
 
 
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(0, 9), st.sampled_from([1, 3, 4, 8, 16]), st.integers(-9, 9))
