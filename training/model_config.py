@@ -54,7 +54,9 @@ class ModelConfig:
     select_window: int = 128
     """Keys of the window beside the selected ones (nsa)."""
     select_stride: int = 16
-    """Keys from one compressed key to the next, each of which stands for twice as many (nsa)."""
+    """Keys from one compressed key to the next (nsa)."""
+    select_compress: int | None = None
+    """Keys that a compressed key stands for (nsa); None: twice select_stride."""
     select_heads: int = 4
     """Heads of the lightning indexer (dsa)."""
     select_dim: int = 32

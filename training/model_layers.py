@@ -121,10 +121,13 @@ def _nsa(model: "ModelConfig", _: int) -> NSAConfig:
     stride, block = model.select_stride, model.select_block
     at_least("select_stride", stride, 1)
     at_least("select_block", block, 1)
-    if 2 * stride > block:
-        raise ValueError(f"select_stride must be at most half of select_block={block}, got {stride}")
+    if model.select_compress is None and 2 * stride > block:
+        raise ValueError(
+            f"select_stride must be at most half of select_block={block} without select_compress, got {stride}"
+        )
+    compress = 2 * stride if model.select_compress is None else model.select_compress
     return NSAConfig(
-        2 * stride, stride, block, model.select_k, model.select_initial, model.select_local, model.select_window,
+        compress, stride, block, model.select_k, model.select_initial, model.select_local, model.select_window,
         model.select_hidden,
     )  # fmt: skip
 

@@ -37,7 +37,7 @@ SIZE_OWNERS: dict[str, Sequence[str]] = {
 SELECTION_OWNERS: dict[str, Sequence[str]] = {
     "select_block": ("moba", "nsa", "lsh", "kmeans", "sinkhorn"),
     "select_k": ("moba", "top_k", "nsa", "dsa"),
-    **dict.fromkeys(("select_window", "select_stride"), ("nsa",)),
+    **dict.fromkeys(("select_window", "select_stride", "select_compress"), ("nsa",)),
     **dict.fromkeys(("select_heads", "select_dim"), ("dsa",)),
     "select_buckets": ("lsh", "kmeans"),
     "select_rounds": ("lsh",),

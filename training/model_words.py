@@ -20,7 +20,7 @@ SELECTION_WORDS: Mapping[str, Mapping[str, str]] = {
     "moba": {"block": "select_block", "top_k": "select_k"},
     "top_k": {"k": "select_k"},
     "nsa": {"top_n": "select_k", "mlp_hidden": "select_hidden"}
-    | {name: f"select_{name}" for name in ("stride", "block", "initial", "local", "window")},
+    | {name: f"select_{name}" for name in ("compress", "stride", "block", "initial", "local", "window")},
     "dsa": {"top_k": "select_k", "heads": "select_heads", "head_dim": "select_dim", "rope_dim": "select_rope_dim"},
     "lsh": _BUCKETS | {"rounds": "select_rounds", "seed": "select_seed", "shared_qk": "select_shared_qk"},
     "kmeans": _BUCKETS | {"window": "select_block", "decay": "select_decay", "seed": "select_seed"}

@@ -45,6 +45,7 @@ def test_three_steps(name):
     ("kind", "words", "expected"),
     [
         ("nsa", {"initial": 2, "local": 3, "hidden": 9}, NSAConfig(32, 16, 64, 8, 2, 3, 128, 9)),
+        ("nsa", {"compress": 16}, NSAConfig(16, 16, 64, 8, 1, 2, 128)),
         ("dsa", {"warm_up": True, "rope_dim": 6}, DSAConfig(8, 4, 32, True, 6, 500.0)),
         ("dsa", {}, DSAConfig(8, 4, 32)),
         ("lsh", {"shared_qk": True, "seed": 5}, LSHConfig(8, 2, 64, 5, True)),
