@@ -88,16 +88,14 @@ def attention_words_applied(words: "ModelConfig", config: TransformerConfig) -> 
             patterns.append(None)
             continue
         with of_layer(index):
-            selection = _selection(layer.attention, own, config, warm_up=words.select_warm_up)
+            selection = _selection(layer.attention, own, config)
         placed = selection is not None and not isinstance(selection, Bounded) and "selection" in own
         selections.append(selection)
         patterns.append(own.get("pattern", "causal()" if placed else None))
     return _with_selections(with_pattern(_with_selections(config, [None] * len(config.layers)), patterns), selections)
 
 
-def _selection(
-    attention: AttentionConfig, own: dict[str, Any], config: TransformerConfig, *, warm_up: bool
-) -> SelectionConfig | None:
+def _selection(attention: AttentionConfig, own: dict[str, Any], config: TransformerConfig) -> SelectionConfig | None:
     had = attention.selection
     before = next((name for name, kind in SELECTIONS.items() if isinstance(had, kind)), "none")
     kind = own.get("selection", before)
@@ -108,7 +106,9 @@ def _selection(
         selection = _made(attention, kind, options, config)
         if kind == before and isinstance(had, DSAConfig) and isinstance(selection, DSAConfig) and had.rope_dim:
             selection = dataclasses.replace(selection, rope_theta=had.rope_theta)
-    return dataclasses.replace(selection, warm_up=warm_up) if isinstance(selection, DSAConfig) else selection
+    if isinstance(selection, DSAConfig):
+        return dataclasses.replace(selection, warm_up=own.get("select_warm_up", False))
+    return selection
 
 
 def _made(
