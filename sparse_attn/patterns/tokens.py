@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sparse_attn.arrays import clamp
+from sparse_attn.arrays import clamp, tensor
 from sparse_attn.patterns.bands import causal
 from sparse_attn.patterns.base import Pattern, at_least, integers
 from sparse_attn.reach import Comb, Positions, Reach, Reaches, everything, interval
@@ -40,11 +41,10 @@ class _GlobalTokens(Pattern):
     positions: tuple[int, ...]
 
     def visible(self, query_pos: Int[Tensor, "..."], key_pos: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
-        chosen = torch.tensor(self.positions, device=key_pos.device)
-        return torch.isin(query_pos, chosen) | torch.isin(key_pos, chosen)
+        return self._holds(query_pos) | self._holds(key_pos)
 
     def reach(self, first: Positions, last: Positions, key_end: int) -> Reaches:
-        chosen = np.array(self.positions)
+        chosen = self._chosen
         begins = np.append(True, np.diff(chosen) > 1)
         ends = np.append(begins[1:], True)
         columns = Comb(chosen[begins], chosen[ends] + 1, moves=False)
@@ -62,11 +62,20 @@ class _GlobalTokens(Pattern):
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
         if self.positions[-1] >= next_query:
             return torch.ones_like(key_pos, dtype=torch.bool)
-        return torch.isin(key_pos, torch.tensor(self.positions, device=key_pos.device))
+        return self._holds(key_pos)
+
+    @cached_property
+    def _chosen(self) -> Int[np.ndarray, "G"]:
+        return np.array(self.positions)
+
+    def _holds(self, position: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
+        """Whether each of these is a global position."""
+        chosen, position = tensor(self._chosen).to(position.device), position.long().contiguous()
+        return chosen[torch.searchsorted(chosen, position).clamp_(max=len(chosen) - 1)] == position
 
     def _held(self, start: Positions, stop: Positions) -> tuple[Positions, Positions]:
         """How many global positions lie in [start, stop), and which of them is the first there."""
-        chosen = np.array(self.positions)
+        chosen = self._chosen
         begin = np.searchsorted(chosen, start)
         return np.searchsorted(chosen, stop) - begin, begin
 
@@ -74,7 +83,7 @@ class _GlobalTokens(Pattern):
         """What tells apart blocks by the global positions that they hold: -1 for none, block for all, the place of a
         single one, and the block itself where there are several."""
         held, begin = self._held(start, start + block)
-        place = np.array(self.positions)[np.minimum(begin, len(self.positions) - 1)] - start
+        place = self._chosen[np.minimum(begin, len(self.positions) - 1)] - start
         several = np.where(held == block, block, 2 * block + start)
         return np.where(held == 0, -1, np.where(held == 1, place, several))
 

@@ -4,12 +4,13 @@ import tracemalloc
 from contextlib import contextmanager
 from unittest.mock import Mock, patch
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_attn import candidates, causal, documents, layout, parse_pattern
+from sparse_attn import candidates, causal, documents, global_tokens, layout, parse_pattern, sliding_window
 from sparse_attn.arrays import starts
 from tests.sparse_attn.expressions import cases
 
@@ -110,3 +111,25 @@ def test_many_short_documents_take_work_by_their_blocks():
         found = pattern.layout(199_997)
     assert found_ends.call_count <= 2
     assert found.visited_blocks == 2 * 3125 - 1 - sum(64 * k % 7 == 0 for k in range(1, 3125))
+
+
+@given(st.sets(st.integers(0, 90), min_size=1, max_size=30), AWKWARD, st.sampled_from([3, 8, 16]), st.integers(-20, 20))
+def test_scattered_global_tokens(positions, length, block, offset):
+    pattern = causal() & (global_tokens(positions) | sliding_window(3))
+    check(pattern, length, length, block, offset, 0)
+    query, key = torch.arange(length, dtype=torch.int32)[:, None], torch.arange(length, dtype=torch.int32)
+    rows = torch.tensor(sorted(positions))
+    held = (query[..., None] == rows).any(-1) | (key[..., None] == rows).any(-1) | ((query - key).abs() < 3)
+    assert pattern.visible(query, key).equal(held & (key <= query))
+
+
+def test_many_global_tokens_are_made_a_tensor_once_and_not_for_every_few_blocks():
+    pattern = causal() & (sliding_window(256) | global_tokens(range(0, 60_000, 37)))
+    with (
+        patch("torch.tensor", Mock(wraps=torch.tensor)) as made,
+        patch("numpy.array", Mock(wraps=numpy.array)) as listed,
+    ):
+        found = pattern.layout(2_000)
+    assert found.visible_pairs() == int(pattern.visible(torch.arange(2_000)[:, None], torch.arange(2_000)).sum())
+    assert made.call_count == 0
+    assert sum(call.args[0] is pattern.parts[1].parts[1].positions for call in listed.call_args_list) <= 1
