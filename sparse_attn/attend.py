@@ -17,7 +17,7 @@ from sparse_attn.backends.reference import reference
 from sparse_attn.backends.scoring import Scoring
 from sparse_attn.backends.sdpa import sdpa_masked, sdpa_unmasked
 from sparse_attn.backends.triton import triton_attend
-from sparse_attn.checking import check_options, check_tensors
+from sparse_attn.checking import check_options, check_tensor, check_tensors
 from sparse_attn.heads import over_heads
 from sparse_attn.layout import BlockLayout
 from sparse_attn.patterns import Pattern, PerHead, causal, full, per_head
@@ -215,15 +215,9 @@ def _by_pattern(
         if name == "flex":
             layout = _layout(pattern, q_len, kv_len, place, FLEX_BLOCK) if call.layout is None else call.layout
             return flex_attend(
-                q,
-                k,
-                v,
-                layout,
-                scoring=scoring,
-                key_mask=call.key_mask,
-                dropout=call.dropout,
+                q, k, v, layout, scoring=scoring, key_mask=call.key_mask, dropout=call.dropout,
                 return_lse=call.return_lse,
-            )
+            )  # fmt: skip
         if name == "triton":
             layout = _plan(pattern, q_len, kv_len, place).layout if call.layout is None else call.layout
             return triton_attend(q, k, v, layout, scale=scoring.scale, key_mask=call.key_mask, dropout=call.dropout)
@@ -393,6 +387,8 @@ def _mask(pattern: Pattern, q_len: int, kv_len: int, device: torch.device, call:
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
     """As torch's own attention does: lower precision under autocast, float64 left alone."""
+    for name, given in zip("qkv", tensors, strict=True):
+        check_tensor(name, given)
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return list(tensors)

@@ -32,3 +32,10 @@ def test_a_selection_names_what_is_no_tensor():
     for keys, message in (([1.0], "k must be a tensor, got list"), (None, "k must be a tensor, got NoneType")):
         with unchecked(), pytest.raises(ValueError, match=message):
             DSA(6, top_k=2)(q, keys, q, hidden=hidden)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_queries_keys_and_values_are_tensors(name):
+    q = torch.randn(1, 2, 4, 8)
+    with unchecked(), pytest.raises(ValueError, match=f"{name} must be a tensor, got NoneType"):
+        attend(**({"q": q, "k": q, "v": q} | {name: None}))
