@@ -11,7 +11,7 @@ import torch
 from training.model_layers import attention_of
 from training.model_owners import SELECTION_OWNERS
 from training.model_words import SELECTION_WORDS, of_layer
-from training.start_words import attends, check_words, said, said_of_layer
+from training.start_words import attends, check_words, other_sizes, said, said_of_layer
 from transformer import (
     AttentionConfig,
     DSAConfig,
@@ -31,12 +31,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class StartReport:
     """What became of the model in ``folder``. attention: of each layer, None where it is pruned away. fresh: tensors
-    that start anew; left_out: trained ones that nothing reads any more."""
+    that start anew; left_out: trained ones that nothing reads any more. sizes: those of [model] that do not hold."""
 
     folder: Path
     attention: tuple[dict[str, Any] | None, ...]
     fresh: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    sizes: str = ""
 
     def lines(self) -> str:
         """For the console."""
@@ -46,6 +47,7 @@ class StartReport:
                 ways.setdefault(_told(way), []).append(str(index))
         found = [f"start from {self.folder}"]
         found += [f"  {_count('layer', at)} {', '.join(at)}: {way}" for way, at in ways.items()]
+        found += [f"  its own sizes hold: [model] says {self.sizes}"] if self.sizes else []
         found += [f"  new weights in {names}" for names in _by_layer(self.fresh)]
         found += [f"  trained weights left out of {names}" for names in _by_layer(self.left_out)]
         return "\n".join(found)
@@ -57,6 +59,7 @@ class StartReport:
             "attention": list(self.attention),
             "new_weights": list(self.fresh),
             "left_out": list(self.left_out),
+            "other_sizes": self.sizes,
         }
 
 
@@ -74,7 +77,7 @@ def attending(model: Transformer, words: "ModelConfig", *, folder: Path, seed: i
     made, fresh, left_out = _remade(model, config, seed)
     ways = [layer.get("attention") for layer in config.to_dict()["layers"]]
     shown = tuple(way and {name: way[name] for name in ("pattern", "selection")} for way in ways)
-    return made, StartReport(folder, shown, tuple(fresh), tuple(left_out))
+    return made, StartReport(folder, shown, tuple(fresh), tuple(left_out), other_sizes(words, model.config))
 
 
 def attention_words_applied(words: "ModelConfig", config: TransformerConfig) -> TransformerConfig:

@@ -10,6 +10,8 @@ from transformer import TransformerConfig
 if TYPE_CHECKING:
     from training.model_config import ModelConfig
 
+# what pruning and upcycling change: the trained model's own sizes hold, and the start says so
+SIZES = ("layers", "heads", "kv_heads", "hidden", "shared_hidden", "num_experts", "k")
 OF_MODEL = ("dim", "rope_theta", "norm_eps", "tied", "dropout", "max_length")
 OF_ATTENTION = {word: word for word in ("head_dim", "softcap", "alibi", "head_dropout")} | {
     word: field for field, word in ATTENTION_WORDS.items() if not word.startswith("select_")
@@ -39,7 +41,7 @@ def attends(word: str) -> bool:
 def check_words(model: "ModelConfig", config: TransformerConfig, init: object) -> None:
     """config: of the model in ``init``.
 
-    Raises: ValueError with the words that are neither of attention nor what that model has, and what to do.
+    Raises: ValueError with the words that are neither of attention nor sizes nor what that model has, and what to do.
     """
     count = len(config.layers)
     at = [layer.at for layer in model.layer]
@@ -48,17 +50,26 @@ def check_words(model: "ModelConfig", config: TransformerConfig, init: object) -
             raise ValueError(f"model.layer.at must be in [0, layers={count}) of {init}, got {index}")
         if at.count(index) > 1:
             raise ValueError(f"model.layer.at must name each layer once, got {index} twice: put both into one")
-    wrong = _wrong(model, config)
+    wrong = {word: pairs for word, pairs in _wrong(model, config).items() if word not in SIZES}
     if wrong:
-        told = "; ".join(
-            f"{word}={_list(pairs, 0, model, word)} where it has {_list(pairs, 1, model, word)}"
-            for word, pairs in wrong.items()
-        )
+        told = _told(wrong, model)
         flags = " ".join(undone(model, config))
         raise ValueError(
             f"{init} gives the model, from which [model] may differ in pattern, selection and select_… alone,"
             f" got {told}: leave that out" + (f", or add {flags}" if flags else "")
         )
+
+
+def other_sizes(model: "ModelConfig", config: TransformerConfig) -> str:
+    """The sizes of [model] that the model in init has otherwise, which hold; empty where there are none."""
+    return _told({word: pairs for word, pairs in _wrong(model, config).items() if word in SIZES}, model)
+
+
+def _told(wrong: dict[str, list[tuple[Any, Any]]], model: "ModelConfig") -> str:
+    return "; ".join(
+        f"{word}={_list(pairs, 0, model, word)} where it has {_list(pairs, 1, model, word)}"
+        for word, pairs in wrong.items()
+    )
 
 
 def undone(model: "ModelConfig", config: TransformerConfig) -> list[str]:

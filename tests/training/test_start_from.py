@@ -126,10 +126,7 @@ def test_layers_have_words_of_their_own_and_another_seed_draws_anew(tmp_path: Pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"hidden": 25}, "got hidden=25 where it has 24: leave that out, or add --model.hidden 256$"),
-        ({"dim": 32, "heads": 8}, "got dim=32 where it has 16; heads=8 where it has 2: .*m 256 --model.heads"),
-        ({"layers": 3}, "got layers=3 where it has 2"),
-        ({"kv_heads": 1}, "got kv_heads=1 where it has 2: .* --model.kv-heads None"),
+        ({"dim": 32, "alibi": True}, "got dim=32 where it has 16; alibi=True where it has False: .*m 256 --model.no-a"),
         ({"alibi": True}, "got alibi=True where it has False: .* --model.no-alibi"),
         ({"softcap": 3.0}, "got softcap=3.0 where it has 0.0"),
         ({"attention_dropout": 0.1}, "got attention_dropout=0.1 where it has 0.0"),
@@ -145,7 +142,6 @@ def test_layers_have_words_of_their_own_and_another_seed_draws_anew(tmp_path: Pa
         ({"rope_theta": 5.0}, "got rope_theta=5.0 where it has 10000.0"),
         ({"tied": False}, "got tied=False where it has True: .* --model.tied"),
         ({"max_length": 64}, "got max_length=64 where it has 32"),
-        ({"layer": (LayerOverride(1, hidden=8),)}, "got hidden=8 where it has 24: leave that out$"),
         ({"layer": (LayerOverride(2, pattern=WINDOW),)}, r"model.layer.at must be in \[0, layers=2\) of .*, got 2"),
         ({"layer": (LayerOverride(1), LayerOverride(1))}, "model.layer.at must name each layer once, got 1 twice"),
         ({"select_k": 3}, "model.select_k belongs to selection moba or top_k or nsa or dsa, got select_k=3 with none"),
@@ -158,6 +154,26 @@ def test_what_cannot_be_applied_is_refused_by_name(tmp_path: Path, words: dict[s
     saved(tmp_path)
     with pytest.raises(ValueError, match=message):
         started(tmp_path / "trained", **words)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ({"hidden": 25}, "hidden=25 where it has 24"),
+        ({"layers": 3, "heads": 8}, "layers=3 where it has 2; heads=8 where it has 2"),
+        ({"kv_heads": 1}, "kv_heads=1 where it has 2"),
+        ({"layer": (LayerOverride(1, hidden=8),)}, "hidden=8 where it has 24"),
+        ({}, ""),
+    ],
+)
+def test_the_sizes_of_the_trained_model_hold_as_pruning_left_them(
+    tmp_path: Path, words: dict[str, Any], told: str
+) -> None:
+    saved(tmp_path)
+    model, report = started(tmp_path / "trained", **words)
+    assert model.config == Transformer.from_pretrained(tmp_path / "trained").config
+    assert report.sizes == told == report.to_dict()["other_sizes"]
+    assert ("its own sizes hold" in report.lines()) == bool(told) and told in report.lines()
 
 
 def test_words_that_the_model_has_are_no_contradiction(tmp_path: Path) -> None:
