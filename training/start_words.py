@@ -50,9 +50,9 @@ def check_words(model: "ModelConfig", config: TransformerConfig, init: object) -
             raise ValueError(f"model.layer.at must be in [0, layers={count}) of {init}, got {index}")
         if at.count(index) > 1:
             raise ValueError(f"model.layer.at must name each layer once, got {index} twice: put both into one")
-    wrong = {word: pairs for word, pairs in _wrong(model, config).items() if word not in SIZES}
-    if wrong:
-        told = _told(wrong, model)
+    refused = _refused(model, config)
+    if refused:
+        told = _told(refused, model)
         flags = " ".join(undone(model, config))
         raise ValueError(
             f"{init} gives the model, from which [model] may differ in pattern, selection and select_… alone,"
@@ -74,9 +74,13 @@ def _told(wrong: dict[str, list[tuple[Any, Any]]], model: "ModelConfig") -> str:
 
 def undone(model: "ModelConfig", config: TransformerConfig) -> list[str]:
     """The arguments of `train` that leave out the words of [model] that :func:`check_words` would refuse."""
-    wrong, base = _wrong(model, config), said(model)
-    fields = [field for field in dataclasses.fields(model) if field.name in wrong and field.name in base]
+    refused, base = _refused(model, config), said(model)
+    fields = [field for field in dataclasses.fields(model) if field.name in refused and field.name in base]
     return [part for field in fields for part in _flag(field.name, field.default)]
+
+
+def _refused(model: "ModelConfig", config: TransformerConfig) -> dict[str, list[tuple[Any, Any]]]:
+    return {word: pairs for word, pairs in _wrong(model, config).items() if word not in SIZES}
 
 
 def _wrong(model: "ModelConfig", config: TransformerConfig) -> dict[str, list[tuple[Any, Any]]]:
