@@ -1,8 +1,9 @@
 """The attention guide's tables and pictures, computed from the patterns themselves and from records, never typed.
 
 ``python -m benchmarks.attention_page --collect`` first copies the newest records of long documents from runs/; recall's
-are written by ``python examples/recall.py --record benchmarks/records/recall.jsonl``, and those of layouts are copied
-from runs/layouts.jsonl after ``python -m benchmarks.bench_layouts``.
+are written by ``python examples/recall.py --record benchmarks/records/recall.jsonl``, those of layouts are copied from
+runs/layouts.jsonl after ``python -m benchmarks.bench_layouts``, and hf-attention.jsonl holds the rows that
+``python -m benchmarks.bench_hf_attention`` left in runs/benchmarks.jsonl.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.attention_pictures import pattern_picture, recall_picture
-from benchmarks.readme_tables import RECORDS, ROOT, Line, machine, read, table
+from benchmarks.readme_tables import RECORDS, ROOT, Line, machine, read, speed, table
 from sparse_attn import causal, parse_pattern
 from transformer.layer_config import AttentionConfig
 from transformer.selection_config import (
@@ -29,8 +30,9 @@ from transformer.selection_cost import selection_flops
 
 PAGE = ROOT / "docs" / "guides" / "attention.md"
 PICTURES = ROOT / "docs" / "guides" / "attention"
-RECALL, LONG, SPEEDS, CHOICES, LAYOUTS = (
-    RECORDS / f"{name}.jsonl" for name in ("recall", "long-documents", "patterns", "selections", "layouts")
+RECALL, LONG, SPEEDS, CHOICES, LAYOUTS, LAYERS = (
+    RECORDS / f"{name}.jsonl"
+    for name in ("recall", "long-documents", "patterns", "selections", "layouts", "hf-attention")
 )
 SIDE, LENGTH, HEADS, HEAD_DIM = 48, 4096, 4, 64
 
@@ -178,6 +180,11 @@ def _speeds(found: list[Line]) -> str:
     return table(head, rows) + f"\n\n{_made(found[0])}"
 
 
+def layers(lines: list[Line]) -> str:
+    """Whole self-attentions beside Hugging Face's."""
+    return speed([line for line in lines if line["name"].startswith("layer_")])
+
+
 def selection_speeds(lines: list[Line]) -> str:
     """What choosing and attending take, as a share of causal SDPA's time."""
     found = [line for line in lines if line["name"].startswith("selection_")]
@@ -256,6 +263,7 @@ TABLES: dict[str, Callable[[list[Line]], str]] = {
     "patterns": patterns,
     "layouts": layouts,
     "speeds": speeds,
+    "layers": layers,
     "selections": selections,
     "selection_speeds": selection_speeds,
     "recall": recall,
@@ -287,7 +295,7 @@ def pictures(lines: list[Line]) -> dict[str, str]:
 
 def records() -> list[Line]:
     """The committed records that the page is made from."""
-    return [*read(RECALL), *read(LONG), *read(SPEEDS), *read(CHOICES), *read(LAYOUTS)]
+    return [*read(RECALL), *read(LONG), *read(SPEEDS), *read(CHOICES), *read(LAYOUTS), *read(LAYERS)]
 
 
 def collect() -> None:
