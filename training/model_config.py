@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
+from moe.checks import at_least, below_one, positive
 from moe.column_products import Execution
 from moe.depth import Weighting
 from moe.dispatch import Priority
@@ -15,7 +16,6 @@ from training.model_layers import attention_of, feedforward_of
 from training.model_owners import check_owners
 from training.model_words import DEPTH_WORDS, in_words, of_layer
 from transformer import DepthConfig, LayerConfig, TransformerConfig
-from transformer.checks import above_zero, at_least, check_rate
 
 
 @dataclass(frozen=True)
@@ -268,5 +268,5 @@ def _check_numbers(model: ModelConfig) -> None:
     for name in ("dim", "layers"):
         at_least(f"model.{name}", getattr(model, name), 1)
     for name in ("rope_theta", "norm_eps"):
-        above_zero(f"model.{name}", getattr(model, name))
-    check_rate("model.path_dropout", model.path_dropout)
+        positive(f"model.{name}", getattr(model, name))
+    below_one("model.path_dropout", model.path_dropout)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from moe import AttentionThresholds
+from moe.checks import at_least, positive
 from training.layer_override import FeedForwardName, SelectionName
 from training.model_owners import owned_by_router
 from training.model_words import ATTENTION_WORDS, FEEDFORWARD_WORDS, SELECTION_WORDS, in_words
@@ -26,7 +27,6 @@ from transformer import (
     ThresholdedConfig,
     TopKKeysConfig,
 )
-from transformer.checks import above_zero, at_least
 
 if TYPE_CHECKING:
     from training.model_config import ModelConfig
@@ -78,7 +78,7 @@ def feedforward_of(model: "ModelConfig") -> FeedForwardConfig:
 
 
 def _moe(model: "ModelConfig") -> MoEConfig:
-    above_zero("route_scale", model.route_scale)
+    positive("route_scale", model.route_scale)
     if not 0 <= model.bias_update < math.inf:
         raise ValueError(f"bias_update must be a finite number >= 0, got {model.bias_update}")
     return MoEConfig(

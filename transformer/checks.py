@@ -1,7 +1,6 @@
 """What the config records ask of their fields."""
 
 import dataclasses
-import math
 import types
 import typing
 from typing import Any
@@ -22,27 +21,3 @@ def _check_type(name: str, value: object, declared: Any) -> None:
     fits = isinstance(value, plain) or (float in plain and isinstance(value, int))
     if not fits or (isinstance(value, bool) and bool not in plain):
         raise ValueError(f"{name} must be {' or '.join(t.__name__ for t in plain)}, got {value!r}")
-
-
-def at_least(name: str, value: int, bound: int) -> None:
-    """Raises: ValueError if value < bound."""
-    if value < bound:
-        raise ValueError(f"{name} must be >= {bound}, got {value}")
-
-
-def above_zero(name: str, value: float) -> None:
-    """Raises: ValueError unless value is a finite number > 0."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a finite number > 0, got {value}")
-
-
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises: ValueError listing the allowed values if value is none of them."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def check_rate(name: str, value: float) -> None:
-    """Raises: ValueError if value is no rate of dropping, in [0, 1)."""
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {value}")

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moe import AttentionThresholds, Thresholds
+from moe.checks import at_least, below_one
 from sparse_attn import parse_pattern
-from transformer.checks import at_least, check_fields, check_rate
+from transformer.checks import check_fields
 from transformer.feedforward_config import (
     DenseConfig,
     FeedForwardConfig,
@@ -61,7 +62,7 @@ class TransformerConfig:
             at_least(name, getattr(self, name), 1)
         if not (self.rope_theta > 0 and self.norm_eps > 0):
             raise ValueError(f"rope_theta and norm_eps must be > 0, got {self.rope_theta} and {self.norm_eps}")
-        check_rate("dropout", self.dropout)
+        below_one("dropout", self.dropout)
         _check_pools(self.layers)
         for index, layer in enumerate(self.layers):
             if self.causal and layer.attention and not parse_pattern(layer.attention.pattern).is_causal:

@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 
 from moe import Thresholds
+from moe.checks import at_least, below_one, one_of, positive
 from moe.thresholded import GATED
-from transformer.checks import above_zero, at_least, check_fields, check_rate, one_of
+from transformer.checks import check_fields
 
 ACTIVATIONS = ("swiglu", "gelu", "relu", "silu", "relu2")
 ROUTERS = ("top_k", "switch", "noisy_top_k", "top_2", "sigmoid", "expert_choice", "hash", "sinkhorn", "base")
@@ -45,7 +46,7 @@ class DenseConfig:
             at_least("error_k", self.error_k, 1)
         elif self.error_unified:
             raise ValueError("error_unified needs error_k, the number of errors that are kept, got error_k=None")
-        check_rate("drop_connect", self.drop_connect)
+        below_one("drop_connect", self.drop_connect)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class MoEConfig:
         for name in ("sinkhorn_iterations", "auction_rounds"):
             at_least(name, getattr(self, name), 1)
         for name in ("route_scale", "sinkhorn_temperature", "auction_epsilon"):
-            above_zero(name, getattr(self, name))
+            positive(name, getattr(self, name))
         at_least("shared_hidden", self.shared_hidden, 0)
         one_of("activation", self.activation, ACTIVATIONS)
         one_of("router", self.router, ROUTERS)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from moe import AttentionThresholds
+from moe.checks import at_least, below_one, one_of
 from sparse_attn import Pattern, PerHead, alibi_slopes, causal, full, parse_pattern
-from transformer.checks import at_least, check_fields, check_rate, one_of
+from transformer.checks import check_fields
 from transformer.feedforward_config import FeedForwardConfig
 from transformer.selection_config import SELECTIONS, Bounded, DSAConfig, SelectionConfig, SharedQK, SinkhornConfig
 
@@ -64,9 +65,9 @@ class AttentionConfig:
         if self.head_dim % 2 and not self.alibi:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
         one_of("qk_norm", self.qk_norm, QK_NORMS)
-        check_rate("head_dropout", self.head_dropout)
-        check_rate("drop_connect", self.drop_connect)
-        check_rate("dropout", self.dropout)
+        below_one("head_dropout", self.head_dropout)
+        below_one("drop_connect", self.drop_connect)
+        below_one("dropout", self.dropout)
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"softcap must be None or a finite number > 0, got {self.softcap}")
         self._check_slopes()
@@ -158,8 +159,8 @@ class LayerConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_rate("path_dropout", self.path_dropout)
-        check_rate("layer_drop", self.layer_drop)
+        below_one("path_dropout", self.path_dropout)
+        below_one("layer_drop", self.layer_drop)
         if self.layer_drop_rescale and not self.layer_drop:
             raise ValueError("layer_drop_rescale needs a layer_drop > 0, got layer_drop=0.0")
         if self.depth is not None and self.attention is not None and self.attention.selection is not None:

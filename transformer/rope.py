@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer.checks import at_least, check_fields, one_of
+from moe.checks import at_least, one_of
+from transformer.checks import check_fields
 
 KINDS = ("linear", "llama3")
 

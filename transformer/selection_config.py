@@ -6,8 +6,9 @@ those of :mod:`sparse_attn.selection`, which hold the formulas and say where the
 
 from dataclasses import dataclass
 
+from moe.checks import at_least
 from sparse_attn.selection.compressed import Geometry
-from transformer.checks import at_least, check_fields
+from transformer.checks import check_fields
 
 
 @dataclass(frozen=True)
