@@ -83,7 +83,7 @@ def expert_mixture(
     elif any(x.dtype != tensor.dtype for tensor in held):
         raise ValueError(f"x must have the dtype of the expert weights, {up.dtype}, outside autocast, got {x.dtype}")
     if transformed():
-        return plain_mixture(x, token, expert, weight, up, down, activation, up_bias, down_bias)
+        return plain_mixture(x, token, expert, weight, held, activation)
     if few_without_graph(x, weight, *held):
         return mix_few_tokens(
             x, token, expert, weight, up, down, activation, up_bias, down_bias, compiled=compiled

@@ -1,7 +1,7 @@
 """Which neurons a token will use, told before they are computed: labels, training and recall of small predictors."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -158,13 +158,22 @@ def foresight(
     thresholds: Mapping[str, Thresholds],
 ) -> Foresight:
     """How well predictors tell the active neurons of these rows; options as of :func:`train_predictors`."""
-    found = predicted = active = neurons = 0
-    for name, site in _sites(model, inputs, thresholds).items():
-        wanted = active_neurons(site, inputs[name], method=method, thresholds=thresholds[name])
-        guess = predictors[name].active(inputs[name])
-        found += int((guess & wanted).sum())
-        predicted, active, neurons = predicted + int(guess.sum()), active + int(wanted.sum()), neurons + wanted.numel()
-    return Foresight(found / max(active, 1), predicted / neurons, active / neurons)
+    return foreseen(
+        (
+            predictors[name].active(inputs[name]),
+            active_neurons(site, inputs[name], method=method, thresholds=thresholds[name]),
+        )
+        for name, site in _sites(model, inputs, thresholds).items()
+    )
+
+
+def foreseen(layers: Iterable[tuple[Bool[Tensor, "_ _"], Bool[Tensor, "_ _"]]]) -> Foresight:
+    """What was told and what was wanted, layer by layer, in one figure each."""
+    found = told = active = neurons = 0
+    for guess, wanted in layers:
+        found, told = found + int((guess & wanted).sum()), told + int(guess.sum())
+        active, neurons = active + int(wanted.sum()), neurons + wanted.numel()
+    return Foresight(found / max(active, 1), told / neurons, active / neurons)
 
 
 def _sites(

@@ -17,22 +17,21 @@ def plain_mixture(
     token: Int[Tensor, "N"],
     expert: Int[Tensor, "N"],
     weight: Float[Tensor, "N"],
-    up: Float[Tensor, "E D A"],
-    down: Float[Tensor, "E D F"],
+    experts: tuple[Tensor, ...],
     activation: Activation,
-    up_bias: Float[Tensor, "E A"] | None = None,
-    down_bias: Float[Tensor, "E D"] | None = None,
 ) -> Float[Tensor, "T D"]:
     """:func:`moe.grouped.expert_mixture`, expert by expert, differentiable any number of times in either mode.
 
-    It keeps every product for the backward pass, several times the memory.
+    experts: up, down and, where there are biases, both. It keeps every product for the backward pass, several times the
+    memory.
     """
     y = torch.zeros_like(x)
     for e in expert.unique().tolist():
+        up, down, *biases = (tensor[e].to(x.dtype) for tensor in experts)
         mine = (expert == e).nonzero()[:, 0]
-        hidden = x[token[mine]] @ up[e].to(x.dtype)
-        hidden = activate(hidden if up_bias is None else hidden + up_bias[e].to(x.dtype), activation)
-        out = hidden @ down[e].to(x.dtype).mT
-        out = out if down_bias is None else out + down_bias[e].to(x.dtype)
+        hidden = x[token[mine]] @ up
+        hidden = activate(hidden + biases[0] if biases else hidden, activation)
+        out = hidden @ down.mT
+        out = out + biases[1] if biases else out
         y = y.index_add(0, token[mine], weight[mine, None].to(x.dtype) * out)
     return y

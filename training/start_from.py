@@ -188,7 +188,7 @@ def _remade(model: Transformer, config: TransformerConfig, seed: int) -> tuple[T
             parameter.data = parameter.to(model.embedding.weight.dtype)
         tensors |= {name: tensor for name, tensor in drawn.state_dict().items() if name in fresh}
     made.load_state_dict({name: tensors[name] for name in wanted}, assign=True)
-    return made.requires_grad_(True).train(model.training), fresh, [name for name in tensors if name not in wanted]
+    return made.train(model.training), fresh, [name for name in tensors if name not in wanted]
 
 
 def _starts_anew(old: SelectionConfig | None, new: SelectionConfig | None) -> bool:

@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moe import ActivePredictor, Foresight, ThresholdedFeedForward
-from moe.predictor import train_predictor
+from moe.predictor import foreseen, train_predictor
 from moe.recorded import recorded_inputs
 from moe.thresholded import activate_gate, activate_up
 from transformer.feedforward_config import ThresholdedConfig
@@ -56,13 +56,8 @@ def own_foresight(model: Transformer, batches: Iterable[Any], *, rows: int = 102
 
     The inputs are those in the model without predictors. Raises: ValueError for a model without predictors.
     """
-    found = predicted = active = neurons = 0
-    for at, (layer, x) in _with_inputs(_untold(model), batches, rows, None).items():
-        predictor = model.get_submodule(f"layers.{at}.feedforward.predictor")
-        wanted, guess = kept_neurons(layer, x), predictor.active(x)  # type: ignore[operator]
-        found += int((guess & wanted).sum())
-        predicted, active, neurons = predicted + int(guess.sum()), active + int(wanted.sum()), neurons + wanted.numel()
-    return Foresight(found / max(active, 1), predicted / neurons, active / neurons)
+    layers = _with_inputs(_untold(model), batches, rows, None)
+    return foreseen((_predictor(model, at).active(x), kept_neurons(layer, x)) for at, (layer, x) in layers.items())
 
 
 @torch.no_grad()
@@ -72,6 +67,10 @@ def kept_neurons(layer: ThresholdedFeedForward, x: Float[Tensor, "T D"]) -> Bool
     if layer.gate is not None:
         h = layer.opened(activate_gate(layer.gate(x), layer.activation)) * h
     return layer.keep(h) != 0
+
+
+def _predictor(model: Transformer, at: int) -> ActivePredictor:
+    return cast(ActivePredictor, model.get_submodule(f"layers.{at}.feedforward.predictor"))
 
 
 def _ranks(model: Transformer) -> dict[int, int]:

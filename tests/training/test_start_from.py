@@ -258,3 +258,11 @@ def test_without_a_warm_up_nothing_is_frozen_and_a_skipped_layer_has_no_gradient
     output = accumulate(model, Batch(ids()[:, :-1], ids()[:, 1:]))
     assert output.loss.isfinite() and all(parameter.grad is None for parameter in model.parameters())
     assert len(make_optimizers(model, lr=0.1).main.param_groups) == 2
+
+
+def test_what_was_frozen_stays_frozen(tmp_path: Path) -> None:
+    saved(tmp_path, feedforward="thresholded", activation="reglu", activation_predictor_rank=2)
+    model, report = started(tmp_path / "trained", feedforward="thresholded", activation="reglu", pattern=WINDOW)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen and all(".predictor." in name for name in frozen)
+    assert model.config.layers[0].attention.pattern == WINDOW and not report.fresh
