@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from moe.checks import positive
 from moe.routing import Routing, count_experts
 
 Priority = Literal["first_come", "gate", "choice"]
@@ -38,8 +39,7 @@ def expert_capacity(num_assignments: int, num_experts: int, factor: float) -> in
 
     Raises: ValueError unless factor is finite and positive.
     """
-    if not factor > 0 or math.isinf(factor):
-        raise ValueError(f"capacity_factor must be a finite number > 0, got {factor}")
+    positive("capacity_factor", factor)
     # the small slack keeps 1.1 · 10 from becoming 12
     return max(min(1, num_assignments), math.ceil(num_assignments * factor / num_experts - 1e-9))
 

@@ -131,13 +131,14 @@ class MoE(nn.Module):
         """Follow a surgery that left the experts ``kept`` (ascending) in every stacked weight and in the router's.
 
         Sizes and the buffers that count experts are set; the weights are not touched.
-        Raises: ValueError under a hash router, whose choice has no part for each expert.
+        Raises: ValueError under a hash router, whose choice has no part for each expert, and where groups of a sigmoid
+        router would be left uneven.
         """
-        self.num_experts = self.experts.num_experts = len(kept)
         keep = getattr(self.router, "keep_experts", None)
         if keep is None:
             raise ValueError(f"{self.name}: experts of a {type(self.router).__name__} cannot be removed one by one")
         keep(kept)
+        self.num_experts = self.experts.num_experts = len(kept)
 
     def extra_repr(self) -> str:
         return f"name={self.name!r}, capacity_factor={self.capacity_factor}"

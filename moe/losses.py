@@ -89,6 +89,9 @@ def entropy_loss(routing: Routing) -> Float[Tensor, ""]:
 
 def squared_variation(values: Float[Tensor, "E"]) -> Float[Tensor, ""]:
     """CV² = variance / mean², the variance over all E values; 0 where they sum to 0."""
+    # of values of any size: squares leave the range of floats long before their ratio does
+    size = values.detach().abs().amax() if values.numel() else values.new_ones(())
+    values = values / torch.where(size > 0, size, 1.0)
     mean = values.mean()
     nothing = mean == 0
     return (values - mean).square().mean() / torch.where(nothing, 1.0, mean).square()

@@ -44,8 +44,8 @@ class ProductKeys(nn.Module):
 
     query_norm: over the key_dim of each head ("layer"), over the tokens of the batch ("batch", as in the paper: it
     lets tokens see each other, the future included, in training) or "none". The running statistics of "batch" move once
-    a batch, the recomputation of activation checkpointing being none (but for a layer that was compiled inside the
-    checkpoint, which counts again: compile around the checkpoint). shared: one set of sub-keys for all heads, as in
+    a batch, the recomputation of activation checkpointing being none (a checkpoint of one's own around a compiled
+    layer must say so: :func:`moe.recomputation.recomputing`). shared: one set of sub-keys for all heads, as in
     PEER, rather than each head its own. Scores and softmax are float32 whatever autocast says.
     ``weight`` [heads or 1, 2, num_keys, half] is a stack of matrices [num_keys, half], one for each half of a query:
     ``matrix_stacks`` says so to what prunes matrices.
@@ -137,6 +137,8 @@ class ProductKeys(nn.Module):
         if len(query) == 0:
             return query
         query = query.to(norm.weight.dtype)
+        if self.training and norm.running_var is not None:
+            _require_variance(query.detach(), norm.running_var.dtype, self.name)
         if not in_backward():
             return norm(query)
         # its first run has moved the running statistics: the recomputation of a checkpoint moves copies
@@ -333,6 +335,18 @@ def _check_values(values: MemoryValues, num_keys: int, value_dim: int | None, na
         raise ValueError(f"{name}: values must have num_keys²={num_keys**2} slots, got {values.num_slots}")
     if value_dim not in (None, values.dim):
         raise ValueError(f"{name}: value_dim must be the width of values, {values.dim}, got {value_dim}")
+
+
+def _require_variance(query: Float[Tensor, "R C"], dtype: torch.dtype, name: str) -> None:
+    """Of the batch, which the running variance takes in: infinity there would make every later query 0."""
+    most = query.float().var(0).amax()
+    if torch.compiler.is_compiling():
+        torch._assert_async(~(most > torch.finfo(dtype).max), "the variance of queries must be within their type")
+    elif most > torch.finfo(dtype).max:
+        raise FloatingPointError(
+            f"{name}: the variance of queries must be at most {torch.finfo(dtype).max:.3g} for query_norm='batch' in "
+            f"{dtype}, got {most.item():.3g}"
+        )
 
 
 def _require_finite(scores: Float[Tensor, "R H k"], name: str) -> None:

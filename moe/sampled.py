@@ -24,7 +24,8 @@ def sampled_products(
     """
     _silence_csr()
     at = torch.sparse_csr_tensor(ends, slots, x.new_zeros(len(slots)), (len(x), len(table)), check_invariants=False)
-    return torch.sparse.sampled_addmm(at, x, table.mT, beta=0.0).values()
+    # a copy: values() is a view of a sparse tensor, which torch.compile cannot take from a graph break
+    return torch.sparse.sampled_addmm(at, x, table.mT, beta=0.0).values().clone()
 
 
 @cache

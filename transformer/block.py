@@ -1,7 +1,7 @@
 """One pre-norm block: ``x + attention(norm(x))``, then ``x + feedforward(norm(x))``."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,6 +12,7 @@ from moe import PEER, DepthRouting, LayerDrop, MoE, PathDropout, ProductKeyMemor
 from moe.dropout import keep_mask
 from moe.memory_values import MemoryValues
 from moe.noise import Noise
+from moe.recomputation import recomputing
 from moe.routers.top_k import repeat_draw
 from sparse_attn import KVCache, RaggedKVCache, StreamingKVCache
 from transformer.build import build_attention, build_depth, build_feedforward
@@ -24,14 +25,12 @@ from transformer.norm import RMSNorm
 class Choices:
     """What a block chose: experts for its tokens, and which tokens pass it; None where it has nothing to choose.
 
-    losses: side losses of its attention's selection, by name. again: the routing is a choice of the same run, which is
-    computed again.
+    losses: side losses of its attention's selection, by name.
     """
 
     routing: Routing | None = None
     depth: DepthRouting | None = None
     losses: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
-    again: bool = False
 
     def detach(self) -> "Choices":
         """The same without gradient history and losses: what to keep for a replay."""
@@ -185,7 +184,7 @@ def _feed(
 ) -> tuple[Float[Tensor, "B L D"], Routing | None]:
     if isinstance(feedforward, MoE):
         routing = replay.routing
-        if routing is not None and replay.again:
+        if routing is not None and feedforward.training:
             repeat_draw(routing)
         elif routing is None and choose_first:
             with torch.no_grad():
@@ -208,12 +207,13 @@ def recomputed(
     tensors. Both draw alike from torch's generators.
     """
     chosen: list[Choices] = []
-    chooses = replay is None or replay.routing is None
 
     def again(x: Tensor) -> tuple[Tensor, Choices]:
-        y, choices = run(x, chosen[0] if chosen else replay)
-        if not chosen:
-            chosen.append(replace(choices.detach(), again=chooses))
+        if chosen:
+            with recomputing():
+                return run(x, chosen[0])
+        y, choices = run(x, replay)
+        chosen.append(choices.detach())
         return y, choices
 
     return checkpoint(again, x, use_reentrant=False)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from moe import Thresholds
-from moe.checks import at_least, below_one, one_of, positive
+from moe.checks import at_least, below_one, not_negative, one_of, positive
 from moe.thresholded import GATED
 from transformer.checks import check_fields
 
@@ -104,6 +104,7 @@ class MoEConfig:
             at_least(name, getattr(self, name), 1)
         for name in ("route_scale", "sinkhorn_temperature", "auction_epsilon"):
             positive(name, getattr(self, name))
+        not_negative("bias_update", self.bias_update)
         at_least("shared_hidden", self.shared_hidden, 0)
         one_of("activation", self.activation, ACTIVATIONS)
         one_of("router", self.router, ROUTERS)
@@ -119,8 +120,7 @@ class MoEConfig:
             )
         if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
             raise ValueError(f"capacity_factor must be a finite number > 0, or None, got {self.capacity_factor}")
-        if not 0 <= self.jitter < 1:
-            raise ValueError(f"jitter must be in [0, 1), got {self.jitter}")
+        below_one("jitter", self.jitter)
         self._check_owners()
         self._check_groups()
 

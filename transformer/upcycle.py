@@ -30,8 +30,8 @@ def upcycle(
 
     Each chosen layer of F neurons gets ``num_experts`` experts of F / granularity and a fresh top-k router with
     renormalised gates: :func:`moe.upcycle` has the rules and the sources. Everything else is copied; nothing is
-    shared, and the config says what the layers have become. Rates of dropping single weights (drop_connect) are not
-    taken over.
+    shared, and the config says what the layers have become. Rates of dropping single weights (drop_connect)
+    and sparse errors (error_k) are not taken over.
     layers: indices of the layers to convert, from the end where negative; None takes every dense one. Komatsuzaki et
     al. (arXiv:2212.05055) convert every second layer, He et al. (arXiv:2410.07524) all.
     reinitialize: share of each expert's neurons drawn anew; the outputs then differ from the dense model's.

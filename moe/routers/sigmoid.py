@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Self
 
@@ -29,8 +30,8 @@ class SigmoidRouter(LinearRouter):
     bias b [E]: a float32 buffer, whatever the dtype of the weights, that no gradient reaches. Once an optimiser step,
     after it, :meth:`after_step` adds bias_update · sign(mean load − load), for the loads of all forwards in training
     since the last such call: micro-batches add up; evaluation, replays and the recomputation of activation
-    checkpointing count for nothing (but for the recomputation of a layer that was compiled inside the checkpoint, which
-    counts again: compile around the checkpoint). The counts are no buffer, so that DistributedDataParallel leaves each
+    checkpointing count for nothing (a checkpoint of one's own around a compiled layer must say so:
+    :func:`moe.recomputation.recomputing`). The counts are no buffer, so that DistributedDataParallel leaves each
     rank's alone.
     Routing.scores holds s divided by its sum over all experts. DeepSeek-V3, eq. 12-16 (arXiv:2412.19437).
     Raises: ValueError for sizes that do not fit each other, for a scale that is not positive, for a bias_update < 0;
@@ -107,8 +108,14 @@ class SigmoidRouter(LinearRouter):
         return routing
 
     def keep_experts(self, kept: Sequence[int]) -> None:
-        """Follow a surgery that left the rows ``kept`` (ascending) of W; counts that no step has used are forgotten."""
-        self.num_groups = len({unit * self.num_groups // self.num_experts for unit in kept})
+        """Follow a surgery that left the rows ``kept`` (ascending) of W; counts that no step has used are forgotten.
+
+        Raises: ValueError unless the groups that stay keep equally many experts.
+        """
+        left = Counter(unit * self.num_groups // self.num_experts for unit in kept)
+        if len(set(left.values())) > 1:
+            raise ValueError(f"kept must leave equally many experts in each group that stays, got {dict(left)}")
+        self.num_groups = len(left)
         self.top_groups = min(self.top_groups, self.num_groups)
         super().keep_experts(kept)
         self.bias = self.bias[list(kept)]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from moe.calibration import calibrate_thresholds, calibrate_to_perplexity, feedforward_inputs, thresholds_from_inputs
+from moe.recorded import _Reservoir
 from moe.sparsified import sparsify_activations
 from moe.thresholded import Thresholds
 from tests.tolerances import close
@@ -256,3 +257,14 @@ def test_thresholds_are_applied_by_name(case):
     assert {name: layer.thresholds for name, layer in sparse.layers.items()} == limits
     assert limits["first"] != limits["second"] and isinstance(limits["first"], Thresholds)
     sparse.restore()
+
+
+def test_rows_are_drawn_alike_from_the_first_batch_and_the_last():
+    drawn = torch.zeros(40)
+    for seed in range(60):
+        kept = _Reservoir(8, torch.Generator().manual_seed(seed))
+        for part in torch.arange(40.0)[:, None].split(10):
+            kept.add(part, None)
+        assert kept.sample.shape == (8, 1) and len(kept.sample.unique()) == 8
+        drawn[kept.sample[:, 0].long()] += 1
+    assert drawn.view(4, 10).mean(1).min() > 12 * 0.5 and drawn.view(4, 10).mean(1).max() < 12 * 1.5

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from moe.depth import MixtureOfDepths, passing_tokens
 from moe.dispatch import expert_capacity, group_by_expert, limit_capacity, plan_blocks
 from moe.routers.top_k import choose_top_k
+from tests.typecheck import unchecked
 
 sizes = st.lists(st.integers(0, 200), min_size=1, max_size=12)
 
@@ -73,7 +74,7 @@ def test_capacity_formula_by_hand():
     assert depths.selected.sum(1).tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("factor", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("factor", [0.0, -1.0, math.nan, math.inf, "a", None, True])
 def test_capacity_refuses_what_is_no_positive_number(factor):
-    with pytest.raises(ValueError, match="capacity_factor must be a finite number > 0"):
+    with pytest.raises(ValueError, match="capacity_factor must be a finite number > 0"), unchecked():
         expert_capacity(4, 2, factor)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from moe import SigmoidRouter, load_balancing_loss, router_z_loss, routing_stats
+from moe import SigmoidRouter, SinkhornRouter, load_balancing_loss, router_z_loss, routing_stats
 from moe.dispatch import limit_capacity
-from moe.losses import entropy_loss, importance_loss
+from moe.losses import entropy_loss, importance_loss, squared_variation
 from moe.routers.top_k import choose_top_k
 from tests.tolerances import close
 from tests.training.spawning import spawn
@@ -180,3 +180,25 @@ def test_sequence_scope_counts_the_best_scores_whatever_the_bias_chose():
     expected = 4 * sum((best == e).float().mean() * p[:, e].mean() for e in range(4))
     close(load_balancing_loss(routing, scope="sequence", sequences=1), expected)
     assert abs(expected - load_balancing_loss(routing)) > 1e-3
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e-22, 1e20, 1e37])
+def test_squared_variation_knows_no_scale(scale):
+    values = (torch.tensor([1.0, 2.0]) * scale).requires_grad_()
+    found = squared_variation(values)
+    close(found, torch.tensor(1 / 9))
+    (gradient,) = torch.autograd.grad(found, values)
+    exact = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    (wanted,) = torch.autograd.grad(exact.var(correction=0) / exact.mean().square(), exact)
+    close(gradient.double() * scale, wanted, torch.float32)
+    assert squared_variation(torch.zeros(3)) == 0
+
+
+def test_importance_of_all_but_closed_gates_is_finite():
+    router = SinkhornRouter(4, 2).eval()
+    with torch.no_grad():
+        router.weight.fill_(-15.0)
+    loss = importance_loss(router(torch.ones(3, 4)))
+    assert loss.isfinite()
+    loss.backward()
+    assert router.weight.grad.isfinite().all()

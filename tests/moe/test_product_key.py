@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe import PEER
 from moe.memory_stats import memory_stats
 from moe.memory_values import MemoryValues, dot_rows, sparse_tables, sum_rows
 from moe.pages import advise_huge_pages
@@ -367,3 +368,16 @@ def test_huge_pages_are_asked_for_large_tables_alone_and_change_no_value():
 def test_a_slot_outside_the_table_is_an_error_not_what_lies_there_in_memory(slot):
     with pytest.raises(IndexError, match=rf"slots must be in \[0, 12\), got {slot}"):
         dot_rows(torch.ones(12, 4), torch.tensor([[0, slot]]), torch.ones(1, 4))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 2000.0), (torch.float32, 1e20), (torch.bfloat16, 1e30)])
+@pytest.mark.parametrize("build", [ProductKeyMemory, PEER])
+def test_a_variance_beyond_its_type_is_refused_before_it_is_taken_in(build, dtype, size):
+    layer = build(16, num_keys=8, heads=1, k=4, key_dim=8, query_norm="batch").to(dtype)
+    x = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    layer(x.to(dtype))
+    before = layer.keys.norm.running_var.clone()
+    with pytest.raises(FloatingPointError, match="the variance of queries must be at most .* for query_norm='batch'"):
+        layer((x * size).to(dtype))
+    assert layer.keys.norm.running_var.equal(before) and before.isfinite().all()
+    layer.eval()(x.to(dtype))

@@ -264,3 +264,18 @@ def test_no_token_is_routed_by_a_bias_that_is_no_number(value):
 def test_bad_options_name_the_bound_and_the_value(options, message):
     with unchecked(), pytest.raises(ValueError, match=message):
         SigmoidRouter(4, 4, **options)
+
+
+def test_groups_shrink_with_their_experts_or_stay_whole():
+    layer = MoE(4, 6, 8, SigmoidRouter(4, 8, k=1, num_groups=4, top_groups=3))
+    for uneven in ([0, 1, 2], [0, 2, 3, 4, 5]):
+        with pytest.raises(ValueError, match="kept must leave equally many experts in each group that stays"):
+            layer.keep_experts(uneven)
+        assert layer.num_experts == layer.router.num_experts == 8 and layer.router.num_groups == 4
+    layer.router.bias += torch.arange(8.0)
+    layer.keep_experts([2, 3, 6, 7])
+    assert (layer.router.num_groups, layer.router.top_groups) == (2, 2)
+    assert layer.router.bias.tolist() == [2.0, 3.0, 6.0, 7.0]
+    layer = MoE(4, 6, 8, SigmoidRouter(4, 8, k=1, num_groups=4, top_groups=3))
+    layer.keep_experts([1, 2, 4, 7])
+    assert (layer.router.num_groups, layer.router.top_groups) == (4, 3)

@@ -260,3 +260,16 @@ def test_a_sequence_of_no_or_one_token_and_a_lower_precision():
         out = built.train()(ids(2, 9), labels=ids(2, 9))
         out.loss.backward()
     assert out.loss.isfinite()
+
+
+def test_a_layer_that_no_token_passes_leaves_its_record():
+    """Records of experts stand at their layers: an empty one is not left out."""
+    config = TransformerConfig.uniform(vocab_size=13, dim=8, num_layers=2, num_heads=2, feedforward=MoEConfig(6, 3))
+    deep = dataclasses.replace(config.layers[0], depth=DepthConfig(0.5))
+    model = Transformer(dataclasses.replace(config, layers=(deep, config.layers[1]))).eval()
+    ids = torch.randint(13, (2, 5))
+    with torch.no_grad():
+        model.layers[0].depth.predictor[-1].bias.fill_(-1e4)
+    output = model(ids)
+    assert output.depths[0].selected.sum() == 0
+    assert [routing.num_tokens for routing in output.routings] == [0, 10]
