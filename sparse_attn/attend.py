@@ -18,6 +18,7 @@ from sparse_attn.backends.scoring import Scoring
 from sparse_attn.backends.sdpa import sdpa_masked, sdpa_unmasked
 from sparse_attn.backends.triton import triton_attend
 from sparse_attn.checking import check_options, check_tensor, check_tensors
+from sparse_attn.choice import Choice, attend_choice
 from sparse_attn.heads import over_heads
 from sparse_attn.layout import BlockLayout
 from sparse_attn.patterns import Pattern, PerHead, causal, full, per_head
@@ -27,8 +28,7 @@ from sparse_attn.patterns.documents import split_documents
 BLOCK = 64
 # Side of a block of flex_attention, whose tiles divide it.
 FLEX_BLOCK = 128
-# Below this many pairs a dense mask costs less than walking blocks.
-FEW_PAIRS = 1 << 15
+FEW_PAIRS = 1 << 15  # below this many pairs a dense mask costs less than walking blocks
 # From so many pairs on blocks cost less than torch's attention with dropout, which on the CPU keeps every probability.
 MANY_PAIRS = 1 << 20
 
@@ -52,7 +52,7 @@ def attend(
     v: Tensor,
     *,
     pattern: Pattern | Sequence[Pattern] | None = ...,
-    layout: BlockLayout | None = ...,
+    layout: BlockLayout | Choice | None = ...,
     scale: float | None = ...,
     softcap: float | None = ...,
     alibi: Tensor | None = ...,
@@ -73,7 +73,7 @@ def attend(
     v: Tensor,
     *,
     pattern: Pattern | Sequence[Pattern] | None = ...,
-    layout: BlockLayout | None = ...,
+    layout: BlockLayout | Choice | None = ...,
     scale: float | None = ...,
     softcap: float | None = ...,
     alibi: Tensor | None = ...,
@@ -93,7 +93,7 @@ def attend(
     v: Float[Tensor, "B Hkv S d_v"],
     *,
     pattern: Pattern | Sequence[Pattern] | None = None,
-    layout: BlockLayout | None = None,
+    layout: BlockLayout | Choice | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     alibi: Float[Tensor, "H"] | None = None,
@@ -107,7 +107,8 @@ def attend(
     """softmax(scale · q kᵀ over the visible keys) v. Query head h reads key head h // (H / Hkv).
 
     pattern: which keys a query sees; None: all. A sequence, or ``per_head(…)``, has one for each query head; heads of
-    equal pattern attend together. layout: its blocks instead, built once or chosen by content.
+    equal pattern attend together. layout: its blocks instead, built once, or what a selection chose (BlockSelection,
+    TokenSelection, Buckets), which "auto" visits and "reference" turns into a mask.
     scale: 1/√d if None. softcap: scores become softcap · tanh(score / softcap). alibi: slope of each query head, then
     -slope · |i - j| is added to the score (``alibi_slopes``).
     Positions: keys sit at 0 … S-1 and queries at S-L … S-1 unless given (a cache gives its own);
@@ -135,6 +136,9 @@ def attend(
         q, k, seen, layout, query_positions, key_positions, scale, softcap, alibi, dropout, backend, return_lse
     )
     scoring = Scoring(1 / sqrt(max(q.shape[-1], 1)) if scale is None else float(scale), softcap, alibi)
+    if layout is not None and not isinstance(layout, BlockLayout):
+        both = attend_choice(q, k, v, layout, scoring, key_mask, dropout, backend)
+        return both if return_lse else both[0]
     call = _Call(layout, query_positions, key_positions, key_mask, dropout, backend, return_lse)
     if isinstance(seen, PerHead):
 

@@ -5,6 +5,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from sparse_attn.choice import Choice
 from sparse_attn.layout import BlockLayout
 from sparse_attn.patterns import Pattern, PerHead
 
@@ -61,6 +62,13 @@ def check_tensor(name: str, given: object) -> None:
         raise ValueError(f"{name} must be a tensor, got {type(given).__name__}")
 
 
+def check_integers(name: str, given: Tensor) -> None:
+    """A tensor of integers."""
+    check_tensor(name, given)
+    if given.is_floating_point() or given.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {given.dtype}")
+
+
 def check_mask(name: str, mask: Tensor | None, k: Tensor) -> None:
     """A mask over the keys of k [B, Hkv, S, d] is bool [B, S]: ~ and indexing take other types for something else."""
     if mask is None:
@@ -89,7 +97,7 @@ def check_options(
     q: Tensor,
     k: Tensor,
     pattern: Pattern | None,
-    layout: BlockLayout | None,
+    layout: object,
     query_positions: Tensor | None,
     key_positions: Tensor | None,
     scale: float | None,
@@ -117,12 +125,16 @@ def check_options(
         raise ValueError("backend='triton' has neither softcap nor alibi: use 'folded' or 'reference'")
     if layout is None:
         return
-    if not isinstance(layout, BlockLayout):
+    if not isinstance(layout, BlockLayout | Choice):
         raise ValueError(
-            "layout must be a BlockLayout, as pattern.layout() gives (attend_selected and attend_tokens take a"
-            f" selection), got {type(layout).__name__}"
+            "layout must be a BlockLayout, as pattern.layout() gives, or what a selection chose (BlockSelection, "
+            f"TokenSelection, Buckets), got {type(layout).__name__}"
         )
     if pattern is not None or query_positions is not None or key_positions is not None:
         raise ValueError("layout already holds the pattern and the positions: pass layout alone")
+    if isinstance(layout, Choice):
+        if backend not in ("auto", "reference"):
+            raise ValueError(f"backend must be 'auto' or 'reference' for what a selection chose, got {backend!r}")
+        return
     if (layout.q_len, layout.kv_len) != (q.shape[2], k.shape[2]):
         raise ValueError(f"layout must be for lengths {(q.shape[2], k.shape[2])}, got {(layout.q_len, layout.kv_len)}")

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sparse_attn.backends.scoring import Scoring
+from sparse_attn.checking import check_integers, check_shapes
 from sparse_attn.selection.scoring import PLAIN, Pairs, ScoreOptions
 from sparse_attn.selection.tiles import Tiles, attend_tiles, merge_union
 
@@ -49,6 +51,29 @@ class Buckets:
             mask = mask & ~itself
         return mask | (itself & ~mask.any(-1, keepdim=True))
 
+    def check(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
+        """Raises: ValueError for other sizes, more queries than keys, and a masked key that is in a bucket."""
+        check_shapes(q, k, v, key_mask)
+        for name, buckets in (("queries", self.queries), ("keys", self.keys)):
+            check_integers(f"buckets of {name}", buckets)
+            if buckets.numel() and int(buckets.max()) >= self.num_buckets:
+                raise ValueError(f"buckets of {name} must be < {self.num_buckets}, got {int(buckets.max())}")
+        queries, keys = self.queries.shape, self.keys.shape
+        wanted, got = [*q.shape[:3], *k.shape[:3]], [*queries[:2], queries[3], *keys[:2], keys[3]]
+        if wanted != got:
+            raise ValueError(f"buckets must be for [B, H, L] and [B, Hkv, S] = {wanted}, got {got}")
+        if self.offset < 0:
+            raise ValueError(f"buckets must have at most as many queries as keys, {keys[3]}, got {queries[3]}")
+        if key_mask is not None and bool((self.keys >= 0).any(2).any(1)[~key_mask].any()):
+            raise ValueError("key_mask must hide no key that is in a bucket: choose with the same key_mask")
+
+    def visit(
+        self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, dropout: float, key_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over the chunks of the buckets, and its log-sum-exp: see :func:`attend_buckets`."""
+        options = ScoreOptions(scoring.softcap, scoring.slopes, dropout)
+        return attend_buckets(q, k, v, self, scale=scoring.scale, scoring=options)
+
     def density(self) -> float:
         """Share of all pairs that is visited; 0 without pairs. Dense, as :meth:`to_mask`."""
         mask = self.to_mask()
@@ -63,10 +88,10 @@ def attend_buckets(
     *,
     scale: float,
     scoring: ScoreOptions = PLAIN,
-) -> Float[Tensor, "B H L d_v"]:
-    """softmax(scale · q kᵀ over the visible keys) v. Query head h reads key head h // (H / Hkv).
+) -> tuple[Float[Tensor, "B H L d_v"], Float[Tensor, "B H L"]]:
+    """softmax(scale · q kᵀ over the visible keys) v, and log Σ exp(score), -inf where nothing is seen.
 
-    scoring: softcap, ALiBi and dropout.
+    Query head h reads key head h // (H / Hkv). scoring: softcap, ALiBi and dropout.
     Rounds are computed apart and merged by their log-sum-exp; a pair met in an earlier round is masked, so that the
     result is attention over the union. Costs O((L + S) · R · chunk · d). Half precision is computed in float32.
     """
@@ -77,9 +102,15 @@ def attend_buckets(
     merged, total = merge_union(out, lse, plan.tiles.queries, queries.shape[0])
     merged, seen = merged.view(*q.shape[:3], v.shape[-1]), (total > -torch.inf).view(*q.shape[:3], 1)
     padding = buckets.keys[:, :, 0, buckets.offset :, None] < 0
-    alone = v.to(work)[:, :, buckets.offset :].masked_fill(padding, 0).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    own_keys, alone = (x.to(work)[:, :, buckets.offset :].masked_fill(padding, 0) for x in (k, v))
+    own_keys, alone = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (own_keys, alone))
     keep = options.keep(lambda: _selves(buckets), alone)
-    return merged.where(seen, alone if keep is None else alone * keep).to(q.dtype)
+    # at distance 0 there is no bias
+    own = (q.to(work) * own_keys).sum(-1) * scale
+    own = own if options.softcap is None else (own / options.softcap).tanh() * options.softcap
+    own = own.masked_fill(padding.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., 0], -torch.inf)
+    lse = total.view(*q.shape[:3]).where(seen[..., 0], own)
+    return merged.where(seen, alone if keep is None else alone * keep).to(q.dtype), lse
 
 
 def _selves(buckets: Buckets) -> Pairs:

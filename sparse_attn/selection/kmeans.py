@@ -109,7 +109,7 @@ class KMeansRouting(nn.Module):
             return Selected(self._top(queries, keys, v, real, scoring.for_call(q)).to(q.dtype), losses, None)
         near_keys = near_keys.masked_fill(~real[:, None], -1)
         chosen = Buckets(near_queries[:, :, None], near_keys[:, :, None], self.num_clusters, self.window)
-        out = attend_buckets(queries, keys, v, chosen, scale=1 / sqrt(q.shape[-1]), scoring=scoring)
+        out, _ = attend_buckets(queries, keys, v, chosen, scale=1 / sqrt(q.shape[-1]), scoring=scoring)
         return Selected(out.to(q.dtype), losses, chosen)
 
     def _logits(self, x: Tensor) -> Float[Tensor, "B H N C"]:

@@ -91,7 +91,7 @@ class LSH(nn.Module):
         if self.shared_qk:
             q, k = k[:, :, k.shape[2] - q.shape[2] :], F.normalize(k, dim=-1)
         buckets = self.choose(q, k, key_mask=key_mask)
-        out = attend_buckets(q, k, v, buckets, scale=1 / sqrt(q.shape[-1]), scoring=scoring)
+        out, _ = attend_buckets(q, k, v, buckets, scale=1 / sqrt(q.shape[-1]), scoring=scoring)
         return Selected(out, {}, buckets)
 
     @torch.no_grad()

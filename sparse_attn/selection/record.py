@@ -6,7 +6,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sparse_attn.backends.scoring import Scoring
+from sparse_attn.checking import check_integers, check_shapes
 from sparse_attn.selection.buckets import Buckets
+from sparse_attn.selection.scoring import ScoreOptions
 from sparse_attn.selection.tokens import TokenSelection
 
 
@@ -35,6 +38,27 @@ class BlockSelection:
             at = torch.arange(queries, device=mask.device)[:, None] + self.offset
             mask = mask & (torch.arange(self.kv_len, device=mask.device) <= at)
         return mask
+
+    def check(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
+        """Raises: ValueError where the choice is for other sizes, or names blocks that are not there."""
+        check_shapes(q, k, v, key_mask)
+        check_integers("selected blocks", self.blocks)
+        wanted = (k.shape[0], k.shape[1], q.shape[2])
+        if tuple(self.blocks.shape[:3]) != wanted or self.kv_len != k.shape[2]:
+            got = [*self.blocks.shape[:3], self.kv_len]
+            raise ValueError(f"selection must be for [B, Hkv, L] and S = {[*wanted, k.shape[2]]}, got {got}")
+        columns = -(-self.kv_len // self.block)
+        if self.blocks.numel() and int(self.blocks.max()) >= columns:
+            raise ValueError(f"selected blocks must be < {columns}, got {int(self.blocks.max())}")
+
+    def visit(
+        self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, dropout: float, key_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over the chosen blocks, and its log-sum-exp: see :func:`attend_selected`."""
+        from sparse_attn.selection.selected import attend_selected  # which reads this record
+
+        options = ScoreOptions(scoring.softcap, scoring.slopes, dropout)
+        return attend_selected(q, k, v, self, scale=scoring.scale, key_mask=key_mask, scoring=options, return_lse=True)
 
     def density(self) -> float:
         """Share of all pairs that is visited, keys behind the query included; 0 without pairs."""

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag, pad
 
-from sparse_attn.checking import check_shapes
 from sparse_attn.selection.record import BlockSelection
 from sparse_attn.selection.scoring import PLAIN, Pairs, ScoreOptions
 from sparse_attn.selection.visits import Chunks, Visits, turn_round
@@ -77,7 +76,7 @@ def attend_selected(
     nothing; such a query gives zeros. Half precision is computed in float32.
     Raises: ValueError where the selection or the mask is for other sizes.
     """
-    _check(q, k, v, selection, key_mask)
+    selection.check(q, k, v, key_mask)
     factor = 1 / sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     with torch.autocast(q.device.type, enabled=False):
         out, lse = _Selected.apply(q, k, v, selection, key_mask, factor, scoring.for_call(q))
@@ -343,14 +342,3 @@ def _by_block(by_chunk: Tensor, unit: _Unit) -> Tensor:
 def _added(part: Tensor, chunks: Chunks) -> Tensor:
     every = torch.arange(len(part), device=part.device)
     return embedding_bag(every, part, chunks.first, mode="sum")
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, key_mask: Tensor | None) -> None:
-    check_shapes(q, k, v, key_mask)
-    wanted = (k.shape[0], k.shape[1], q.shape[2])
-    if tuple(selection.blocks.shape[:3]) != wanted or selection.kv_len != k.shape[2]:
-        got = [*selection.blocks.shape[:3], selection.kv_len]
-        raise ValueError(f"selection must be for [B, Hkv, L] and S = {[*wanted, k.shape[2]]}, got {got}")
-    columns = -(-selection.kv_len // selection.block)
-    if selection.blocks.numel() and int(selection.blocks.max()) >= columns:
-        raise ValueError(f"selected blocks must be < {columns}, got {int(selection.blocks.max())}")

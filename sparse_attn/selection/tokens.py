@@ -14,6 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparse_attn.backends.scoring import Scoring
+from sparse_attn.checking import check_integers, check_shapes
 from sparse_attn.selection.scoring import PLAIN, Pairs, ScoreOptions
 
 # numbers of gathered keys and values that are held at once
@@ -36,6 +38,44 @@ class TokenSelection:
         mask = torch.zeros(*self.tokens.shape[:3], self.kv_len + 1, dtype=torch.bool, device=self.tokens.device)
         mask.scatter_(3, self.tokens.where(self.tokens >= 0, self.kv_len), True)
         return mask[..., : self.kv_len]
+
+    @property
+    def offset(self) -> int:
+        """Position of query 0, key 0 being at 0: the last query sits at the last key."""
+        return self.kv_len - self.tokens.shape[2]
+
+    def without(self, key_mask: Bool[Tensor, "B S"]) -> "TokenSelection":
+        """The same list but for the keys where ``key_mask`` is False."""
+        rows = key_mask[:, None, None].expand(*self.tokens.shape[:3], -1)
+        real = rows.gather(3, self.tokens.clamp_min(0)) & (self.tokens >= 0)
+        return TokenSelection(self.tokens.where(real, -1), self.kv_len)
+
+    def check(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> None:
+        """Raises: ValueError where the choice is for other sizes, or names keys that are not there."""
+        check_shapes(q, k, v, key_mask)
+        check_integers("selected tokens", self.tokens)
+        if self.tokens.dim() != 4:
+            raise ValueError(f"tokens must have 4 dimensions, got shape {list(self.tokens.shape)}")
+        batch, heads, length, _ = self.tokens.shape
+        wanted, got = [k.shape[0], q.shape[2], k.shape[2]], [batch, length, self.kv_len]
+        if wanted != got:
+            raise ValueError(f"selection must be for [B, L, S] = {wanted}, got {got}")
+        if heads not in (1, k.shape[1], q.shape[1]):
+            raise ValueError(
+                f"selection heads must be 1, the {k.shape[1]} key or {q.shape[1]} query heads, got {heads}"
+            )
+        if self.tokens.numel():
+            low, high = (int(x) for x in self.tokens.aminmax())
+            if low < -1 or high >= self.kv_len:
+                raise ValueError(f"selected tokens must be in [-1, {self.kv_len}), got {low if low < -1 else high}")
+
+    def visit(
+        self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, dropout: float, key_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over the listed keys, and its log-sum-exp: see :func:`attend_tokens`."""
+        listed = self if key_mask is None else self.without(key_mask)
+        options = ScoreOptions(scoring.softcap, scoring.slopes, dropout)
+        return attend_tokens(q, k, v, listed, scale=scoring.scale, scoring=options, return_lse=True)
 
     def density(self) -> float:
         """Share of all pairs that is visited; 0 without pairs."""
@@ -89,7 +129,7 @@ def attend_tokens(
     query gives zeros. Half precision is computed in float32.
     Raises: ValueError where the selection is for other sizes or lists a key outside [-1, S).
     """
-    _check(q, k, v, selection)
+    selection.check(q, k, v)
     factor = 1 / sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     options, tokens, rows = scoring.for_call(q), selection.tokens, q
     if tokens.shape[1] not in (1, k.shape[1]):
@@ -223,23 +263,3 @@ def _gradients(work: _Work, d_out: Tensor, out: Tensor, lse: Tensor, d_lse: Tens
         d_k.index_add_(0, rows, (flat.mT @ work.q[:, :, part].flatten(0, 2)).flatten(0, 1))
         d_q[:, :, part] = (flat @ work.gathered(work.k, found)).view_as(d_q[:, :, part])
     return d_q, d_k, d_v
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, selection: TokenSelection) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("tokens", selection.tokens)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions, got shape {list(tensor.shape)}")
-    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"key heads must divide the {q.shape[1]} query heads, got {k.shape[1]}")
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v must have the [B, Hkv, S] = {list(k.shape[:3])} of k, got {list(v.shape[:3])}")
-    batch, heads, length, _ = selection.tokens.shape
-    wanted, got = [k.shape[0], q.shape[2], k.shape[2]], [batch, length, selection.kv_len]
-    if wanted != got:
-        raise ValueError(f"selection must be for [B, L, S] = {wanted}, got {got}")
-    if heads not in (1, k.shape[1], q.shape[1]):
-        raise ValueError(f"selection heads must be 1, the {k.shape[1]} key or {q.shape[1]} query heads, got {heads}")
-    if selection.tokens.numel():
-        low, high = (int(x) for x in selection.tokens.aminmax())
-        if low < -1 or high >= selection.kv_len:
-            raise ValueError(f"selected tokens must be in [-1, {selection.kv_len}), got {low if low < -1 else high}")

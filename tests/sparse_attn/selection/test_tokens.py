@@ -103,7 +103,7 @@ def test_the_mask_is_what_is_seen_and_density_its_mean(length, keys, n, seed):
 
 def test_sizes_that_do_not_belong_together():
     q, k, v, selection = make(SHAPES[0])
-    with unchecked(), pytest.raises(ValueError, match=r"q must have 4 dimensions, got shape \[4, 13, 8\]"):
+    with unchecked(), pytest.raises(ValueError, match=r"q must be \[batch, heads, .*, got shape \[4, 13, 8\]"):
         attend_tokens(q[0], k, v, selection)
     with pytest.raises(ValueError, match=r"selection must be for \[B, L, S\] = \[2, 12, 13\], got \[2, 13, 13\]"):
         attend_tokens(q[:, :, 1:], k, v, selection)
@@ -111,7 +111,7 @@ def test_sizes_that_do_not_belong_together():
         attend_tokens(q[:, :3], k, v, selection)
     with pytest.raises(ValueError, match="selection heads must be 1, the 1 key or 4 query heads, got 2"):
         attend_tokens(q, k[:, :1], v[:, :1], selection)
-    message = r"v must have the \[B, Hkv, S\] = \[2, 2, 13\] of k, got \[2, 2, 12\]"
+    message = r"v must have the batch, heads and length of k=\[2, 2, 13, 8\], got \[2, 2, 12, 8\]"
     with unchecked(), pytest.raises(ValueError, match=message):
         attend_tokens(q, k, v[:, :, 1:], selection)
     for tokens, value in ((selection.tokens + 13, 25), (selection.tokens - 5, -6)):
