@@ -72,17 +72,19 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
     """Σ_b mean_t −log p(token_{t+1} | tokens_{≤t}): a sum over samples, so that no sample scales another's gradient.
 
     Keyword batches are passed to the model without `labels`; labels default to input_ids, and are shifted here
-    (−100 is ignored). Without labels a pair counts only where both its tokens are real under `attention_mask`.
-    A sample without targets adds 0.
+    (−100 is ignored). Of a prefix language model (``config.prefix_length``) only tokens past its prefix count. Without
+    labels a pair counts only where both its tokens are real under `attention_mask`. A sample without targets adds 0.
     Raises: ValueError if the model is an encoder by its config (``causal=False``), or a model of transformers that does
     not generate (BertForMaskedLM), for which no token is next; if the sequences are shorter than two tokens or the
     model returns no logits [B, L, V]."""
-    if getattr(getattr(model, "config", None), "causal", True) is False:
+    if getattr(config_of(model), "causal", True) is False:
         raise ValueError("next-token loss needs a causal model, got an encoder (causal=False): pass loss=")
     if hasattr(model, "can_generate") and not model.can_generate():
         raise ValueError(f"next-token loss needs a model that generates, got {type(model).__name__}: pass loss=")
     keywords = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     targets = _targets(keywords)
+    if prefix_targets(model):
+        targets = targets.masked_fill(~after_prefix(model, keywords)[:, :-1], IGNORED)
     output = model(batch) if isinstance(batch, Tensor) else model(**{k: v for k, v in batch.items() if k != "labels"})
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if logits is None or logits.ndim != 3:
@@ -93,6 +95,27 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
         logits[:, :-1].flatten(0, 1).to(wide), targets.flatten(), reduction="none", ignore_index=IGNORED
     ).view(targets.shape)
     return (each.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)).sum()
+
+
+def config_of(model: nn.Module) -> object:
+    """The config of the model, or of the one that DistributedDataParallel and the like wrap; None without one."""
+    inner = getattr(model, "module", None)
+    if not hasattr(model, "config") and isinstance(inner, nn.Module):
+        return config_of(inner)
+    return getattr(model, "config", None)
+
+
+def prefix_targets(model: nn.Module) -> int:
+    """How many of the first next tokens a model may see before it predicts them: those inside its prefix."""
+    return max(0, (getattr(config_of(model), "prefix_length", None) or 0) - 1)
+
+
+def after_prefix(model: nn.Module, batch: Batch) -> Bool[Tensor, "B L"]:
+    """Which tokens predict one past the model's prefix: all of them where it has none."""
+    ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
+    mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
+    # a text is counted from its first real token
+    return (torch.ones_like(ids) if mask is None else mask.long()).cumsum(1) > prefix_targets(model)
 
 
 def _targets(keywords: Mapping[str, Any]) -> Int[Tensor, "B L1"]:

@@ -241,6 +241,11 @@ def _check(config: RunConfig) -> None:
         raise ValueError(f"train.accumulation must divide batch={train.batch}, got {train.accumulation}")
     if config.model.max_length is not None and config.model.max_length < data.length:
         raise ValueError(f"model.max_length must be at least data.length={data.length}, got {config.model.max_length}")
+    if config.model.prefix_length >= data.length:
+        raise ValueError(
+            f"model.prefix_length must be below data.length={data.length}, so that tokens are left to predict, "
+            f"got {config.model.prefix_length}"
+        )
     check_sparsify(config.sparsify, steps=train.steps)
     check_evaluations(config.sparsify, steps=train.steps, eval_every=train.eval_every)
     if optim.sparse_state and (config.sparsify.method not in COMPACT or not config.sparsify.sparsity):

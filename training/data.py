@@ -3,7 +3,7 @@
 import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +16,7 @@ from moe import Noise
 from training.corpora import Corpus
 from training.durable import replace_durably
 from training.tokenizer import FILE_NAME, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from transformer.prefix import past_prefix
 
 IGNORED = -100
 
@@ -46,6 +47,13 @@ class Batch:
     def keyed(self, *, seed: int, step: int) -> "Batch":
         """The same as the whole batch of a step, whose noise depends on nothing but seed and step."""
         return Batch(self.inputs, self.targets, self.mask, Noise(f"{seed}/{step}", len(self.inputs)))
+
+    def past_prefix(self, length: int) -> "Batch":
+        """The same without the targets inside a prefix of ``length`` tokens."""
+        if length <= 1:
+            return self
+        place = None if self.mask is None else self.mask.cumsum(1) - 1
+        return replace(self, targets=past_prefix(self.targets, length, place))
 
     def rows(self, start: int, stop: int) -> "Batch":
         """Sequences start..stop of the batch: a micro-batch."""

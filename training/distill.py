@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from pruning.batches import IGNORED, Batch, evaluating, to_device
+from pruning.batches import IGNORED, Batch, after_prefix, evaluating, prefix_targets, to_device
 from pruning.masking import Masks
 
 
@@ -109,13 +109,13 @@ def distill(
 def _losses(
     student: nn.Module, teacher: nn.Module, batch: Batch, temperature: float, next_token: float, hidden: float
 ) -> tuple[Tensor, Distilled]:
-    mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
+    mask = _counted(student, batch)
     with evaluating(teacher), torch.no_grad():
         wanted, states = _run(teacher, batch, hidden > 0)
     logits, own = _run(student, batch, hidden > 0)
     kl = distillation_loss(logits, wanted, temperature=temperature, mask=mask)
     zero = kl.new_zeros(())
-    ce = _next_token(logits, batch) if next_token else zero
+    ce = _next_token(logits, batch, after_prefix(student, batch)) if next_token else zero
     near = hidden_loss(own, states, mask=mask) if hidden else zero
     loss = kl + next_token * ce + hidden * near
     return loss, Distilled(*(float(part.detach()) for part in (loss, kl, ce, near)))
@@ -132,14 +132,24 @@ def _run(model: nn.Module, batch: Batch, with_states: bool) -> tuple[Tensor, lis
     return output.logits, [output.hidden_states[-1] if stock else output.hidden]
 
 
-def _next_token(logits: Float[Tensor, "B L V"], batch: Batch) -> Float[Tensor, ""]:
-    """Mean cross-entropy over the targets; without labels, over the pairs of which both tokens are real."""
+def _counted(student: nn.Module, batch: Batch) -> Bool[Tensor, "B L"] | None:
+    """The tokens whose outputs are compared: real ones, which have not seen the next one as a prefix; None: all."""
+    mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
+    if not prefix_targets(student):
+        return None if mask is None else mask.bool()
+    after = after_prefix(student, batch)
+    return after if mask is None else after & mask.bool()
+
+
+def _next_token(logits: Float[Tensor, "B L V"], batch: Batch, after: Bool[Tensor, "B L"]) -> Float[Tensor, ""]:
+    """Mean cross-entropy over the targets ``after`` a prefix; without labels, over the pairs of which both are real."""
     keywords = {"input_ids": batch} if isinstance(batch, Tensor) else batch
     labels, mask = keywords.get("labels"), keywords.get("attention_mask")
     targets = (keywords["input_ids"] if labels is None else labels)[:, 1:]
     if labels is None and mask is not None:
         targets = targets.masked_fill(~(mask[:, 1:].bool() & mask[:, :-1].bool()), IGNORED)
     wide = torch.promote_types(logits.dtype, torch.float32)
+    targets = targets.masked_fill(~after[:, :-1], IGNORED)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).to(wide), targets.flatten(), ignore_index=IGNORED)
 
 

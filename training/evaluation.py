@@ -58,14 +58,14 @@ def evaluate(
     max_batches: int | None = None,
     autocast: AbstractContextManager[object] | None = None,
 ) -> Evaluation:
-    """The model's loss on ``separator doc separator … separator`` [N], every token after the first predicted once.
+    """The model's loss on ``separator doc separator … separator`` [N], every token after the first predicted once,
+    but for those inside the prefix of a window where the model has a prefix_length.
 
     length: longest context (windows do not overlap). max_batches: stop early; the bytes counted are those of the
     tokens predicted, so the figure is exact for the part seen. The model's mode and generators are left as found.
     Raises: ValueError if there is nothing to predict, or length or batch is below 1.
     """
-    if len(tokens) < 2 or length < 1 or batch < 1:
-        raise ValueError(f"need tokens ≥ 2, length ≥ 1 and batch ≥ 1, got {len(tokens)}, {length} and {batch}")
+    _check(len(tokens), length, batch, model.config.prefix_length)
     token_bytes = tokenizer.token_bytes()
     nats, count, size = 0.0, 0, 0
     was_training = model.training
@@ -75,7 +75,8 @@ def evaluate(
     loads: dict[int, torch.Tensor] = {}
     passing: dict[int, torch.Tensor] = {}
     with memory_meters(model) as memories, torch.no_grad():
-        for item in itertools.islice(batches, max_batches):
+        for window in itertools.islice(batches, max_batches):
+            item = window.past_prefix(model.config.prefix_length)
             here = item.to(device)
             with autocast or nullcontext():
                 hidden, routings, depths, _ = model.hidden_states(here.inputs, attention_mask=here.mask)
@@ -100,6 +101,13 @@ def evaluate(
         passed=tuple((passed / real.clamp_min(1)).item() for passed, real in passing.values()),
         memories=tuple(meter.result() for meter in memories.values()),
     )
+
+
+def _check(tokens: int, length: int, batch: int, prefix: int) -> None:
+    if tokens < 2 or length < 1 or batch < 1:
+        raise ValueError(f"need tokens ≥ 2, length ≥ 1 and batch ≥ 1, got {tokens}, {length} and {batch}")
+    if length < prefix:
+        raise ValueError(f"length must be >= the model's prefix_length={prefix}, got {length}")
 
 
 @contextmanager

@@ -205,6 +205,9 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     norm_eps: float = 1e-6
     """Added to the mean square in each norm."""
+    prefix_length: int = 0
+    """First tokens of each sequence that patterns such as 'prefix_lm(64)' may look ahead to: a prefix language model,
+    whose loss leaves them out."""
     max_length: int | None = None
     """Longest sequence that the model accepts; data.length if left out."""
     layer: tuple[LayerOverride, ...] = ()
@@ -240,6 +243,7 @@ def model_config(model: ModelConfig, *, vocab_size: int, length: int) -> Transfo
         norm_eps=model.norm_eps,
         tied=model.tied,
         dropout=model.dropout,
+        prefix_length=model.prefix_length,
     )
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pruning import Masks, add_adapters, merge_adapters
-from pruning.batches import next_token_loss
+from pruning.batches import after_prefix, next_token_loss, prefix_targets
 from training.distill import distillation_loss, hidden_loss
 from training.prune_arguments import PruneArguments
 from training.prune_encoder import Encoder
@@ -149,7 +149,8 @@ def _loss(
         return next_token_loss(model, ids) / len(ids)
     with torch.no_grad():
         goal = whole(ids).logits
-    return distillation_loss(model(ids).logits, goal)
+    after = after_prefix(model, ids) if prefix_targets(model) else None
+    return distillation_loss(model(ids).logits, goal, mask=after)
 
 
 def lesson_of(arguments: PruneArguments) -> Lesson:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from pruning.batches import prefix_targets
 from training.commands import run_config_of
 from training.corpora import STDLIB, Corpus, load_corpus
 from training.prune_arguments import PruneArguments
@@ -173,16 +174,20 @@ def quality(
     batch: int,
     progress: Callable[[Iterable[Any]], Iterable[Any]],
 ) -> Quality:
-    """Mean −log p of every token of the windows but each window's first.
+    """Mean −log p of every token of the windows but each window's first, and those inside a prefix.
 
-    Raises: ValueError if it is not a number."""
+    Raises: ValueError if it is not a number, or the windows are shorter than the prefix."""
     device, nats = next(model.parameters()).device, 0.0
     vocabulary = cast(int, cast(Any, model.config).vocab_size)
     rows = max(1, min(batch, LOGITS_AT_ONCE // (held_out.shape[1] * vocabulary)))
+    skipped = prefix_targets(model)
+    if held_out.shape[1] <= 1 + skipped:
+        raise ValueError(f"the held-out windows must hold the model's prefix_length={skipped + 1} tokens at least, "
+                         f"got {held_out.shape[1] - 1}: raise --calibration-length")  # fmt: skip
     for ids in progress(list(held_out.to(device).split(rows))):
-        logits = model(ids[:, :-1]).logits.float()
-        nats += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-    targets = held_out[:, 1:]
+        logits = model(ids[:, :-1]).logits[:, skipped:].float()
+        nats += F.cross_entropy(logits.flatten(0, 1), ids[:, 1 + skipped :].flatten(), reduction="sum").item()
+    targets = held_out[:, 1 + skipped :]
     loss = nats / targets.numel()
     if math.isnan(loss):
         raise ValueError("the loss on held-out text must be a number, got nan: the model's weights are damaged, or "

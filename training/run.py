@@ -202,6 +202,11 @@ def make_model(
     if model.config.max_length < config.data.length:
         raise ValueError(f"data.length must be at most {model.config.max_length} for {config.init}")
     model, start = attending(model, config.model, folder=folder, seed=config.seed)
+    if model.config.prefix_length >= config.data.length:
+        raise ValueError(
+            f"data.length must be above prefix_length={model.config.prefix_length} of {config.init}, so that tokens "
+            f"are left to predict, got {config.data.length}"
+        )
     if report is not None:
         report(start)
     return upcycled(model, config.upcycle, seed=config.seed)

@@ -30,11 +30,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StartReport:
-    """What became of the model in ``folder``. attention: of each layer, None where it is pruned away. fresh: tensors
-    that start anew; left_out: trained ones that nothing reads any more. sizes: those of [model] that do not hold."""
+    """What became of the model in ``folder``. attention: of each layer, None where it is pruned away. prefix:
+    prefix_length before and now. fresh: tensors that start anew; left_out: trained ones that nothing reads any more.
+    sizes: those of [model] that do not hold."""
 
     folder: Path
     attention: tuple[dict[str, Any] | None, ...]
+    prefix: tuple[int, int] = (0, 0)
     fresh: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     sizes: str = ""
@@ -47,6 +49,8 @@ class StartReport:
                 ways.setdefault(_told(way), []).append(str(index))
         found = [f"start from {self.folder}"]
         found += [f"  {_count('layer', at)} {', '.join(at)}: {way}" for way, at in ways.items()]
+        if self.prefix[0] != self.prefix[1]:
+            found.append(f"  prefix_length {self.prefix[1]}, before {self.prefix[0]}")
         found += [f"  its own sizes hold: [model] says {self.sizes}"] if self.sizes else []
         found += [f"  new weights in {names}" for names in _by_layer(self.fresh)]
         found += [f"  trained weights left out of {names}" for names in _by_layer(self.left_out)]
@@ -57,6 +61,7 @@ class StartReport:
         return {
             "folder": str(self.folder),
             "attention": list(self.attention),
+            "prefix_length": {"before": self.prefix[0], "now": self.prefix[1]},
             "new_weights": list(self.fresh),
             "left_out": list(self.left_out),
             "other_sizes": self.sizes,
@@ -67,8 +72,9 @@ def attending(model: Transformer, words: "ModelConfig", *, folder: Path, seed: i
     """The model with the pattern and selection that [model] says, and what that made of it.
 
     A word at its default says nothing: the model keeps what it has. But the indexer of DSA warms up only where
-    ``select_warm_up`` says so. A selection that takes no pattern takes ``causal()``. Weights of a new selection are
-    drawn from ``seed``; so are those that get another shape, and the rotations or centroids of another select_seed.
+    ``select_warm_up`` says so, and a model of which no pattern looks ahead to a prefix any more has none. A selection
+    that takes no pattern takes ``causal()``. Weights of a new selection are drawn from ``seed``; so are those that get
+    another shape, and the rotations or centroids of another select_seed.
     Raises: ValueError for any other word that is not what the model has, and for words that do not go together.
     """
     check_words(words, model.config, folder)
@@ -77,7 +83,8 @@ def attending(model: Transformer, words: "ModelConfig", *, folder: Path, seed: i
     made, fresh, left_out = _remade(model, config, seed)
     ways = [layer.get("attention") for layer in config.to_dict()["layers"]]
     shown = tuple(way and {name: way[name] for name in ("pattern", "selection")} for way in ways)
-    return made, StartReport(folder, shown, tuple(fresh), tuple(left_out), other_sizes(words, model.config))
+    prefix = model.config.prefix_length, config.prefix_length
+    return made, StartReport(folder, shown, prefix, tuple(fresh), tuple(left_out), other_sizes(words, model.config))
 
 
 def attention_words_applied(words: "ModelConfig", config: TransformerConfig) -> TransformerConfig:
@@ -95,7 +102,14 @@ def attention_words_applied(words: "ModelConfig", config: TransformerConfig) -> 
         placed = selection is not None and not isinstance(selection, Bounded) and "selection" in own
         selections.append(selection)
         patterns.append(own.get("pattern", "causal()" if placed else None))
-    return _with_selections(with_pattern(_with_selections(config, [None] * len(config.layers)), patterns), selections)
+    plain = _with_selections(config, [None] * len(config.layers))
+    roomy = dataclasses.replace(plain, prefix_length=max(config.prefix_length, words.prefix_length))
+    made = with_pattern(roomy, patterns)
+    if words.prefix_length:
+        made = dataclasses.replace(made, prefix_length=words.prefix_length)
+    elif config.seen_prefix and not made.seen_prefix:
+        made = dataclasses.replace(made, prefix_length=0)
+    return _with_selections(made, selections)
 
 
 def _selection(attention: AttentionConfig, own: dict[str, Any], config: TransformerConfig) -> SelectionConfig | None:
@@ -154,7 +168,8 @@ def _check_owned(words: "ModelConfig", config: TransformerConfig, init: Path) ->
         had = next((name for name, kind in SELECTIONS.items() if isinstance(layer.attention.selection, kind)), "none")
         kind = (said(words) | own).get("selection", had)
         kinds.add(kind)
-        taken |= {"pattern", "selection"} | {word for word, owners in SELECTION_OWNERS.items() if kind in owners}
+        taken |= {"pattern", "selection", "prefix_length"}
+        taken |= {word for word, owners in SELECTION_OWNERS.items() if kind in owners}
     for word, value in said(words).items():
         if attends(word) and word not in taken:
             owners = SELECTION_OWNERS.get(word)

@@ -35,7 +35,7 @@ def said_of_layer(model: "ModelConfig", index: int) -> dict[str, Any]:
 
 def attends(word: str) -> bool:
     """Whether a word says how weights attend, which trained ones can be told anew."""
-    return word in ("pattern", "selection") or word.startswith("select_")
+    return word in ("pattern", "selection", "prefix_length") or word.startswith("select_")
 
 
 def check_words(model: "ModelConfig", config: TransformerConfig, init: object) -> None:
@@ -55,8 +55,8 @@ def check_words(model: "ModelConfig", config: TransformerConfig, init: object) -
         told = _told(refused, model)
         flags = " ".join(undone(model, config))
         raise ValueError(
-            f"{init} gives the model, from which [model] may differ in pattern, selection and select_… alone,"
-            f" got {told}: leave that out" + (f", or add {flags}" if flags else "")
+            f"{init} gives the model, from which [model] may differ in pattern, prefix_length, selection and"
+            f" select_… alone, got {told}: leave that out" + (f", or add {flags}" if flags else "")
         )
 
 

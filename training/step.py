@@ -82,6 +82,7 @@ def forward(model: Transformer, batch: Batch, *, side: SideLosses = NO_SIDE_LOSS
 
     Raises: ValueError for a load loss where a router estimates no load.
     """
+    batch = batch.past_prefix(model.config.prefix_length)
     hidden, routings, depths, selections = model.hidden_states(
         batch.inputs, attention_mask=batch.mask, noise=batch.noise
     )
@@ -159,6 +160,7 @@ def accumulate(
     if micro_batches < 1 or size % micro_batches:
         raise ValueError(f"micro_batches must divide the batch of {size} sequences, got {micro_batches}")
     rows = size // micro_batches
+    batch = batch.past_prefix(model.config.prefix_length)
     total = max(1, batch.num_targets)
     outputs = []
     for start in range(0, size, rows):

@@ -284,8 +284,12 @@ class Trainer:
 
     def _check_prompt(self) -> None:
         count, room = len(self.data.tokenizer.encode(self.train.prompt)), self.model.config.max_length
-        if not 0 < count < room:
-            raise ValueError(f"train.prompt must have from 1 to max_length-1={room - 1} tokens, got {count}")
+        fewest = max(1, self.model.config.seen_prefix)
+        if not fewest <= count < room:
+            raise ValueError(
+                f"train.prompt must have from {fewest} to max_length-1={room - 1} tokens, got {count}"
+                + (": at least its prefix_length, or set train.sample_every=0" if count < fewest != 1 else "")
+            )
 
     def _metrics(self) -> Metrics | NoMetrics:
         if self.parallel.rank:

@@ -6,8 +6,10 @@ Layers are unequal on purpose: a pruned model has its own head count, pattern an
 import dataclasses
 import difflib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +41,8 @@ class TransformerConfig:
     longer inputs are refused. rope_theta: base of the rotary frequencies; rope_scaling: how they are
     stretched. tied: the head shares the embedding.
     dropout: rate after each sub-layer in training. causal: False makes an encoder, whose patterns may look ahead.
+    prefix_length: of a prefix language model, whose first tokens may see each other (``prefix_lm(n)``): patterns may
+    look ahead to these alone, and the loss leaves them out.
     """
 
     vocab_size: int
@@ -51,6 +55,7 @@ class TransformerConfig:
     dropout: float = 0.0
     causal: bool = True
     rope_scaling: RopeScaling | None = None
+    prefix_length: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -64,12 +69,10 @@ class TransformerConfig:
             raise ValueError(f"rope_theta and norm_eps must be > 0, got {self.rope_theta} and {self.norm_eps}")
         below_one("dropout", self.dropout)
         _check_pools(self.layers)
+        self._check_prefix()
         for index, layer in enumerate(self.layers):
-            if self.causal and layer.attention and not parse_pattern(layer.attention.pattern).is_causal:
-                raise ValueError(
-                    f"layer {index}: pattern {layer.attention.pattern!r} sees the future; "
-                    f"combine it with causal() or set causal=False"
-                )
+            if self.causal and layer.attention:
+                _check_past(index, layer.attention.pattern, self.prefix_length)
             _check_blocks(index, layer, self.max_length)
             if not self.causal and layer.attention and _looks_back(layer.attention):
                 raise ValueError(f"layer {index}: a selection never looks ahead: set causal=True, or selection=None")
@@ -78,6 +81,13 @@ class TransformerConfig:
                     f"layer {index}: {_kind(_FEEDFORWARDS, type(layer.feedforward))} compares a token with later ones; "
                     f"set allow_future=True to train with it all the same, or causal=False"
                 )
+
+    def _check_prefix(self) -> None:
+        at_least("prefix_length", self.prefix_length, 0)
+        if self.prefix_length and not self.causal:
+            raise ValueError(f"prefix_length must be 0 for an encoder (causal=False), got {self.prefix_length}")
+        if self.prefix_length >= self.max_length:
+            raise ValueError(f"prefix_length must be < max_length={self.max_length}, got {self.prefix_length}")
 
     @classmethod
     def uniform(
@@ -97,11 +107,13 @@ class TransformerConfig:
         tied: bool = True,
         dropout: float = 0.0,
         causal: bool = True,
+        prefix_length: int = 0,
     ) -> "TransformerConfig":
         """All layers alike.
 
         Defaults: num_kv_heads = num_heads; head_dim = dim / num_heads; pattern = ``causal()`` (``full()`` for an
-        encoder); feedforward = SwiGLU of 8/3·dim neurons rounded up to a multiple of 64.
+        encoder, ``prefix_lm(prefix_length)`` with a prefix); feedforward = SwiGLU of 8/3·dim neurons rounded up to a
+        multiple of 64.
         Raises ValueError where a size does not fit (name, bound, value).
         """
         at_least("num_layers", num_layers, 0)
@@ -111,14 +123,21 @@ class TransformerConfig:
                 raise ValueError(f"num_heads must divide dim={dim} unless head_dim is given, got {num_heads}")
             head_dim = dim // num_heads
         if pattern is None:
-            pattern = "causal()" if causal else "full()"
+            pattern = f"prefix_lm({prefix_length})" if prefix_length > 0 else "causal()" if causal else "full()"
         attention = AttentionConfig(num_heads, num_heads if num_kv_heads is None else num_kv_heads, head_dim, pattern)
         if feedforward is None:
             feedforward = DenseConfig(-(-8 * dim // 3 // 64) * 64)
         return cls(
             vocab_size=vocab_size, dim=dim, layers=(LayerConfig(attention, feedforward),) * num_layers,
             max_length=max_length, rope_theta=rope_theta, norm_eps=norm_eps, tied=tied, dropout=dropout, causal=causal,
+            prefix_length=prefix_length,
         )  # fmt: skip
+
+    @cached_property
+    def seen_prefix(self) -> int:
+        """prefix_length if some pattern looks ahead to a prefix, else 0."""
+        patterns = (parse_pattern(layer.attention.pattern) for layer in self.layers if layer.attention)
+        return 0 if all(pattern.is_causal for pattern in patterns) else self.prefix_length
 
     @property
     def sees_future(self) -> tuple[int, ...]:
@@ -188,6 +207,19 @@ def _check_pools(layers: tuple[LayerConfig, ...]) -> None:
                         f"layer {index}: {name} must be {getattr(other, name)} as in layer {first}, "
                         f"which shares pool {memory.pool!r}, got {getattr(memory, name)}"
                     )
+
+
+def _check_past(index: int, text: str, prefix: int) -> None:
+    """No query of a causal model sees a later key, but for those of the prefix."""
+    pattern = parse_pattern(text)
+    if pattern.is_causal_after(prefix):
+        return
+    way_out = ""
+    if pattern.is_causal_after(sys.maxsize):
+        way_out = f", or prefix_length, got {prefix}, to the number of its first tokens, which the loss then leaves out"
+    raise ValueError(
+        f"layer {index}: pattern {text!r} sees the future; combine it with causal() or set causal=False{way_out}"
+    )
 
 
 def _check_blocks(index: int, layer: LayerConfig, max_length: int) -> None:

@@ -66,8 +66,8 @@ def stream(
     layers that compare a token with later ones (expert choice, Soft MoE), which are not there yet: the text is then
     drawn from other distributions than training saw, and depends on the batch, the prompt's length and prefill_chunk.
     Raises ValueError, at the call, for options out of range, an empty prompt, a prompt plus new tokens beyond
-    max_length unless streaming, an encoder, padding that is not on the left, a model that cannot stream, or one that
-    looks ahead without allow_future.
+    max_length unless streaming, fewer tokens than a prefix has, an encoder, padding that is not on the left, a model
+    that cannot stream, or one that looks ahead without allow_future.
     """
     if not allow_future:
         require_no_future(model.config)
@@ -166,6 +166,7 @@ def _check(
         raise ValueError(f"input_ids must be integers [B, L], got {ids.dtype} {list(ids.shape)}")
     if ids.shape[1] < 1:
         raise ValueError("the prompt must hold at least 1 token, got 0")
+    _check_prefix(model.config.seen_prefix, ids, mask, prefill_chunk)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
     # the last token that is sampled is never fed back
@@ -185,6 +186,21 @@ def _check(
         raise ValueError("attention_mask must be 0 on the left and 1 on the right of every prompt")
     if prefill_chunk is not None and prefill_chunk < 1:
         raise ValueError(f"prefill_chunk must be >= 1, got {prefill_chunk}")
+
+
+def _check_prefix(prefix: int, ids: Tensor, mask: Tensor | None, chunk: int | None) -> None:
+    """Every prompt holds the whole prefix, which sees itself, and the first chunk of the prompts does too."""
+    padding = 0
+    if mask is not None and mask.shape == ids.shape:
+        padding = ids.shape[1] - int(mask.bool().sum(1).min())
+    if ids.shape[1] - padding < prefix:
+        raise ValueError(
+            f"the prompt must hold the prefix_length={prefix} tokens that see each other, got {ids.shape[1] - padding}"
+        )
+    if prefix and chunk is not None and chunk < padding + prefix:
+        raise ValueError(
+            f"prefill_chunk must be >= {padding + prefix}, prefix_length and the padding before it, got {chunk}"
+        )
 
 
 def require_no_future(config: TransformerConfig) -> None:

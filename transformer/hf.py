@@ -34,6 +34,7 @@ def from_hugging_face(
     *,
     dtype: torch.dtype | None = None,
     pattern: str | Pattern | Sequence[str | Pattern | None] | None = None,
+    prefix_length: int = 0,
 ) -> Transformer:
     """The model of a folder with config.json and *.safetensors (one file, or several with an index), to evaluate.
 
@@ -46,14 +47,16 @@ def from_hugging_face(
 
     >>> from_hugging_face(folder, pattern="causal() & (sliding_window(256) | sinks(4))")
 
+    prefix_length: first tokens that such a pattern may look ahead to (``prefix_lm(64)``), and that losses leave out.
     Raises FileNotFoundError for a missing file; ValueError for a damaged one, for an architecture or option without an
     equal here (named), and for tensors that are missing, left over or of another shape (listed).
     """
     folder = Path(folder)
     record = _read_record(folder / _CONFIG)
     config, family = read_config(record), family_named(record["model_type"])
-    if pattern is not None:
-        config = with_pattern(config, pattern)
+    if pattern is not None or prefix_length:
+        own = [None] * len(config.layers) if pattern is None else pattern
+        config = with_pattern(config, own, prefix_length=prefix_length)
     with torch.device("meta"):
         model = Transformer(config)
     with Checkpoint(folder) as stored:

@@ -180,12 +180,17 @@ def _attention(record: Mapping[str, Any], family: Family, index: int) -> Attenti
 
 
 def _window(record: Mapping[str, Any], family: Family, index: int) -> int | None:
-    if record["sliding_window"] is None or not record["use_sliding_window"]:
+    # where a family's window has no such switch, transformers does not look at it
+    switched = not family.window or "use_sliding_window" in family.defaults
+    if record["sliding_window"] is None or (switched and not record["use_sliding_window"]):
         return None
     if not family.window:
         raise ValueError(f"sliding_window must be null in a {family.name} model, got {record['sliding_window']!r}")
     if family.mixed and not _is_windowed(record, index):
         return None
+    kinds = record.get("layer_types")
+    if not family.mixed and kinds is not None and set(kinds) != {"sliding_attention"}:
+        raise ValueError(f"layer_types of {family.name} must all be sliding_attention, or absent, got {kinds!r}")
     return _size(record, "sliding_window")
 
 
@@ -366,7 +371,8 @@ def _normal(attention: AttentionConfig) -> str:
 
 def _plain(config: TransformerConfig) -> dict[str, Any]:
     """Nested dicts of numbers, without what matters in training only, and with patterns in one spelling."""
-    record = dataclasses.replace(config, dropout=0.0).to_dict()
+    prefix = config.prefix_length if config.seen_prefix else 0  # of the loss alone
+    record = dataclasses.replace(config, dropout=0.0, prefix_length=prefix).to_dict()
     record["layers"] = {str(index): layer for index, layer in enumerate(record["layers"])}
     for index, layer in enumerate(config.layers):
         written = record["layers"][str(index)]

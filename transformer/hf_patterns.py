@@ -8,11 +8,15 @@ from transformer.config import TransformerConfig
 
 
 def with_pattern(
-    config: TransformerConfig, pattern: str | Pattern | Sequence[str | Pattern | None]
+    config: TransformerConfig,
+    pattern: str | Pattern | Sequence[str | Pattern | None],
+    *,
+    prefix_length: int | None = None,
 ) -> TransformerConfig:
     """The config with this pattern in every layer that attends; a sequence gives one a layer, None keeps its own.
 
-    A window that the layer had is replaced, not narrowed. Raises ValueError for a sequence of another length, and for
+    A window that the layer had is replaced, not narrowed. prefix_length: of a prefix language model; None: as it was.
+    Raises ValueError for a sequence of another length, and for
     text that is no pattern or sees the future.
     """
     given = [pattern] * len(config.layers) if isinstance(pattern, str | Pattern) else pattern
@@ -29,4 +33,5 @@ def with_pattern(
         if layer.attention is not None and text is not None:
             layer = dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, pattern=str(text)))
         layers.append(layer)
-    return dataclasses.replace(config, layers=tuple(layers))
+    prefix = config.prefix_length if prefix_length is None else prefix_length
+    return dataclasses.replace(config, layers=tuple(layers), prefix_length=prefix)

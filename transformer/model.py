@@ -23,6 +23,7 @@ from transformer.layer_config import LayerConfig
 from transformer.loss import IGNORE, chunked_cross_entropy
 from transformer.norm import RMSNorm
 from transformer.padding import counts_positions, pads_left, require_own_positions
+from transformer.prefix import past_prefix, require_whole_prefix
 
 
 @dataclass(frozen=True)
@@ -116,12 +117,14 @@ class Transformer(nn.Module):
         attention_mask [B, L]: 0 marks padding among these tokens; a cache remembers the padding before them. Padding on
         the left is refused with gradients, or a cache without ``unequal_rows``, where a layer counts positions.
         labels: targets at their own positions (``labels=input_ids`` is usual); the model compares position i with label
-        i + 1 and skips −100. An encoder compares position i with label i. cache: from :meth:`new_cache`, updated in
-        place. replay: routings of an earlier pass; their experts are used again. replay_depths: likewise the tokens
-        that passed each layer; routings of a layer that only some tokens pass fit no others. return_logits: False
-        leaves the logits out, so that with labels only a chunk of them exists at a time.
+        i + 1 and skips −100, and the labels of a prefix. An encoder compares position i with label i. cache: from
+        :meth:`new_cache`, updated in place; it holds keys and values without gradients, so that backward() is refused.
+        replay: routings of an earlier pass; their experts are used again. replay_depths: likewise the tokens that
+        passed each layer; routings of a layer that only some tokens pass fit no others. return_logits: False leaves the
+        logits out, so that with labels only a chunk of them exists at a time.
         Raises ValueError for ids outside the vocabulary, a sequence over max_length, or shapes that do not agree.
         """
+        seen = 0 if cache is None else cache.length if cache.tokens is None else cache.tokens[:, None]
         hidden, routings, depths, selection_losses = self.hidden_states(
             input_ids, attention_mask=attention_mask, cache=cache, replay=replay, replay_depths=replay_depths
         )
@@ -130,6 +133,9 @@ class Transformer(nn.Module):
             if labels.shape != input_ids.shape:
                 raise ValueError(f"labels must have shape {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
             shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE) if self.config.causal else labels
+            if self.config.prefix_length:
+                real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+                shifted = past_prefix(shifted, self.config.prefix_length, seen + real.cumsum(1) - 1)
             loss = chunked_cross_entropy(hidden.flatten(0, 1), self.head_weight, shifted.flatten())
         logits = F.linear(hidden, self.head_weight) if return_logits else None
         return ModelOutput(logits, loss, hidden, routings, depths, selection_losses)
@@ -165,8 +171,12 @@ class Transformer(nn.Module):
             require_own_positions(self.config, len(input_ids), cache is not None)
             cache = self.new_cache(unequal_rows=len(input_ids))
         positions = None
-        if cache is not None and cache.tokens is not None:
-            positions = cache.place(torch.ones_like(input_ids, dtype=torch.bool) if token_mask is None else token_mask)
+        if cache is not None:
+            real = torch.ones_like(input_ids, dtype=torch.bool) if token_mask is None else token_mask
+            if start and self.config.seen_prefix:
+                seen = real.new_full((len(real),), start, dtype=torch.long) if cache.tokens is None else cache.tokens
+                require_whole_prefix(self.config.seen_prefix, seen, real)
+            positions = cache.place(real)
         columns = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
         angles = self._angles(columns if positions is None else positions)
         x = self.embedding(input_ids)
@@ -189,7 +199,8 @@ class Transformer(nn.Module):
             for choices, layer in zip(made, self.config.layers, strict=True)
         )
         routings, depths = (tuple(getattr(choices, name) for choices in made) for name in ("routing", "depth"))
-        return self.norm(x), routings, depths, losses
+        hidden = self.norm(x)
+        return hidden if cache is None else _NoBackward.apply(hidden), routings, depths, losses
 
     @property
     def head_weight(self) -> Float[Tensor, "V D"]:
@@ -295,6 +306,21 @@ class Transformer(nn.Module):
             low, high = (int(bound) for bound in input_ids.aminmax())
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(f"input_ids must be in [0, vocab_size={self.config.vocab_size}), got {low}…{high}")
+
+
+class _NoBackward(torch.autograd.Function):
+    """The identity, once keys have lost their gradients in a cache."""
+
+    @staticmethod
+    def forward(ctx, hidden):
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ValueError(
+            "backward() needs a pass without a cache, which holds keys and values without gradients: leave out cache=, "
+            "or run under torch.no_grad()"
+        )
 
 
 def _run_block(block, angles, token_mask, token_ids, cache, start, positions, choose_first, noise, x, replay):

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pruning.batches import Batch, Loss, batch_size, model_batches, next_token_loss
+from pruning.batches import Batch, Loss, batch_size, model_batches, next_token_loss, prefix_targets
 from pruning.diagnostics.figure import axes_for, labelled
 from pruning.diagnostics.kept import kept_of
 from pruning.masking import Masks
@@ -158,8 +158,9 @@ def fisher_penalty(
     ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
     if not isinstance(batch, Tensor) and set(batch) != {"input_ids"}:
         raise ValueError(f"a Fisher penalty draws all labels and takes input_ids alone, got {sorted(batch)}")
-    if ids.shape[1] < 2:
-        raise ValueError(f"a Fisher penalty needs input_ids [B, L] with L >= 2, got {list(ids.shape)}")
+    least = 2 + prefix_targets(model)
+    if ids.shape[1] < least:
+        raise ValueError(f"a Fisher penalty needs input_ids [B, L] with L >= {least}, got {list(ids.shape)}")
     with torch.no_grad():
         output = model(ids)
         logits = output if isinstance(output, Tensor) else output.logits
@@ -174,7 +175,7 @@ def fisher_penalty(
         (g.square() * kept[name].to(g.device) if name in kept else g.square()).sum()
         for name, g in zip(chosen, found, strict=True)
     ]
-    return torch.stack(squares).sum() * (drawn.shape[1] / len(ids))
+    return torch.stack(squares).sum() * ((drawn.shape[1] - prefix_targets(model)) / len(ids))
 
 
 def _chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Parameter]:

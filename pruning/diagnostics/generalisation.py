@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from pruning.batches import Batch, Loss, batch_size, evaluating, model_batches
+from pruning.batches import Batch, Loss, after_prefix, batch_size, evaluating, model_batches
 from pruning.diagnostics.curve import mean_loss
 from pruning.diagnostics.figure import axes_for, labelled
 
@@ -126,8 +126,9 @@ def memorisation(
         train_fn(model, data.batches)
         losses.append(mean_loss(model, data.batches))
         hits = [_hits(model, batch) for batch in data.batches]
-        wrong.append(_share(hits, data, of_random=True))
-        plain.append(_share(hits, data, of_random=False))
+        asked = [after_prefix(model, batch)[:, :-1].cpu() for batch in data.batches]
+        wrong.append(_share(hits, data, asked, of_random=True))
+        plain.append(_share(hits, data, asked, of_random=False))
     return Memorisation(tuple(shares), tuple(losses), tuple(wrong), tuple(plain), 1 / vocab_size)
 
 
@@ -190,10 +191,12 @@ def _hits(model: nn.Module, batch: Mapping[str, Tensor]) -> Bool[Tensor, "B L"]:
     return torch.cat([torch.zeros(len(right), 1, dtype=torch.bool), right], dim=1)
 
 
-def _share(hits: Sequence[Tensor], data: Relabelled, *, of_random: bool) -> float:
+def _share(hits: Sequence[Tensor], data: Relabelled, asked: Sequence[Tensor], *, of_random: bool) -> float:
+    """Of the labels that the model is ``asked`` for, token by token, the share that it gives."""
     right = count = 0
-    for hit, batch, chosen in zip(hits, data.batches, data.random, strict=True):
+    for hit, batch, chosen, some in zip(hits, data.batches, data.random, asked, strict=True):
         where = (chosen.cpu() == of_random) & (batch["labels"].cpu() != -100)
         where[:, 0] = False
+        where[:, 1:] &= some
         right, count = right + int((hit & where).sum()), count + int(where.sum())
     return right / count if count else float("nan")

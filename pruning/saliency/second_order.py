@@ -11,6 +11,7 @@ from pruning.batches import (
     Batch,
     Loss,
     Progress,
+    after_prefix,
     batch_size,
     evaluating,
     model_batches,
@@ -133,5 +134,6 @@ def _drawn_loss(model: nn.Module, sample: Batch, generator: torch.Generator | No
     elif real is not None:
         pairs = real.bool()[:, 1:] & real.bool()[:, :-1]
         labels[:, 1:].masked_fill_(~pairs, -100)
+    labels[:, 1:].masked_fill_(~after_prefix(model, keywords)[:, :-1], -100)
     count = int((labels[:, 1:] != -100).sum())
     return next_token_loss(model, {**keywords, "labels": labels}), count

@@ -59,6 +59,10 @@ class Pattern(ABC):
         """True when no query sees a key at a later position, whatever the length."""
         return False
 
+    def is_causal_after(self, prefix: int) -> bool:
+        """True when the only later keys that a query sees are among the first ``prefix``, whatever the length."""
+        return self.is_causal
+
     @property
     def is_relative(self) -> bool:
         """True when what is visible depends on the distance i − j alone: padding on the left then changes nothing."""
@@ -192,6 +196,9 @@ class _And(Pattern):
     def is_causal(self) -> bool:
         return any(part.is_causal for part in self.parts)
 
+    def is_causal_after(self, prefix: int) -> bool:
+        return any(part.is_causal_after(prefix) for part in self.parts)
+
     @property
     def is_relative(self) -> bool:
         return all(part.is_relative for part in self.parts)
@@ -228,6 +235,9 @@ class _Or(Pattern):
     @property
     def is_causal(self) -> bool:
         return all(part.is_causal for part in self.parts)
+
+    def is_causal_after(self, prefix: int) -> bool:
+        return all(part.is_causal_after(prefix) for part in self.parts)
 
     @property
     def is_relative(self) -> bool:
@@ -314,6 +324,10 @@ class PerHead(Pattern):
     def is_causal(self) -> bool:
         """True when no head sees a later key."""
         return all(head.is_causal for head in self.heads)
+
+    def is_causal_after(self, prefix: int) -> bool:
+        """True when no head sees a later key past the first ``prefix``."""
+        return all(head.is_causal_after(prefix) for head in self.heads)
 
     @property
     def is_relative(self) -> bool:

@@ -32,6 +32,9 @@ class _Sinks(Pattern):
     def retained(self, key_pos: Int[Tensor, "S"], next_query: int) -> Bool[Tensor, "S"]:
         return key_pos < self.count
 
+    def is_causal_after(self, prefix: int) -> bool:
+        return self.count <= prefix
+
     def __str__(self) -> str:
         return f"sinks({self.count})"
 

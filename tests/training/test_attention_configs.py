@@ -15,7 +15,7 @@ from transformer import DSAConfig, KMeansConfig, LSHConfig, MoBAConfig, NSAConfi
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 NAMES = (
     "window", "bigbird", "strided", "global", "moba", "top-k-keys", "nsa", "dsa", "lsh", "kmeans", "sinkhorn-attention",
-    "shared-qk", "alibi",
+    "shared-qk", "alibi", "prefix-lm",
 )  # fmt: skip
 
 
@@ -26,7 +26,7 @@ def test_three_steps(name):
     config = model_config(small, vocab_size=16, length=96)
     kinds = [layer.attention.selection or layer.attention.pattern for layer in config.layers]
     assert (config.layers[0].attention.selection is None) == (section.selection == "none")
-    assert kinds[0] != "causal()" and len(set(kinds)) == (1 if name == "window" else 2)
+    assert kinds[0] != "causal()" and len(set(kinds)) == (1 if name in ("window", "prefix-lm") else 2)
     model = Transformer(config, generator=torch.Generator().manual_seed(0)).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     ids = torch.randint(16, (2, 97), generator=torch.Generator().manual_seed(1))

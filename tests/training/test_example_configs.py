@@ -16,7 +16,7 @@ WORDS = ("router", "feedforward", "selection", "threshold_method", "drop_priorit
 # numbers that are a method of their own when they are set
 METHODS = ("jitter", "shared_hidden", "num_groups", "top_neurons", "attention_threshold", "memory_pool", "gated",
            "error_k", "dropout", "head_dropout", "drop_connect", "path_dropout", "layer_drop", "softcap",
-           "attention_dropout", "alibi", "select_shared_qk", "activation_predictor_rank")  # fmt: skip
+           "attention_dropout", "alibi", "select_shared_qk", "activation_predictor_rank", "prefix_length")  # fmt: skip
 SMALLER = {"stdlib-product-key", "stdlib-memory-plus", "stdlib-peer"}
 
 

@@ -368,3 +368,25 @@ def test_the_ends_of_texts_are_written_where_they_are_told(tmp_path):
         to_hugging_face(model, tmp_path, token_ids={"eos_token_id": 10000})
     with pytest.raises(ValueError, match="token_ids must name bos_token_id, .*, got 'end'"):
         to_hugging_face(model, tmp_path, token_ids={"end": 2})
+
+
+@pytest.mark.parametrize("family", ["mistral", "mixtral", "dots1"])
+def test_a_window_without_a_switch_is_never_off(family, tmp_path):
+    """transformers does not look at use_sliding_window where the family's config has none."""
+    more = {"sliding_window": 3, "layer_types": ["sliding_attention"] * 3} if family == "dots1" else {}
+    model = peer(family, **more)
+    model.save_pretrained(tmp_path)
+    rewrite(tmp_path, use_sliding_window=False)
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(ours(from_hugging_face(tmp_path)), theirs(read), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mistral", "mixtral"])
+def test_layers_of_two_kinds_are_refused_where_the_family_has_one(family, tmp_path):
+    """A mistral folder with layer_types is read as another architecture by transformers."""
+    peer(family).save_pretrained(tmp_path)
+    rewrite(tmp_path, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+    with pytest.raises(ValueError, match=rf"layer_types of {family} must all be sliding_attention, or absent"):
+        from_hugging_face(tmp_path)
+    rewrite(tmp_path, layer_types=["sliding_attention"] * 3)
+    assert from_hugging_face(tmp_path).config.layers[0].attention.pattern.startswith("causal() & sliding_window(")

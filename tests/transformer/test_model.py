@@ -259,3 +259,52 @@ def test_nan_names_the_layer():
         model.layers[1].feedforward.router.weight[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="layers.1.feedforward"):
         model(torch.zeros(1, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("made", [{}, {"mode": "streaming"}, {"unequal_rows": 2}], ids=str)
+def test_a_pass_with_a_cache_has_no_backward_as_keys_lose_their_gradients_there(made):
+    config = TransformerConfig.uniform(
+        vocab_size=20, dim=16, num_layers=1, num_heads=2, pattern="causal() & (sliding_window(4) | sinks(2))"
+    )
+    model, text = Transformer(config), torch.randint(20, (2, 5))
+    output = model(text, labels=text, cache=model.new_cache(**made))
+    with pytest.raises(ValueError, match=r"backward\(\) needs a pass without a cache"):
+        output.loss.backward()
+    assert all(weight.grad is None for weight in model.parameters() if weight is not model.head_weight)
+    torch.testing.assert_close(output.loss, model(text, labels=text).loss)
+
+
+@pytest.mark.parametrize("drop", [{"dropout": 0.2}, {"dropout": 0.2, "layer_drop": 0.5}], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "feedforward",
+    [
+        MoEConfig(8, 4, router="noisy_top_k"),
+        MoEConfig(8, 4, k=1, router="switch", jitter=0.1),
+        MoEConfig(8, 4, router="top_2"),
+        MIXTURE,
+    ],
+    ids=lambda config: config.router,
+)
+def test_a_replay_draws_what_the_recorded_run_drew(feedforward, checkpointing, drop):
+    config = TransformerConfig.uniform(
+        vocab_size=13, dim=16, num_layers=3, num_heads=2, dropout=drop["dropout"], feedforward=feedforward
+    )
+    layers = tuple(dataclasses.replace(layer, layer_drop=drop.get("layer_drop", 0.0)) for layer in config.layers)
+    model = Transformer(dataclasses.replace(config, layers=layers)).double().train()
+    model.gradient_checkpointing(checkpointing)
+    text = torch.randint(13, (2, 9))
+    for seed in range(3):
+        results = []
+        replay = None
+        for _ in range(2):
+            torch.manual_seed(seed)
+            output = model(text, labels=text, replay=replay)
+            model.zero_grad()
+            output.loss.backward()
+            gradients = [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+            results.append((output.logits, gradients, torch.get_rng_state()))
+            replay = tuple(routing.detach() for routing in output.routings)
+        torch.testing.assert_close(results[0][0], results[1][0])
+        torch.testing.assert_close(results[0][1], results[1][1])
+        assert results[0][2].equal(results[1][2])
