@@ -151,22 +151,6 @@ def slower(levels: dict[float, dict[str, Line]], margins: dict[str, float]) -> s
     return told + (" ".join(said) or f"Every setting is faster than dense by more than {within}.")
 
 
-def layer(lines: list[Line]) -> str:
-    """Milliseconds and speed of one wide network."""
-    levels = timed(lines, "thresholded")
-    methods = methods_of(levels)
-    cells = [
-        [f"{level:.0%}", *(f"{at[m]['median_s'] * 1e3:.1f} ({speed(at[m]):.2f}×)" if m in at else "" for m in methods)]
-        for level, at in levels.items()
-    ]
-    every = [line for at in levels.values() for line in at.values()]
-    return (
-        table(["sparsity", *methods], cells)
-        + f"\n\nMilliseconds a token; in brackets relative to dense in the same rounds. {slower(levels, {})} "
-        + place(every)
-    )
-
-
 def predictor(lines: list[Line]) -> str:
     """What recall costs in computed neurons, perplexity and time."""
     times = timed(lines, "decode", "recall")
@@ -232,8 +216,7 @@ def place(lines: list[Line]) -> str:
 
 
 TABLES: dict[str, Callable[[list[Line]], str]] = {
-    "quality": quality, "blocks": blocks, "decode": decode, "choices": choices, "layer": layer,
-    "predictor": predictor,
+    "quality": quality, "blocks": blocks, "decode": decode, "choices": choices, "predictor": predictor,
 }  # fmt: skip
 
 
@@ -244,7 +227,7 @@ def fill(text: str, lines: list[Line]) -> str:
         name = found.group(1)
         if name not in TABLES:
             raise ValueError(f"table must be one of {sorted(TABLES)}, got {name!r}")
-        kind = {"layer": "thresholded", "choices": "choice"}.get(name, name)
+        kind = {"choices": "choice"}.get(name, name)
         body = TABLES[name](lines) if named(lines, kind) else "*No record yet.*"
         return f"<!-- table: {name} -->\n{body}\n<!-- end -->"
 
