@@ -100,7 +100,7 @@ def test_a_killed_cell_goes_on_from_its_checkpoint_and_its_record_is_as_if_it_ha
         job = write_job(config, {"kind": "cell"} | FACTS)
         worker = _start(job)
         if name == "killed":
-            _wait_for(config.out / "checkpoints" / "latest")
+            _wait_for((config.out / "checkpoints" / "latest").exists)
             worker.stdin.close()  # what a worker sees when the study is killed
             assert worker.wait(timeout=PATIENCE) == STOPPED
             assert not (config.out / "record.json").exists()
@@ -116,10 +116,10 @@ def _start(job):
     return subprocess.Popen([sys.executable, "-m", "training.study", str(job)], stdin=subprocess.PIPE, cwd=ROOT)
 
 
-def _wait_for(path, seconds=PATIENCE):
+def _wait_for(happened, seconds=PATIENCE):
     deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
+    while not happened():
+        assert time.monotonic() < deadline, f"{happened} stayed false for {seconds} s"
         time.sleep(0.01)
 
 
@@ -152,15 +152,16 @@ def test_a_killed_study_goes_on_where_it_stopped(toy, tmp_path):
         f" records=Path({str(tmp_path / 'records.jsonl')!r}), jobs=1)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
-    _wait_for(tmp_path / "records.jsonl")
+    records = tmp_path / "records.jsonl"
+    _wait_for(lambda: records.is_file() and records.read_text().endswith("\n"))  # a file just opened holds no line yet
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(timeout=PATIENCE) != 0
-    early = open_records(tmp_path / "records.jsonl")
+    early = open_records(records)
     assert len(early) == 1
     study = load_study(tmp_path / "toy.toml")
-    with (tmp_path / "records.jsonl").open("a") as file:
+    with records.open("a") as file:
         file.write('{"kind": "cell", "cut sh')
-    lines = run_study(study, out=tmp_path / "out", records=tmp_path / "records.jsonl")
+    lines = run_study(study, out=tmp_path / "out", records=records)
     assert lines[: len(early)] == early
     assert sum(line["kind"] == "cell" for line in lines) == 2
 
