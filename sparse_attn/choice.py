@@ -23,8 +23,9 @@ class Choice(Protocol):
         """The truth for every pair, dense; h is 1, the key heads or the query heads."""
         ...
 
-    def check(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
-        """Raises: ValueError where the choice is for other sizes or names keys that are not there."""
+    def check(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *, once: bool = True) -> None:
+        """Raises: ValueError where the choice is for other sizes, names keys that are not there, or one of them twice
+        (once=False leaves that out, for what this library itself chose)."""
         ...
 
     def visit(

@@ -51,8 +51,9 @@ class Buckets:
             mask = mask & ~itself
         return mask | (itself & ~mask.any(-1, keepdim=True))
 
-    def check(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
-        """Raises: ValueError for other sizes, more queries than keys, and a masked key that is in a bucket."""
+    def check(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *, once: bool = True) -> None:
+        """Raises: ValueError for other sizes, more queries than keys, and a masked key that is in a bucket. once: a key
+        has one bucket a round, none twice."""
         check_shapes(q, k, v, key_mask)
         for name, buckets in (("queries", self.queries), ("keys", self.keys)):
             check_integers(f"buckets of {name}", buckets)

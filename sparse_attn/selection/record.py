@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_attn.backends.scoring import Scoring
-from sparse_attn.checking import check_integers, check_shapes
+from sparse_attn.checking import check_integers, check_once, check_shapes
 from sparse_attn.selection.buckets import Buckets
 from sparse_attn.selection.scoring import ScoreOptions
 from sparse_attn.selection.tokens import TokenSelection
@@ -39,8 +39,8 @@ class BlockSelection:
             mask = mask & (torch.arange(self.kv_len, device=mask.device) <= at)
         return mask
 
-    def check(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
-        """Raises: ValueError where the choice is for other sizes, or names blocks that are not there."""
+    def check(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *, once: bool = True) -> None:
+        """Raises: ValueError where the choice is for other sizes, names blocks that are not there, or one twice."""
         check_shapes(q, k, v, key_mask)
         check_integers("selected blocks", self.blocks)
         wanted = (k.shape[0], k.shape[1], q.shape[2])
@@ -50,6 +50,8 @@ class BlockSelection:
         columns = -(-self.kv_len // self.block)
         if self.blocks.numel() and int(self.blocks.max()) >= columns:
             raise ValueError(f"selected blocks must be < {columns}, got {int(self.blocks.max())}")
+        if once:
+            check_once("selected blocks", self.blocks)
 
     def visit(
         self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, dropout: float, key_mask: Tensor | None

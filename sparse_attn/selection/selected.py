@@ -76,7 +76,7 @@ def attend_selected(
     nothing; such a query gives zeros. Half precision is computed in float32.
     Raises: ValueError where the selection or the mask is for other sizes.
     """
-    selection.check(q, k, v, key_mask)
+    selection.check(q, k, v, key_mask, once=False)
     factor = 1 / sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     with torch.autocast(q.device.type, enabled=False):
         out, lse = _Selected.apply(q, k, v, selection, key_mask, factor, scoring.for_call(q))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparse_attn.backends.scoring import Scoring
-from sparse_attn.checking import check_integers, check_shapes
+from sparse_attn.checking import check_integers, check_once, check_shapes
 from sparse_attn.selection.scoring import PLAIN, Pairs, ScoreOptions
 
 # numbers of gathered keys and values that are held at once
@@ -50,8 +50,8 @@ class TokenSelection:
         real = rows.gather(3, self.tokens.clamp_min(0)) & (self.tokens >= 0)
         return TokenSelection(self.tokens.where(real, -1), self.kv_len)
 
-    def check(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> None:
-        """Raises: ValueError where the choice is for other sizes, or names keys that are not there."""
+    def check(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, *, once: bool = True) -> None:
+        """Raises: ValueError where the choice is for other sizes, names keys that are not there, or one twice."""
         check_shapes(q, k, v, key_mask)
         check_integers("selected tokens", self.tokens)
         if self.tokens.dim() != 4:
@@ -68,6 +68,8 @@ class TokenSelection:
             low, high = (int(x) for x in self.tokens.aminmax())
             if low < -1 or high >= self.kv_len:
                 raise ValueError(f"selected tokens must be in [-1, {self.kv_len}), got {low if low < -1 else high}")
+        if once:
+            check_once("selected tokens", self.tokens)
 
     def visit(
         self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, dropout: float, key_mask: Tensor | None
@@ -129,7 +131,7 @@ def attend_tokens(
     query gives zeros. Half precision is computed in float32.
     Raises: ValueError where the selection is for other sizes or lists a key outside [-1, S).
     """
-    selection.check(q, k, v)
+    selection.check(q, k, v, once=False)
     factor = 1 / sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     options, tokens, rows = scoring.for_call(q), selection.tokens, q
     if tokens.shape[1] not in (1, k.shape[1]):
