@@ -116,6 +116,7 @@ def decode(lines: list[Line]) -> str:
     every = [line for at in levels.values() for line in at.values()]
     dense = [line for line in named(lines, "decode") if not line["ratios"]]
     again = [line for line in named(lines, "decode") if line["conditions"].get("again")]
+    again = [line for line in again if line["conditions"]["beside"] in methods]
     beside = ", ".join(
         f"{tokens_per_second(line):.1f} beside {line['conditions']['beside']}"
         for line in dense
@@ -174,7 +175,13 @@ def predictor(lines: list[Line]) -> str:
         + f"{one['sparsity']:.0%} sparsity. Perplexity without a predictor: {one['perplexity_without']:.2f}, of "
         + f"{one['evaluation_tokens']:,} tokens; trained on {one['training_tokens']:,}. "
         + f"Commit {commits(rows)}."
+        + (_beside_dense([at["predictor"] for at in times.values()]) if times else "")
     )
+
+
+def _beside_dense(timed_rows: list[Line]) -> str:
+    said = f" The decoding speed is relative to dense in the same rounds, by seconds{processor(timed_rows)}. "
+    return said + place(timed_rows)
 
 
 def choices(lines: list[Line]) -> str:
