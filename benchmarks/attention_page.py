@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.attention_pictures import pattern_picture, recall_picture
-from benchmarks.readme_tables import RECORDS, ROOT, Line, machine, read, speed, table
+from benchmarks.readme_tables import RECORDS, ROOT, Line, by_machine, machine, read, speed, table
 from sparse_attn import causal, parse_pattern
 from transformer.layer_config import AttentionConfig
 from transformer.selection_config import (
@@ -158,10 +158,13 @@ def long_documents(lines: list[Line]) -> str:
 
 
 def speeds(lines: list[Line]) -> str:
-    """Each pattern's speed-up over causal SDPA, beside what its visited blocks promise; a table for each length."""
+    """Each pattern's speed-up over causal SDPA, beside what its visited blocks promise; a table for each length and
+    machine."""
     found = [line for line in lines if line["name"].startswith("pattern_")]
     lengths = dict.fromkeys(line["conditions"]["L"] for line in found)
-    return "\n\n".join(_speeds([line for line in found if line["conditions"]["L"] == length]) for length in lengths)
+    return "\n\n".join(
+        by_machine([line for line in found if line["conditions"]["L"] == length], _speeds) for length in lengths
+    )
 
 
 def _speeds(found: list[Line]) -> str:

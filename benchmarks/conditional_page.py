@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.readme_tables import RECORDS, ROOT, Line, newest, read, speed
+from benchmarks.readme_tables import RECORDS, ROOT, Line, by_machine, newest, read, speed
 
 PAGE = ROOT / "docs" / "guides" / "conditional-measured.md"
 SOURCE = RECORDS / "conditional.jsonl"
@@ -46,7 +46,7 @@ def fill(text: str, lines: list[Line]) -> str:
         if name not in TABLES:
             raise ValueError(f"table must be one of {sorted(TABLES)}, got {name!r}")
         rows = [line for line in lines if TABLES[name](line)]
-        return f"<!-- table: {name} -->\n{speed(rows) if rows else '*No record yet.*'}\n<!-- end -->"
+        return f"<!-- table: {name} -->\n{by_machine(rows, speed) if rows else '*No record yet.*'}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", replaced, text, flags=re.DOTALL)
 

@@ -103,6 +103,12 @@ def machine(line: Line) -> str:
     return str(line.get("processor", "cpu") if line["device"] == "cpu" else line["device"])
 
 
+def by_machine(lines: list[Line], made: Callable[[list[Line]], str]) -> str:
+    """What ``made`` makes of the rows of each processor, below each other: times of two are no contest."""
+    places = dict.fromkeys(machine(line) for line in lines)
+    return "\n\n".join(made([line for line in lines if machine(line) == place]) for place in places)
+
+
 def _place(line: Line) -> str:
     return f"{machine(line)} with {line['threads']} threads, torch {line['torch']}, commit {line['commit']}"
 
@@ -162,10 +168,10 @@ def collect(runs: Path, records: Path = RECORDS) -> None:
 
 
 def newest(lines: list[Line]) -> list[Line]:
-    """The last row of each benchmark, conditions and device, in the order in which they first came."""
+    """The last row of each benchmark, conditions and processor, in the order in which they first came."""
     last: dict[str, Line] = {}
     for line in lines:
-        last[json.dumps([line["name"], line["conditions"], line["device"]])] = line
+        last[json.dumps([line["name"], line["conditions"], machine(line)])] = line
     return list(last.values())
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.conditional_page import PAGE, SOURCE, TABLES, collect, fill
-from benchmarks.readme_tables import read
+from benchmarks.readme_tables import newest, read
 
 ROW = {"name": "moe", "conditions": {"E": 64, "T": 4096}, "median_s": 0.3, "iqr_s": 0.02, "ratios": {"dense": 1.25},
        "parity": "pass 5e-07", "device": "cpu", "processor": "Some CPU", "threads": 2, "torch": "2.13.0",
@@ -19,6 +19,13 @@ def test_rows_reach_the_table_of_their_benchmark():
     assert "**read** E=64 T=4096" in decode and all("*No record yet.*" in part for part in rest[:3])
     with pytest.raises(ValueError, match="table must be one of"):
         fill("<!-- table: nonsense -->\n<!-- end -->", [])
+
+
+def test_each_machine_has_a_table_of_its_own():
+    elsewhere = {**ROW, "processor": "Another", "median_s": 0.1}
+    fine = fill(MARKERS, newest([ROW, elsewhere, {**elsewhere, "median_s": 0.2}])).split("<!-- end -->")[0]
+    assert fine.count("| contender |") == 2 and fine.index("300.0") < fine.index("Some CPU") < fine.index("200.0")
+    assert fine.index("200.0") < fine.index("Another with") and "100.0" not in fine
 
 
 def test_other_benchmarks_are_not_collected(tmp_path):
