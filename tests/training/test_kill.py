@@ -39,7 +39,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
 
 
 def test_killed_in_mid_training(tmp_path: Path, undisturbed: list[dict[str, Any]]) -> None:
-    process, metrics = start(tmp_path, "go"), tmp_path / "metrics.jsonl"
+    # it does not come to its end, however late the kill is
+    process, metrics = start(tmp_path, str(STEPS)), tmp_path / "metrics.jsonl"
     while not metrics.is_file() or metrics.read_text().count("\n") < 13:
         assert process.poll() is None
         time.sleep(0.002)
@@ -54,7 +55,7 @@ def test_killed_in_mid_training(tmp_path: Path, undisturbed: list[dict[str, Any]
 
 
 def test_killed_while_a_checkpoint_is_written(tmp_path: Path, undisturbed: list[dict[str, Any]]) -> None:
-    process = start(tmp_path, "stall")
+    process = start(tmp_path, "10")
     assert process.stdout is not None
     assert process.stdout.readline() == "stalled\n"
     process.kill()
