@@ -38,11 +38,12 @@ def wait(until, *, seconds=240.0):
 
 
 @pytest.fixture
-def started(toy, tmp_path):
-    """A probe of long cells, one of whose rates diverges at once, with two cells at a time; all ends with the test."""
+def started(toy, tmp_path, request):
+    """A probe of long cells with two rates, of which 1e30 diverges at once, two cells at a time; all ends with the
+    test."""
     toy("topology")
     path = tmp_path / "toy.toml"
-    path.write_text(path.read_text().replace("steps = 4", "steps = 1000000").replace("1e-2]", "1e30]"))
+    path.write_text(path.read_text().replace("steps = 4", "steps = 1000000").replace("1e-3, 1e-2", request.param))
     command = [sys.executable, "-m", "training", "study", str(path), "--jobs", "2", "--records", "records.jsonl"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "400"}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -52,7 +53,9 @@ def started(toy, tmp_path):
             os.kill(left, signal.SIGKILL)
 
 
+@pytest.mark.timeout(400)
 @processes
+@pytest.mark.parametrize("started", ["1e-3, 1e30"], indirect=True)
 def test_a_killed_probe_leaves_no_process_behind(started, tmp_path):
     records = tmp_path / "records.jsonl"
     assert wait(lambda: records.is_file() and records.read_text().count("\n") == 1)
@@ -64,6 +67,7 @@ def test_a_killed_probe_leaves_no_process_behind(started, tmp_path):
 
 @pytest.mark.timeout(400)
 @processes
+@pytest.mark.parametrize("started", ["1e-4, 1e-3"], indirect=True)  # no record, however late the interrupt is
 def test_ctrl_c_ends_a_probe_at_once_without_tracebacks_and_says_what_is_kept(started):
     assert wait(lambda: len(in_session(started.pid)) == 4)
     # as a terminal does: to every process of the group, while the workers import
