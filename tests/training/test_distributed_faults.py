@@ -4,13 +4,13 @@ import dataclasses
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.tolerances import close
 from tests.training.faulty_rank import STEP
@@ -117,11 +117,11 @@ def test_torchrun_restarts_after_kills_and_the_losses_are_those_of_one_process(c
     """Slow in a step, killed in mid-step, killed in mid-checkpoint: three lives, one run, of two nodes on this machine.
 
     A node's torchrun counts the failures of its own process: where it restarts because of the other, it counts none."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # the nodes meet in a store of this process: a port that is free now may be another's once torchrun has started
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    command += ["--max-restarts", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    command += ["--max-restarts", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{store.port}"]
+    command += ["--rdzv-conf", "is_host=false"]
     command += ["-m", "tests.training.faulty_rank", "train", str(config), "--out", str(tmp_path / "two")]
     command += ["--data.cache", str(tmp_path / "cache"), "--expert-parallel", "2"]
     environment = os.environ | {"FAULT": "kill", "OMP_NUM_THREADS": "1"}
