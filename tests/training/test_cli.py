@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -306,6 +307,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(config: Path, tmp_path: Path) -> Non
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not metrics.is_file() or not metrics.read_text():
         assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(2)
     shown, _ = process.communicate(timeout=60)
     assert process.returncode == 130
