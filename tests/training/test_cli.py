@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.training.spawning import PATIENCE
 from training.checkpoint import checkpoints
 from training.cli import _file_first, main
 from transformer import Transformer
@@ -309,7 +310,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(config: Path, tmp_path: Path) -> Non
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(2)
-    shown, _ = process.communicate(timeout=60)
+    shown, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "stopped by SIGINT; go on with:" in shown
     assert f"train {config} --train.steps 100000 --resume" in shown

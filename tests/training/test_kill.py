@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.training.killed_run import STEPS
+from tests.training.spawning import PATIENCE
 from training.checkpoint import OPTIMIZER, checkpoints, latest_checkpoint, verify
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +22,7 @@ def start(out: Path, mode: str) -> subprocess.Popen[str]:
 
 
 def finish(out: Path, mode: str) -> list[dict[str, Any]]:
-    assert start(out, mode).wait(120) == 0
+    assert start(out, mode).wait(PATIENCE) == 0
     return numbers(out)
 
 

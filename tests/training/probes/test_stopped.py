@@ -53,7 +53,6 @@ def started(toy, tmp_path, request):
             os.kill(left, signal.SIGKILL)
 
 
-@pytest.mark.timeout(400)
 @processes
 @pytest.mark.parametrize("started", ["1e-3, 1e30"], indirect=True)
 def test_a_killed_probe_leaves_no_process_behind(started, tmp_path):
@@ -65,7 +64,6 @@ def test_a_killed_probe_leaves_no_process_behind(started, tmp_path):
     assert wait(lambda: not in_session(started.pid), seconds=60)
 
 
-@pytest.mark.timeout(400)
 @processes
 @pytest.mark.parametrize("started", ["1e-4, 1e-3"], indirect=True)  # no record, however late the interrupt is
 def test_ctrl_c_ends_a_probe_at_once_without_tracebacks_and_says_what_is_kept(started):
