@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from moe.checks import at_least
+from moe.once import differentiable_once
 from moe.pages import advise_huge_pages
 from moe.sampled import sampled_products, samples_in_place
 from moe.transforms import transformed
@@ -109,7 +109,7 @@ class _SumRows(torch.autograd.Function):
         return weighted_rows(table, slots, weights)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         table, slots, weights = ctx.saved_tensors
         d_y = d_y.contiguous()
@@ -125,7 +125,7 @@ class _DotRows(torch.autograd.Function):
         return _dots(table, slots, x)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, d_a: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         table, slots, x = ctx.saved_tensors
         d_a = d_a.contiguous()

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from moe.checks import at_least, within
 from moe.memory_values import table_gradient, weighted_rows
+from moe.once import differentiable_once
 
 
 @torch.compiler.disable
@@ -55,7 +55,7 @@ class _MePropLinear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         rows, errors = (t.to(weight.dtype).reshape(-1, t.shape[-1]) for t in (x, d_y))

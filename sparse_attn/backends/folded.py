@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sparse_attn.backends.flash import flash_backward, flash_forward
 from sparse_attn.backends.pieces import Piece, tiles_of
@@ -21,6 +20,7 @@ from sparse_attn.backends.plan import Plan
 from sparse_attn.backends.remainders import join, split
 from sparse_attn.backends.scoring import Scoring
 from sparse_attn.backends.work import BITS, Work
+from sparse_attn.once import differentiable_once
 
 
 def folded(
@@ -96,7 +96,7 @@ class _Folded(torch.autograd.Function):
         return out, lse.squeeze(-1)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, key_mask, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out

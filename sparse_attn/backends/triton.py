@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sparse_attn.layout import BlockLayout
+from sparse_attn.once import differentiable_once
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The tensor cores' smallest operand.
@@ -165,7 +165,7 @@ class _Triton(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, key_mask, out, lse = ctx.saved_tensors
         call = _Call(q, k, v, key_mask, ctx.layout, ctx.scale)

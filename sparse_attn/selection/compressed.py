@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from sparse_attn.once import differentiable_once
 from sparse_attn.selection.ranking import best_columns
 from sparse_attn.selection.scoring import PLAIN, Pairs, ScoreOptions
 
@@ -204,7 +204,7 @@ class _Compressed(torch.autograd.Function):
         return out, blocks
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out = ctx.saved_tensors
         keys, geometry, scale, real, options = ctx.settings

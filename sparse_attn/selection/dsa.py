@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from sparse_attn.checking import check_shapes
+from sparse_attn.once import differentiable_once
 from sparse_attn.patterns import Pattern, causal
 from sparse_attn.selection.padding import without_padding
 from sparse_attn.selection.ranking import coarse
@@ -269,7 +269,7 @@ class _InParts(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *(grad * x for x in ctx.saved_tensors), None, None
 

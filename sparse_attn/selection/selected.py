@@ -15,9 +15,9 @@ from typing import Any, Literal, overload
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag, pad
 
+from sparse_attn.once import differentiable_once
 from sparse_attn.selection.record import BlockSelection
 from sparse_attn.selection.scoring import PLAIN, Pairs, ScoreOptions
 from sparse_attn.selection.visits import Chunks, Visits, turn_round
@@ -200,7 +200,7 @@ class _Selected(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):

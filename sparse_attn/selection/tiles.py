@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from sparse_attn.once import differentiable_once
 from sparse_attn.selection.scoring import PLAIN, Pairs, ScoreOptions
 
 # scores and gathered numbers of tiles that are worked on at once
@@ -121,7 +121,7 @@ class _Tiles(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         tiles, visible, scale, options = ctx.settings

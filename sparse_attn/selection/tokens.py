@@ -12,10 +12,10 @@ from typing import Any, Literal, overload
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sparse_attn.backends.scoring import Scoring
 from sparse_attn.checking import check_integers, check_once, check_shapes
+from sparse_attn.once import differentiable_once
 from sparse_attn.selection.scoring import PLAIN, Pairs, ScoreOptions
 
 # numbers of gathered keys and values that are held at once
@@ -169,7 +169,7 @@ class _Tokens(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, tokens, out, lse = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
