@@ -67,6 +67,8 @@ def attend_streaming(
         return _by_distance(q, k, v, window, count, where, key_mask, softcap, alibi)
     if alibi is not None:
         raise ValueError("rotate must be None with alibi, which gives the positions")
+    if not q.shape[2]:
+        return q.new_zeros(*q.shape[:3], v.shape[3])
     last = window + count - 1
     # positions of the text grow without bound, and with them the rounding error of an angle
     shift = (query_positions[..., :1] - last).clamp_min(0)
@@ -168,6 +170,9 @@ class StreamingKVCache:
         if positions is None:
             raise ValueError("positions must be given to a cache that is unequal=True, got None")
         real = torch.ones_like(positions, dtype=torch.bool) if key_mask is None else key_mask
+        if positions.shape[1]:  # padding stands with the first token: a row's angles are counted from its first column
+            first = positions.masked_fill(~real, torch.iinfo(positions.dtype).max).amin(1, keepdim=True)
+            positions = positions.where(real, first.where(real.any(1, keepdim=True), 0))
         keys, values, held, seen = self._store.append(k, v, positions, real)
         return self._attend(q, keys, values, positions, held, seen)
 

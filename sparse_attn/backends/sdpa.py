@@ -16,6 +16,8 @@ def sdpa_unmasked(
     dropout: float = 0.0,
 ) -> Float[Tensor, "B H L d_v"]:
     """Every key, or keys j ≤ i. causal needs L == S: torch aligns the first query with the first key."""
+    if causal and scale <= 0:  # torch scales what it has hidden too, and -inf times 0 or less hides nothing
+        q, scale = q * scale, 1.0
     return scaled_dot_product_attention(
         q, k, v, is_causal=causal, scale=scale, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
     )

@@ -67,6 +67,16 @@ def same(results):
         close(actual, expected)
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+@pytest.mark.parametrize("text", ["causal()", "causal() & sliding_window(512)", "causal() & documents(90, 110)"])
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "folded"])
+def test_any_finite_scale(backend, text, scale):
+    """torch's causal kernel scales the -inf of a hidden key with the rest."""
+    inputs, pattern = tensors(1, 4, 2, 200, 200, 8), parse_pattern(text)
+    outs = [attend(*inputs, pattern=pattern, scale=scale, backend=name) for name in (backend, "reference")]
+    same([[out, *torch.autograd.grad(out.square().sum(), inputs)] for out in outs])
+
+
 @pytest.mark.parametrize("backend", ["reference", "folded", "sdpa"])
 @pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize("alibi", [False, True])

@@ -156,3 +156,31 @@ def test_positions_go_with_unequal_rows_alone():
         StreamingKVCache(pattern_of(4, 1), rotate, unequal=True).attend(one, one, one)
     with pytest.raises(ValueError, match="slack must be >= 0, got -1"):
         StreamingKVCache(causal() & parse_pattern("sliding_window(3)"), rotate, slack=-1)
+
+
+@pytest.mark.parametrize("where", [0, 10**9, -7])
+def test_positions_of_padding_do_not_matter(where):
+    q, k, v = text_of(9)
+    rows = torch.arange(9).expand(2, -1) - torch.tensor([[3], [0]])
+    real = rows >= 0
+    cache = StreamingKVCache(pattern_of(3, 2), rotate, unequal=True)
+    found = cache.attend(q, k, v, positions=rows.where(real, where), key_mask=real)
+    for row, start in enumerate((3, 0)):
+        alone = [x[row : row + 1, :, start:] for x in (q, k, v)]
+        close(found[row : row + 1, :, start:], StreamingKVCache(pattern_of(3, 2), rotate).attend(*alone))
+
+
+@pytest.mark.parametrize("unequal", [False, True])
+def test_a_chunk_of_nothing_changes_nothing(unequal):
+    tensors = text_of(9)
+
+    def last(*pieces):
+        cache = StreamingKVCache(pattern_of(3, 2), rotate, unequal=unequal)
+        for piece in pieces:
+            where = torch.arange(9)[piece].expand(2, -1) if unequal else None
+            found = cache.attend(*(x[:, :, piece] for x in tensors), positions=where)
+            assert found.shape[2] == piece.stop - piece.start
+        return found
+
+    start, end = slice(0, 7), slice(7, 9)
+    close(last(start, slice(7, 7), end), last(start, end))
