@@ -81,6 +81,7 @@ class TransformerConfig:
                     f"layer {index}: {_kind(_FEEDFORWARDS, type(layer.feedforward))} compares a token with later ones; "
                     f"set allow_future=True to train with it all the same, or causal=False"
                 )
+        _ = self.counts_positions  # found out now: torch.compile then reads it as a constant
 
     def _check_prefix(self) -> None:
         at_least("prefix_length", self.prefix_length, 0)
@@ -132,6 +133,12 @@ class TransformerConfig:
             max_length=max_length, rope_theta=rope_theta, norm_eps=norm_eps, tied=tied, dropout=dropout, causal=causal,
             prefix_length=prefix_length,
         )  # fmt: skip
+
+    @cached_property
+    def counts_positions(self) -> bool:
+        """Whether some layer counts positions from the start of the text, as sinks and selections do."""
+        attentions = [layer.attention for layer in self.layers if layer.attention is not None]
+        return any(attention.selection or not parse_pattern(attention.pattern).is_relative for attention in attentions)
 
     @cached_property
     def seen_prefix(self) -> int:

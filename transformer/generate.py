@@ -9,7 +9,6 @@ from torch import Tensor
 from transformer.config import TransformerConfig
 from transformer.feedforward_config import MoEConfig
 from transformer.model import ModelCache, Transformer
-from transformer.padding import counts_positions
 
 
 @torch.no_grad()
@@ -216,4 +215,4 @@ def require_no_future(config: TransformerConfig) -> None:
 
 def _count_their_own(model: Transformer, mask: Tensor | None) -> bool:
     """Whether some rows are shorter and some layer counts positions from the start."""
-    return mask is not None and not bool(mask.all()) and counts_positions(model.config)
+    return mask is not None and not bool(mask.all()) and model.config.counts_positions

@@ -22,7 +22,7 @@ from transformer.config import TransformerConfig
 from transformer.layer_config import LayerConfig
 from transformer.loss import IGNORE, chunked_cross_entropy
 from transformer.norm import RMSNorm
-from transformer.padding import counts_positions, pads_left, require_own_positions
+from transformer.padding import pads_left, require_own_positions
 from transformer.prefix import past_prefix, require_whole_prefix
 
 
@@ -167,7 +167,7 @@ class Transformer(nn.Module):
             )
         token_mask = None if attention_mask is None else attention_mask.bool()
         shared = cache is None or cache.tokens is None
-        if shared and not torch.compiler.is_compiling() and pads_left(token_mask) and counts_positions(self.config):
+        if shared and token_mask is not None and self.config.counts_positions and pads_left(token_mask):
             require_own_positions(self.config, len(input_ids), cache is not None)
             cache = self.new_cache(unequal_rows=len(input_ids))
         positions = None

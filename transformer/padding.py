@@ -4,16 +4,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from sparse_attn import parse_pattern
 from transformer.config import TransformerConfig
 
 
-def counts_positions(config: TransformerConfig) -> bool:
-    """Whether some layer counts positions from the start of the text, as sinks and selections do."""
-    attentions = [layer.attention for layer in config.layers if layer.attention is not None]
-    return any(attention.selection or not parse_pattern(attention.pattern).is_relative for attention in attentions)
-
-
+@torch.compiler.disable(reason="where padding lies decides how positions are counted")
 def pads_left(mask: Bool[Tensor, "B L"] | None) -> bool:
     """Whether some sequence begins with padding, and holds more than that."""
     return mask is not None and mask.shape[1] > 0 and bool((~mask[:, 0] & mask.any(1)).any())
