@@ -46,9 +46,10 @@ DROPPING = LayerConfig(
     AttentionConfig(2, 2, 8, head_dropout=0.2, drop_connect=0.1, dropout=0.1), None, path_dropout=0.2, layer_drop=0.3
 )
 # groups of two query heads that 2 and 3 ranks can share out, with what is whole on each of them and split beside them;
-# each rank has ALiBi's slopes of its own heads
+# each rank has the patterns and ALiBi's slopes of its own heads
+WINDOWS = f"causal() & per_head({', '.join(f'sliding_window({width})' for width in range(1, 13))})"
 HEADS = LayerConfig(
-    AttentionConfig(12, 6, 4, qk_norm="head", bias=True, alibi=True, softcap=2.0),
+    AttentionConfig(12, 6, 4, WINDOWS, qk_norm="head", bias=True, alibi=True, softcap=2.0),
     None,
     path_dropout=0.2,
     layer_drop=0.2,

@@ -12,6 +12,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from sparse_attn import PerHead
 from transformer import Transformer
 from transformer.attention import Attention
 from transformer.block import Block
@@ -27,7 +28,7 @@ def split_attention(model: Transformer, mesh: DeviceMesh) -> tuple[list[str], li
     arXiv:1909.08053, section 3): one all-reduce of [B, L, dim] in each pass. Every rank must hold the same weights and
     feed the same rows. Returns the names of the parameters that are now DTensors, and of those that every rank keeps
     whole but whose gradients are sums over its own heads, to be added up: the norms of queries and keys. Each rank
-    keeps ALiBi's slopes of its own heads.
+    keeps the patterns and ALiBi's slopes of its own heads.
     Raises: ValueError as :func:`check_attention`.
     """
     check_attention(model, mesh.size())
@@ -39,10 +40,12 @@ def split_attention(model: Transformer, mesh: DeviceMesh) -> tuple[list[str], li
     partial: list[str] = []
     for prefix, block, attention in attentions(model):
         parallelize_module(block, mesh, plan)
+        share = attention.num_heads // mesh.size()
+        mine = range(mesh.get_local_rank() * share, (mesh.get_local_rank() + 1) * share)
+        if isinstance(attention.pattern, PerHead):
+            attention.pattern = attention.pattern.keep(mine)
         if attention.alibi is not None:
-            share = len(attention.alibi) // mesh.size()
-            first = mesh.get_local_rank() * share
-            attention.alibi = attention.alibi[first : first + share]
+            attention.alibi = tuple(attention.alibi[head] for head in mine)
         for name, _ in attention.named_parameters():
             (partial if name.partition(".")[0] in NORMS else split).append(f"{prefix}.{name}")
     return split, partial
