@@ -70,6 +70,28 @@ def check_integers(name: str, given: Tensor) -> None:
         raise ValueError(f"{name} must be integers, got {given.dtype}")
 
 
+def check_least(name: str, given: object, least: int) -> None:
+    """A whole number, which True is not, of at least ``least``."""
+    if isinstance(given, bool) or not isinstance(given, int) or given < least:
+        raise ValueError(f"{name} must be >= {least}, got {given!r}")
+
+
+def check_dimensions(name: str, given: Tensor) -> None:
+    """A tensor of integers with 4 dimensions."""
+    check_integers(name, given)
+    if given.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions, got shape {list(given.shape)}")
+
+
+def check_within(name: str, given: Tensor, least: int, end: int) -> None:
+    """Every number in [least, end)."""
+    if not given.numel():
+        return
+    low, high = (int(x) for x in given.aminmax())
+    if low < least or high >= end:
+        raise ValueError(f"{name} must be in [{least}, {end}), got {low if low < least else high}")
+
+
 def check_once(name: str, lists: Tensor) -> None:
     """No list, along the last dimension, names an index twice; -1 stands for none and may come often."""
     # on CPU numpy's sort, which takes a sixth of the time of torch's

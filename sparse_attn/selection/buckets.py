@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_attn.backends.scoring import Scoring
-from sparse_attn.checking import check_integers, check_shapes
+from sparse_attn.checking import check_dimensions, check_least, check_shapes, check_within
 from sparse_attn.selection.scoring import PLAIN, Pairs, ScoreOptions
 from sparse_attn.selection.tiles import Tiles, attend_tiles, merge_union
 
@@ -19,11 +19,12 @@ NOWHERE = -2
 class Buckets:
     """Which bucket each query and key fell into, round by round, and what follows for who sees whom.
 
-    queries [B, H, R, L] and keys [B, Hkv, R, S]: bucket in [0, num_buckets), for keys -1 where they are padding. Every
-    key is in exactly one bucket a round. The keys of a bucket, in their order, form chunks of ``chunk``; a query at i
-    stands in the chunk of the last key j ≤ i of its bucket, and sees that chunk and the one before it, never a key
-    behind it, in any of the rounds. Counting chunks from the start of each bucket, no later token can move their
-    borders. without_self: a query does not see its own position. A query that then sees nothing sees itself.
+    queries [B, H, R, L] and keys [B, Hkv, R, S]: bucket in [0, num_buckets), for keys -1 where they are padding, which
+    they are in every round or in none. Every other key is in exactly one bucket a round. The keys of a bucket, in their
+    order, form chunks of ``chunk``; a query at i stands in the chunk of the last key j ≤ i of its bucket, and sees that
+    chunk and the one before it, never a key behind it, in any of the rounds. Counting chunks from the start of each
+    bucket, no later token can move their borders. without_self: a query does not see its own position. A query that
+    then sees nothing sees itself.
     """
 
     queries: Int[Tensor, "B H R L"]
@@ -35,7 +36,8 @@ class Buckets:
     @property
     def offset(self) -> int:
         """Position of query 0, key 0 being at 0: the last query sits at the last key."""
-        return self.keys.shape[3] - self.queries.shape[3]
+        # sums over a slice: attend reads this before it checks that there are 4 dimensions
+        return sum(self.keys.shape[3:4]) - sum(self.queries.shape[3:4])
 
     def to_mask(self) -> Bool[Tensor, "B H L S"]:
         """The truth for every pair, dense: for pictures and small tests. A padded key is seen by none."""
@@ -52,13 +54,10 @@ class Buckets:
         return mask | (itself & ~mask.any(-1, keepdim=True))
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *, once: bool = True) -> None:
-        """Raises: ValueError for other sizes, more queries than keys, and a masked key that is in a bucket. once: a key
-        has one bucket a round, none twice."""
+        """Raises: ValueError for other sizes, more queries than keys, buckets that are not there, and a masked key that
+        is in a bucket. once: a key has one bucket a round, none twice."""
         check_shapes(q, k, v, key_mask)
-        for name, buckets in (("queries", self.queries), ("keys", self.keys)):
-            check_integers(f"buckets of {name}", buckets)
-            if buckets.numel() and int(buckets.max()) >= self.num_buckets:
-                raise ValueError(f"buckets of {name} must be < {self.num_buckets}, got {int(buckets.max())}")
+        self._check_buckets()
         queries, keys = self.queries.shape, self.keys.shape
         wanted, got = [*q.shape[:3], *k.shape[:3]], [*queries[:2], queries[3], *keys[:2], keys[3]]
         if wanted != got:
@@ -67,6 +66,24 @@ class Buckets:
             raise ValueError(f"buckets must have at most as many queries as keys, {keys[3]}, got {queries[3]}")
         if key_mask is not None and bool((self.keys >= 0).any(2).any(1)[~key_mask].any()):
             raise ValueError("key_mask must hide no key that is in a bucket: choose with the same key_mask")
+
+    def _check_buckets(self) -> None:
+        """What the tensors must be whatever they are for: a wrong bucket would lie in another head's."""
+        check_least("num_buckets", self.num_buckets, 1)
+        check_least("chunk", self.chunk, 1)
+        for name, buckets, least in (("queries", self.queries, 0), ("keys", self.keys, -1)):
+            check_dimensions(f"buckets of {name}", buckets)
+            check_within(f"buckets of {name}", buckets, least, self.num_buckets)
+        rounds = self.keys.shape[2]
+        if self.queries.shape[2] != rounds:
+            raise ValueError(f"queries must have as many rounds as keys, {rounds}, got {self.queries.shape[2]}")
+        check_least("rounds of buckets", rounds, 1)
+        mixed = ((self.keys < 0) != (self.keys[:, :, :1] < 0)).any(2)
+        if bool(mixed.any()):
+            row, head, key = mixed.nonzero()[0].tolist()
+            raise ValueError(
+                f"a key must be -1 in every round or in none, got both at key {key} of head {head} of sequence {row}"
+            )
 
     def visit(
         self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, dropout: float, key_mask: Tensor | None

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_attn.backends.scoring import Scoring
-from sparse_attn.checking import check_integers, check_once, check_shapes
+from sparse_attn.checking import check_dimensions, check_least, check_once, check_shapes
 from sparse_attn.selection.buckets import Buckets
 from sparse_attn.selection.scoring import ScoreOptions
 from sparse_attn.selection.tokens import TokenSelection
@@ -32,7 +32,9 @@ class BlockSelection:
         batch, heads, queries, _ = self.blocks.shape
         columns = -(-self.kv_len // self.block)
         chosen = torch.zeros(batch, heads, queries, columns + 1, dtype=torch.bool, device=self.blocks.device)
-        chosen.scatter_(3, self.blocks.where(self.blocks >= 0, columns), True)
+        # long: columns may be more than a narrow type holds, and scatter_ takes no other
+        blocks = self.blocks.long()
+        chosen.scatter_(3, blocks.where(blocks >= 0, columns), True)
         mask = chosen[..., :columns].repeat_interleave(self.block, 3)[..., : self.kv_len]
         if self.causal:
             at = torch.arange(queries, device=mask.device)[:, None] + self.offset
@@ -42,7 +44,8 @@ class BlockSelection:
     def check(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *, once: bool = True) -> None:
         """Raises: ValueError where the choice is for other sizes, names blocks that are not there, or one twice."""
         check_shapes(q, k, v, key_mask)
-        check_integers("selected blocks", self.blocks)
+        check_least("block", self.block, 1)
+        check_dimensions("selected blocks", self.blocks)
         wanted = (k.shape[0], k.shape[1], q.shape[2])
         if tuple(self.blocks.shape[:3]) != wanted or self.kv_len != k.shape[2]:
             got = [*self.blocks.shape[:3], self.kv_len]

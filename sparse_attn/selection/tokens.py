@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_attn.backends.scoring import Scoring
-from sparse_attn.checking import check_integers, check_once, check_shapes
+from sparse_attn.checking import check_dimensions, check_once, check_shapes, check_within
 from sparse_attn.once import differentiable_once
 from sparse_attn.selection.scoring import PLAIN, Pairs, ScoreOptions
 
@@ -36,26 +36,27 @@ class TokenSelection:
     def to_mask(self) -> Bool[Tensor, "B Hs L S"]:
         """The truth for every pair, dense: for the reference and for pictures."""
         mask = torch.zeros(*self.tokens.shape[:3], self.kv_len + 1, dtype=torch.bool, device=self.tokens.device)
-        mask.scatter_(3, self.tokens.where(self.tokens >= 0, self.kv_len), True)
+        # long: kv_len may be more than a narrow type holds, and scatter_ takes no other
+        tokens = self.tokens.long()
+        mask.scatter_(3, tokens.where(tokens >= 0, self.kv_len), True)
         return mask[..., : self.kv_len]
 
     @property
     def offset(self) -> int:
         """Position of query 0, key 0 being at 0: the last query sits at the last key."""
-        return self.kv_len - self.tokens.shape[2]
+        # a sum over a slice: attend reads this before it checks that there are 4 dimensions
+        return self.kv_len - sum(self.tokens.shape[2:3])
 
     def without(self, key_mask: Bool[Tensor, "B S"]) -> "TokenSelection":
         """The same list but for the keys where ``key_mask`` is False."""
-        rows = key_mask[:, None, None].expand(*self.tokens.shape[:3], -1)
-        real = rows.gather(3, self.tokens.clamp_min(0)) & (self.tokens >= 0)
-        return TokenSelection(self.tokens.where(real, -1), self.kv_len)
+        rows, tokens = key_mask[:, None, None].expand(*self.tokens.shape[:3], -1), self.tokens.long()
+        real = rows.gather(3, tokens.clamp_min(0)) & (tokens >= 0)
+        return TokenSelection(tokens.where(real, -1), self.kv_len)
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, *, once: bool = True) -> None:
         """Raises: ValueError where the choice is for other sizes, names keys that are not there, or one twice."""
         check_shapes(q, k, v, key_mask)
-        check_integers("selected tokens", self.tokens)
-        if self.tokens.dim() != 4:
-            raise ValueError(f"tokens must have 4 dimensions, got shape {list(self.tokens.shape)}")
+        check_dimensions("selected tokens", self.tokens)
         batch, heads, length, _ = self.tokens.shape
         wanted, got = [k.shape[0], q.shape[2], k.shape[2]], [batch, length, self.kv_len]
         if wanted != got:
@@ -64,10 +65,7 @@ class TokenSelection:
             raise ValueError(
                 f"selection heads must be 1, the {k.shape[1]} key or {q.shape[1]} query heads, got {heads}"
             )
-        if self.tokens.numel():
-            low, high = (int(x) for x in self.tokens.aminmax())
-            if low < -1 or high >= self.kv_len:
-                raise ValueError(f"selected tokens must be in [-1, {self.kv_len}), got {low if low < -1 else high}")
+        check_within("selected tokens", self.tokens, -1, self.kv_len)
         if once:
             check_once("selected tokens", self.tokens)
 
@@ -133,7 +131,7 @@ def attend_tokens(
     """
     selection.check(q, k, v, once=False)
     factor = 1 / sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
-    options, tokens, rows = scoring.for_call(q), selection.tokens, q
+    options, tokens, rows = scoring.for_call(q), selection.tokens.long(), q
     if tokens.shape[1] not in (1, k.shape[1]):
         # a list for each query head: the heads of a key head are further queries of it
         rows, tokens = (x.unflatten(1, (k.shape[1], -1)).flatten(2, 3) for x in (q, tokens))

@@ -57,7 +57,8 @@ class Visits:
 def turn_round(selection: BlockSelection, places: slice, key_mask: Bool[Tensor, "B S"] | None = None) -> Visits:
     """The visits of some of the B · Hkv sequences and key heads. Pairs that see no key at all are left out."""
     size, keys = selection.block, selection.kv_len
-    blocks = selection.blocks.flatten(0, 1)[places]
+    # long: a narrow type that holds the blocks' numbers need not hold their keys'
+    blocks = selection.blocks.flatten(0, 1)[places].long()
     count, length, _ = blocks.shape
     columns = -(-keys // size)
     at = torch.arange(length, device=blocks.device) + selection.offset

@@ -171,6 +171,10 @@ def twice(chosen):
     return replace(chosen, **{name: lists})
 
 
+def bucketed(**changed) -> Buckets:
+    return replace(buckets(True), **changed)
+
+
 WRONG = {
     "heads of blocks": (lambda: BlockSelection(torch.zeros(B, H, L, 1, dtype=torch.long), 4, S, S - L), "must be for"),
     "a block": (lambda: BlockSelection(torch.full((B, HKV, L, 1), 8), 4, S, S - L), "blocks must be < 8, got 8"),
@@ -180,8 +184,28 @@ WRONG = {
     "before all": (lambda: TokenSelection(torch.full((B, 1, L, 1), -3), S), r"tokens must be in \[-1, 29\), got -3"),
     "no integers": (lambda: TokenSelection(torch.zeros(B, 1, L, 1), S), "tokens must be integers, got torch.float32"),
     "heads of tokens": (lambda: TokenSelection(torch.zeros(B, 3, L, 1, dtype=torch.long), S), "heads must be 1"),
-    "a bucket": (lambda: Buckets(buckets(True).queries + 1, buckets(True).keys, 4, 3), "queries must be < 4, got 4"),
-}
+    "a bucket": (lambda: bucketed(queries=buckets(True).queries + 1), r"queries must be in \[0, 4\), got 4"),
+    "a bucket below 0": (lambda: bucketed(queries=buckets(True).queries - 1), r"queries must be in \[0, 4\), got -1"),
+    "padding below -1": (lambda: bucketed(keys=buckets(True).keys - 1), r"keys must be in \[-1, 4\), got -2"),
+    "padding in a round": (
+        lambda: bucketed(keys=torch.cat([buckets(True).keys[:, :, :1], torch.full((B, HKV, 1, S), -1)], 2)),
+        "a key must be -1 in every round or in none, got both at key 0 of head 0 of sequence 0",
+    ),
+    "other rounds": (lambda: bucketed(queries=buckets(True).queries[:, :, :1]), "as many rounds as keys, 2, got 1"),
+    "no rounds": (
+        lambda: bucketed(queries=torch.zeros(B, H, 0, L, dtype=torch.long), keys=torch.zeros(B, HKV, 0, S).long()),
+        "rounds of buckets must be >= 1, got 0",
+    ),
+    "3 dimensions": (lambda: bucketed(queries=buckets(True).queries[:, :, 0]), r"queries must have 4 dim.*2, 4, 23\]"),
+    "tokens of 2": (lambda: replace(tokens(1), tokens=tokens(1).tokens[0, 0]), "tokens must have 4 dimensions.*23, 5"),
+    "no chunk": (lambda: bucketed(chunk=0), "chunk must be >= 1, got 0"),
+    "no bucket": (lambda: bucketed(num_buckets=0), "num_buckets must be >= 1, got 0"),
+    "no block": (lambda: replace(blocks(), block=0), "block must be >= 1, got 0"),
+    "blocks of 3 dimensions": (
+        lambda: replace(blocks(), blocks=blocks().blocks[..., 0]), r"blocks must have 4 dimensions.* \[2, 2, 23\]"
+    ),
+    "blocks of 5 dimensions": (lambda: replace(blocks(), blocks=blocks().blocks[..., None]), "must have 4 dimensions"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -190,6 +214,28 @@ def test_both_backends_refuse_what_is_not_there(name, backend):
     made, message = WRONG[name]
     with unchecked(), pytest.raises(ValueError, match=message):
         attend(*tensors(), layout=made(), backend=backend)
+
+
+# of draws [B, Hkv, 150, 1]: more keys than int8 counts
+WIDE = {
+    "blocks": lambda draws: BlockSelection(draws[:, :, :L].clamp(max=74), 2, 150, 127),
+    "tokens": lambda draws: TokenSelection(draws[:, :, :L], 150),
+    "buckets": lambda draws: Buckets(draws[:, [0, 0, 1, 1], None, 4 : L + 4, 0], draws[:, :, None, :, 0], 100, 3),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32], ids=str)
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_integers_of_every_width_choose_alike(name, dtype, backend):
+    g = torch.Generator().manual_seed(6)
+    q, k = (torch.randn(B, heads, length, D, generator=g) for heads, length in ((H, L), (HKV, 150)))
+    draws = torch.randint(100, (B, HKV, 150, 1), generator=g)
+    if dtype.is_signed:
+        draws[1, :, :4] = -1
+    with unchecked():  # the annotations take no uint8
+        found = attend(q, k, k, layout=WIDE[name](draws.to(dtype)), backend=backend)
+    assert found.equal(attend(q, k, k, layout=WIDE[name](draws), backend=backend)) and found.any()
 
 
 def test_more_queries_than_keys_are_no_buckets():
