@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from sparse_attn import attend, causal, documents, explain_backend, full, sliding_window
+from sparse_attn import attend, causal, documents, explain_backend, full, sinks, sliding_window
+from sparse_attn.backends import pieces
+from sparse_attn.backends.plan import make_plan
 
 
 @pytest.mark.parametrize("pattern", [causal(), full(), causal() & sliding_window(2000), causal() & documents(1100, 40)])
@@ -29,3 +31,18 @@ def test_auto_tells_where_dropout_leaves_torchs_attention():
     assert explain_backend(causal(), 1024, dropout=True).backend == "folded"
     assert explain_backend(full(), 1024, dropout=True).backend == "folded"
     assert explain_backend(causal(), 1024).pairs == "causal"
+
+
+@pytest.mark.parametrize("pattern", [full(), sliding_window(64) | sinks(400)], ids=str)
+def test_no_two_blocks_of_pairs_drop_alike(pattern, monkeypatch):
+    """Two draws of 256 are never equal: neither of the tiles of a piece, nor of a piece and one that is merged into it
+    later, which here have tiles of one shape."""
+    monkeypatch.setattr(pieces, "PIECE", 1)
+    layout = pattern.layout(768, block=16)
+    assert make_plan(layout).late and make_plan(layout).gathers
+    q, values = torch.zeros(1, 1, 768, 4), torch.eye(768)[None, None]  # the output is the probabilities
+    torch.manual_seed(0)
+    kept = attend(q, q, values, layout=layout, dropout=0.5)[0, 0] > 0
+    whole = layout.mask_index == -1
+    blocks = kept.view(48, 16, 48, 16).transpose(1, 2)[layout.query_block[whole], layout.key_block[whole]]
+    assert len(blocks.flatten(1).unique(dim=0)) == len(blocks) > 1000
