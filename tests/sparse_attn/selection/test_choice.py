@@ -163,11 +163,11 @@ def test_sizes_backends_and_patterns_that_do_not_go_together(name):
         attend(q, k, v, layout=chosen, pattern=causal())
 
 
-def twice(chosen):
-    """The same choice, but for one query that lists index 2 in two places, apart from each other."""
+def twice(chosen, index=2):
+    """The same choice, but for one query that lists ``index`` in two places, apart from each other."""
     name = "blocks" if isinstance(chosen, BlockSelection) else "tokens"
     lists = getattr(chosen, name).clone()
-    lists[-1, 0, -1, :3] = torch.tensor([2, 5, 2])
+    lists[-1, 0, -1, :3] = torch.tensor([index, 5, index])
     return replace(chosen, **{name: lists})
 
 
@@ -180,7 +180,9 @@ WRONG = {
     "a block": (lambda: BlockSelection(torch.full((B, HKV, L, 1), 8), 4, S, S - L), "blocks must be < 8, got 8"),
     "a token": (lambda: TokenSelection(torch.full((B, 1, L, 1), S), S), r"tokens must be in \[-1, 29\), got 29"),
     "a block twice": (lambda: twice(blocks()), "selected blocks must come at most once in a list, got 2 twice"),
+    "block 0 twice": (lambda: twice(blocks(), 0), "selected blocks must come at most once in a list, got 0 twice"),
     "a token twice": (lambda: twice(tokens(1)), "selected tokens must come at most once in a list, got 2 twice"),
+    "token 0 twice": (lambda: twice(tokens(1), 0), "selected tokens must come at most once in a list, got 0 twice"),
     "before all": (lambda: TokenSelection(torch.full((B, 1, L, 1), -3), S), r"tokens must be in \[-1, 29\), got -3"),
     "no integers": (lambda: TokenSelection(torch.zeros(B, 1, L, 1), S), "tokens must be integers, got torch.float32"),
     "heads of tokens": (lambda: TokenSelection(torch.zeros(B, 3, L, 1, dtype=torch.long), S), "heads must be 1"),

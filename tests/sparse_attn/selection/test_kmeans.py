@@ -172,6 +172,18 @@ def test_centroids_move_after_the_step_by_the_average_of_their_members():
     close(module.centroids, moved)
 
 
+def test_a_cluster_of_one_vector_moves():
+    module = KMeansRouting(4, 1, num_clusters=2, window=3, decay=0.9)
+    one = torch.tensor([1.0, -1, 1, -1])
+    module.centroids.copy_(0.5 * torch.stack([one, -one]))
+    module.mass.fill_(1)
+    q, k = one.view(1, 1, 1, 4), -one.view(1, 1, 1, 4)
+    module(q, k, k)
+    module.after_step()
+    # 0.9 · 0.5 + 0.1 · 1 of the vector, of mass 1
+    close(module.centroids, 0.55 * torch.stack([one, -one])[None])
+
+
 def test_recomputation_counts_for_nothing():
     q, k, v = make()
     plain, again = (KMeansRouting(4, 2, num_clusters=3, window=3) for _ in range(2))

@@ -24,6 +24,12 @@ def test_the_highest_win_and_of_equal_ones_the_later(dtype):
     assert torch.equal(best_columns(scores, 20).sort(-1).values[1, 1], torch.arange(12))
 
 
+def test_zeros_of_both_signs_are_equal():
+    scores = torch.tensor([[0.0, -0.0], [-0.0, 0.0], [-0.0, -1e-9]])
+    assert best_columns(scores, 1).flatten().tolist() == [1, 1, 0]
+    assert best_tokens(scores[None], 1).flatten().tolist() == [1, 1, 0]
+
+
 def test_rounding_decides_nothing_and_what_is_apart_stays_apart():
     draws = torch.Generator().manual_seed(1)
     scores = torch.randint(1, 9, (200, 40), generator=draws).double() / 4
