@@ -153,6 +153,12 @@ def test_a_text_may_begin_after_the_first_call():
         built(text[:, :6], attention_mask=mask, cache=cache)
         found = built(text[:, 6:], cache=cache).logits[1]
         close(found, built(text[1:, 6:]).logits[0])
+        cache = built.new_cache(unequal_rows=2)
+        built(text[:, :6], attention_mask=mask, cache=cache)
+        # all 7 predictions of the first text, and those of the second that are past its own prefix
+        alone = built(text[1:, 6:], labels=text[1:, 6:]).loss * (8 - PREFIX)
+        first = -built(text[:1]).logits[0, 6:-1].log_softmax(-1).gather(1, text[0, 7:, None]).sum()
+        close(built(text[:, 6:], labels=text[:, 6:], cache=cache).loss, (first + alone) / (7 + 8 - PREFIX))
         for cache in (built.new_cache(), built.new_cache(unequal_rows=2)):
             built(text[:, :1], cache=cache)
             with pytest.raises(ValueError, match="got 1 before these"):
