@@ -125,6 +125,12 @@ def check_scores(q: Tensor, softcap: float | None, alibi: Tensor | None, dropout
         raise ValueError("alibi must be fixed slopes, got a tensor that requires grad")
 
 
+def check_seed(seed: object) -> None:
+    """What torch's generators take as a seed."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be in [-2**63, 2**64), got {seed!r}")
+
+
 def check_options(
     q: Tensor,
     k: Tensor,

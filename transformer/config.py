@@ -289,9 +289,11 @@ def _with_thresholds(kind: type, record: dict[str, Any], where: str) -> dict[str
 
 def _of_kind(kinds: Mapping[str, type[T]], record: dict[str, Any], where: str) -> T:
     """The record that a table with a ``kind`` describes."""
-    if record.get("kind") not in kinds:
-        raise ValueError(f"{where}.kind must be one of {sorted(kinds)}, got {record.get('kind')!r}")
-    return _build(kinds[record["kind"]], {name: value for name, value in record.items() if name != "kind"}, where)
+    kind = record.get("kind")
+    # a list or a table, which a damaged file may have there, is no key of a dict
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"{where}.kind must be one of {sorted(kinds)}, got {kind!r}")
+    return _build(kinds[kind], {name: value for name, value in record.items() if name != "kind"}, where)
 
 
 def _build(record_type: type[T], values: dict[str, Any], where: str) -> T:

@@ -7,6 +7,7 @@ those of :mod:`sparse_attn.selection`, which hold the formulas and say where the
 from dataclasses import dataclass
 
 from moe.checks import at_least
+from sparse_attn.checking import check_seed
 from sparse_attn.selection.compressed import Geometry
 from transformer.checks import check_fields
 
@@ -100,6 +101,7 @@ class LSHConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "num_buckets", "rounds", "chunk")
+        check_seed(self.seed)
         if self.num_buckets % 2:
             raise ValueError(f"num_buckets must be even, got {self.num_buckets}")
 
@@ -121,6 +123,7 @@ class KMeansConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "num_clusters", "window")
+        check_seed(self.seed)
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {self.decay}")
 
@@ -144,6 +147,7 @@ class SinkhornConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "block", "max_blocks")
+        check_seed(self.seed)
         at_least("iterations", self.iterations, 0)
         if not self.temperature > 0:
             raise ValueError(f"temperature must be > 0, got {self.temperature}")

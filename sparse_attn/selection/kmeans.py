@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sparse_attn.checking import check_shapes
+from sparse_attn.checking import check_seed, check_shapes
 from sparse_attn.seeding import recomputing
 from sparse_attn.selection.buckets import Buckets, attend_buckets
 from sparse_attn.selection.padding import without_padding
@@ -70,6 +70,7 @@ class KMeansRouting(nn.Module):
             raise ValueError(f"decay must be in [0, 1), got {decay}")
         self.num_clusters, self.window, self.members = num_clusters, window, members
         self.decay, self.shared_qk, self.seed = decay, shared_qk, seed
+        check_seed(seed)
         seeded, shape = torch.Generator().manual_seed(seed), (num_kv_heads, num_clusters, head_dim)
         draws = torch.randn(shape, generator=seeded, dtype=torch.float32)
         self.register_buffer("centroids", F.layer_norm(draws, (head_dim,)))

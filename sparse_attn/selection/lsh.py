@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sparse_attn.checking import check_shapes
+from sparse_attn.checking import check_seed, check_shapes
 from sparse_attn.selection.buckets import Buckets, attend_buckets
 from sparse_attn.selection.padding import without_padding
 from sparse_attn.selection.record import Selected
@@ -69,6 +69,7 @@ class LSH(nn.Module):
         self.num_buckets, self.rounds, self.chunk, self.shared_qk, self.seed = (
             num_buckets, rounds, chunk, shared_qk, seed,
         )  # fmt: skip
+        check_seed(seed)
         draws = torch.Generator().manual_seed(seed)
         shape = (num_kv_heads, rounds, head_dim, num_buckets // 2)
         self.register_buffer("rotations", torch.randn(shape, generator=draws))

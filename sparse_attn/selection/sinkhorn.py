@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sparse_attn.checking import check_shapes
+from sparse_attn.checking import check_seed, check_shapes
 from sparse_attn.selection.padding import without_padding
 from sparse_attn.selection.record import Selected
 from sparse_attn.selection.scoring import PLAIN, Pairs, ScoreOptions
@@ -84,6 +84,7 @@ class SinkhornSorting(nn.Module):
             raise ValueError(f"iterations must be >= 0, got {iterations}")
         if not temperature > 0:
             raise ValueError(f"temperature must be > 0, got {temperature}")
+        check_seed(seed)
         self.block, self.max_blocks, self.iterations = block, max_blocks, iterations
         self.temperature, self.causal, self.gumbel, self.seed = temperature, causal, gumbel, seed
         self.weight = nn.Parameter(torch.randn(num_kv_heads, head_dim, max_blocks) / head_dim)

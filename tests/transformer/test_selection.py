@@ -243,6 +243,9 @@ def test_what_an_attention_refuses(options, message):
         (LSHConfig, {"num_buckets": 5}, "num_buckets must be even, got 5"),
         (KMeansConfig, {"decay": 1.0}, r"decay must be in \[0, 1\), got 1.0"),
         (SinkhornConfig, {"temperature": 0.0}, "temperature must be > 0, got 0.0"),
+        (SinkhornConfig, {"seed": 2**64}, r"seed must be in \[-2\*\*63, 2\*\*64\), got 18446744073709551616"),
+        (KMeansConfig, {"seed": -(10**30)}, r"seed must be in \[-2\*\*63, 2\*\*64\), got -10{30}"),
+        (LSHConfig, {"seed": -(2**63) - 1}, r"seed must be in \[-2\*\*63, 2\*\*64\), got -9223372036854775809"),
     ],
 )
 def test_sizes_of_selections_are_checked(record, options, message):

@@ -231,6 +231,7 @@ def test_bad_sizes():
         ({"window": 0}, "window must be >= 1, got 0"),
         ({"members": "all"}, "members must be one of nearest, top, got 'all'"),
         ({"decay": 1.0}, r"decay must be in \[0, 1\), got 1.0"),
+        ({"seed": -(10**30)}, r"seed must be in \[-2\*\*63, 2\*\*64\), got -10{30}"),
     ):
         with pytest.raises(ValueError, match=message):
             KMeansRouting(4, 2, **options)

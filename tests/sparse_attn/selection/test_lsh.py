@@ -201,9 +201,12 @@ def test_bad_sizes():
         ({"num_buckets": 3}, "num_buckets must be even and >= 2, got 3"),
         ({"rounds": 0}, "rounds must be >= 1, got 0"),
         ({"chunk": 0}, "chunk must be >= 1, got 0"),
+        ({"seed": 10**30}, r"seed must be in \[-2\*\*63, 2\*\*64\), got 10{30}"),
     ):
         with pytest.raises(ValueError, match=message):
             LSH(4, 2, **options)
+    for seed in (-(2**63), 2**64 - 1):
+        assert LSH(4, 2, seed=seed).rotations.isfinite().all()
     q, k, v = make((1, 4, 2, 6, 6, 4, 4))
     with pytest.raises(ValueError, match="query heads must equal the 2 key heads, got 4"):
         LSH(4, 2)(q, k, v)

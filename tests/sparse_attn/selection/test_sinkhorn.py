@@ -172,6 +172,7 @@ def test_bad_sizes():
         ({"block": 0}, "block must be >= 1, got 0"),
         ({"iterations": -1}, "iterations must be >= 0, got -1"),
         ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
+        ({"seed": 2**64}, r"seed must be in \[-2\*\*63, 2\*\*64\), got 18446744073709551616"),
     ):
         with pytest.raises(ValueError, match=message):
             make_module(**options)
