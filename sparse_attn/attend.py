@@ -17,7 +17,7 @@ from sparse_attn.backends.reference import reference
 from sparse_attn.backends.scoring import Scoring
 from sparse_attn.backends.sdpa import sdpa_masked, sdpa_unmasked
 from sparse_attn.backends.triton import triton_attend
-from sparse_attn.checking import check_options, check_tensor, check_tensors
+from sparse_attn.checking import check_least, check_options, check_pattern, check_tensor, check_tensors
 from sparse_attn.choice import Choice, attend_choice
 from sparse_attn.heads import over_heads
 from sparse_attn.layout import BlockLayout
@@ -129,8 +129,7 @@ def attend(
     """
     q, k, v = _autocast(q, k, v)
     check_tensors(q, k, v, key_mask, query_positions, key_positions)
-    if isinstance(pattern, str):
-        raise ValueError(f"pattern must be a Pattern, got {pattern!r}: parse_pattern reads one from text")
+    check_pattern(pattern)
     seen = per_head(*pattern) if isinstance(pattern, Sequence) else pattern
     check_options(
         q, k, seen, layout, query_positions, key_positions, scale, softcap, alibi, dropout, backend, return_lse
@@ -250,7 +249,7 @@ def explain_backend(
     dropout: bool = False,
 ) -> BackendChoice:
     """What ``attend(..., backend="auto")`` would run for such a call on the CPU, and why. key_mask, alibi, softcap,
-    dropout: whether the call has one. Raises: ValueError on a negative length.
+    dropout: whether the call has one. Raises: ValueError on a negative length, or what is no pattern.
 
     >>> explain_backend(causal() & sliding_window(256), 4096).backend
     'folded'
@@ -259,8 +258,8 @@ def explain_backend(
     """
     keys = q_len if kv_len is None else kv_len
     for name, length in (("q_len", q_len), ("kv_len", keys)):
-        if length < 0:
-            raise ValueError(f"{name} must be >= 0, got {length}")
+        check_least(name, length, 0)
+    check_pattern(pattern)
     place = _place(q_len, keys, query_positions, key_positions)
     bare = query_positions is None and key_positions is None and not (key_mask or return_lse)
 

@@ -1,5 +1,6 @@
 """The errors of attend: each names the argument, its bound and its value."""
 
+from collections.abc import Sequence
 from math import inf
 
 import numpy as np
@@ -33,7 +34,8 @@ def check_tensors(
             continue
         check_tensor(name, positions)
         shapes = ((length,), (q.shape[0], length))
-        if tuple(positions.shape) not in shapes or positions.is_floating_point():
+        whole = not positions.is_floating_point() and positions.dtype != torch.bool
+        if tuple(positions.shape) not in shapes or not whole:
             raise ValueError(
                 f"{name} must be integers [{length}] or {list(shapes[1])}, "
                 f"got {positions.dtype} {list(positions.shape)}"
@@ -112,10 +114,10 @@ def check_mask(name: str, mask: Tensor | None, k: Tensor) -> None:
 
 def check_scores(q: Tensor, softcap: float | None, alibi: Tensor | None, dropout: float) -> None:
     """What is done to the scores of q [B, H, L, d] and to their probabilities."""
-    if softcap is not None and not 0 < softcap < inf:
-        raise ValueError(f"softcap must be finite and > 0, got {softcap}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if softcap is not None and not (_is_number(softcap) and 0 < softcap < inf):
+        raise ValueError(f"softcap must be finite and > 0, got {softcap!r}")
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
     if alibi is None:
         return
     check_tensor("alibi", alibi)
@@ -123,6 +125,19 @@ def check_scores(q: Tensor, softcap: float | None, alibi: Tensor | None, dropout
         raise ValueError(f"alibi must be floating slopes [{q.shape[1]}], got {alibi.dtype} {list(alibi.shape)}")
     if alibi.requires_grad:
         raise ValueError("alibi must be fixed slopes, got a tensor that requires grad")
+    # on the CPU alone, and not in a compiled graph: reading a number of a GPU waits for all that it has to do
+    if alibi.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(alibi.isfinite().all()):
+        raise ValueError(f"alibi must be finite slopes, got {alibi.tolist()}")
+
+
+def _is_number(given: object) -> bool:
+    return isinstance(given, int | float | np.number)
+
+
+def check_pattern(pattern: object) -> None:
+    """A pattern, a sequence with one for each head, or None."""
+    if isinstance(pattern, str) or not isinstance(pattern, Pattern | Sequence | None):
+        raise ValueError(f"pattern must be a Pattern (parse_pattern reads text), got {pattern!r}")
 
 
 def check_seed(seed: object) -> None:
@@ -146,12 +161,10 @@ def check_options(
     return_lse: bool,
 ) -> None:
     """Options that do not fit the tensors or each other."""
-    if pattern is not None and not isinstance(pattern, Pattern):
-        raise ValueError(f"pattern must be a Pattern (parse_pattern reads text), got {pattern!r}")
     if isinstance(pattern, PerHead) and len(pattern.heads) != q.shape[1]:
         raise ValueError(f"per_head must hold a pattern for each of {q.shape[1]} query heads, got {len(pattern.heads)}")
-    if scale is not None and not -inf < scale < inf:
-        raise ValueError(f"scale must be finite, got {scale}")
+    if scale is not None and not (_is_number(scale) and -inf < scale < inf):
+        raise ValueError(f"scale must be finite, got {scale!r}")
     check_scores(q, softcap, alibi, dropout)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")

@@ -199,6 +199,10 @@ def test_packed_sequences_get_what_they_get_alone():
         close(packed, attend(alone, alone, alone, pattern=causal())[0].transpose(0, 1))
     with pytest.raises(ValueError, match=r"sum\(lengths\)=3, got \[1, 286\]"):
         unpack(row, [1, 2])
+    with pytest.raises(ValueError, match="lengths must be >= 0, got -1"):
+        unpack(row[:, :4], [5, -1])
+    with pytest.raises(ValueError, match=r"sequences must have the shape of the first, \[3\], .* got \[4\]"):
+        inspect.unwrap(pack)([torch.randn(2, 3), torch.randn(2, 4)])
     with pytest.raises(ValueError, match="lengths must be >= 1, got 0"):
         pack([torch.randn(0, 3)])
 
