@@ -24,7 +24,8 @@ class DepthRouting:
     """Which tokens passed the block.
 
     selected [B, L]: True for tokens that passed. logits [B, L]: the router's, float32. predicted [B, L]: the causal
-    predictor's logits, from an input that no gradient enters. real [B, L]: False for padding, which never passes.
+    predictor's logits, from an input that no gradient enters. real [B, L]: False for padding, which never passes and
+    is taken for zeros in both logits.
     places [B, C]: where the tokens that passed stand, ascending, filled up with L: what the block was given.
     ragged: False says that every sequence has C tokens that pass, so that no place is L.
     """
@@ -141,7 +142,9 @@ class MixtureOfDepths(nn.Module):
             logits = router_logits(x.flatten(0, 1), self.weight, real.flatten()).view(x.shape[:2])
         except FloatingPointError as error:
             raise FloatingPointError(f"{self.name}: {error}") from error
-        predicted = rearrange(self.predictor(x.detach().to(self.weight.dtype)).to(logits.dtype), "b l 1 -> b l")
+        # padding may hold anything, and 0 · NaN in a weight's gradient is NaN
+        seen = x.detach() if padding_mask is None else x.detach().masked_fill(~real[..., None], 0.0)
+        predicted = rearrange(self.predictor(seen.to(self.weight.dtype)).to(logits.dtype), "b l 1 -> b l")
         if replay is not None:
             indices, ragged = _replayed(replay, real), replay.ragged or padding_mask is not None
         elif choose == "top_k" or (choose == "auto" and self.training):

@@ -153,7 +153,7 @@ def test_the_auxiliary_loss_by_hand():
     # every logit is positive, and one real token does not pass all the same: the target is the choice, not the sign
     x = torch.tensor([[[0.1, 0.2], [3.0, 1.0], [9.0, 9.0], [1.0, 0.5]]])
     routing = depths(x, lambda rows, _: rows, padding_mask=real)[1]
-    assert routing.selected.tolist() == [[False, True, False, True]] and (routing.logits > 0).all()
+    assert routing.selected.tolist() == [[False, True, False, True]] and (routing.logits[real] > 0).all()
     total = 0.0
     for i in (0, 1, 3):
         p = 1 / (1 + math.exp(-routing.predicted[0, i].item()))
@@ -208,6 +208,19 @@ def test_a_predictor_that_is_no_number_is_an_error_and_not_a_skipped_token():
         depths(x, lambda rows, _: rows, padding_mask=real)
     y, _ = depths(x, lambda rows, _: rows, padding_mask=torch.zeros_like(real))
     assert torch.equal(y, x)
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float32, torch.nan), (torch.float32, 3e38), (torch.float16, 3e4)])
+def test_padding_of_any_value_reaches_no_gradient(dtype, value):
+    depths = MixtureOfDepths(8, capacity=0.5).to(dtype)
+    x, real = torch.randn(2, 6, 8, dtype=dtype), torch.arange(6) < torch.tensor([[6], [4]])
+    found = []
+    for filling in (value, 0.0):
+        y, routing = depths(x.masked_fill(~real[..., None], filling), lambda rows, _: rows.tanh(), padding_mask=real)
+        loss = y[real].float().sum() + routing.aux_loss()
+        found.append(torch.autograd.grad(loss, list(depths.parameters())))
+    for got, wanted in zip(*found, strict=True):
+        assert got.equal(wanted) and wanted.any()
 
 
 def test_a_replay_lets_no_padding_pass():
