@@ -73,7 +73,7 @@ class MoE(nn.Module):
     ) -> tuple[Float[Tensor, "*batch D"], Routing]:
         """The mixture of x, and the routing that made it.
 
-        padding_mask: True (or 1) marks real tokens; padding is never routed and gets zeros from the routed experts.
+        padding_mask: True (or 1) marks real tokens; padding passes no expert, the shared one neither: it gets zeros.
         replay: a recorded routing of these tokens: its choices are reused, its weights recomputed (activation
         checkpointing and debugging). generator: for routers that draw noise, or :class:`moe.Noise`.
         Raises: ValueError for a wrong width, or a replay that cannot be of these tokens and experts;
@@ -94,10 +94,11 @@ class MoE(nn.Module):
 
     @staticmethod
     def _shared(shared: Experts, rows: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
-        if routing.real is not None:
-            # padding may hold anything, and 0 · NaN in a weight's gradient is NaN
-            rows = rows.masked_fill(~(routing.real | rows.detach().isfinite().all(-1))[:, None], 0.0)
-        return shared.forward_one(0, rows)
+        if routing.real is None:
+            return shared.forward_one(0, rows)
+        # padding may hold anything: a finite row can overflow too, and 0 · NaN in a weight's gradient is NaN
+        padding = ~routing.real[:, None]
+        return shared.forward_one(0, rows.masked_fill(padding, 0.0)).masked_fill(padding, 0.0)
 
     def route(
         self,

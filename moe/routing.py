@@ -18,7 +18,7 @@ class Routing:
     token, expert [N]: the assignments that are carried out; weight [N]: the combine weight, float32 or wider.
     logits, scores [T, E]: the router's raw output and its probabilities, float32 or wider, kept for the losses.
     dropped [M, 2]: (token, expert) pairs that were chosen and then lost to capacity.
-    real [T]: False marks padding, which is never routed; None where every token is real.
+    real [T]: False marks padding, never routed, whose scores mean nothing; None where every token is real.
     noise_seed: a seed of the router's noise, or the :class:`moe.Noise` that it came from, so that a replay draws the
     same; None where nothing was drawn.
     balance_first: load balancing counts only each token's choice of the largest score, not all of them (GShard).

@@ -98,6 +98,7 @@ def router_logits(
 ) -> Float[Tensor, "T E"]:
     """W x in float32, or float64 if x is, whatever autocast says: bf16 ties would change the chosen expert.
 
+    0 for padding (``real`` False), which is not looked at.
     Raises: ValueError for an x or a mask of another shape; FloatingPointError for non-finite logits of a real token.
     """
     if x.shape[1] != weight.shape[1]:
@@ -108,8 +109,8 @@ def router_logits(
         raise ValueError(f"padding_mask must have one entry for each of {x.shape[0]} tokens, got {real.shape[0]}")
     dtype = torch.promote_types(x.dtype, torch.float32)
     if real is not None:
-        # padding may hold anything, and 0 · NaN in the weight's gradient is NaN
-        x = x.masked_fill(~(real | x.detach().isfinite().all(-1))[:, None], 0.0)
+        # padding may hold anything: a finite row can overflow too, and 0 · NaN in the weight's gradient is NaN
+        x = x.masked_fill(~real[:, None], 0.0)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(dtype), weight.to(dtype))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe import MoE, TopKRouter, prepare_for_decoding
+from moe import MoE, TopKRouter, load_balancing_loss, prepare_for_decoding, router_z_loss
 from moe.decode import fused_mixture
 from tests.moe.cases import top_k_layer
 from training.finite import first_non_finite
@@ -87,6 +87,25 @@ def test_rows_that_fill_a_block_overflow_into_no_gradient(activation, monkeypatc
     assert not layer.experts.forward_one(1, x[:1].abs() * 4).isfinite().all()
     found = torch.autograd.grad(y.float().sum(), layer.experts.parameters())
     assert all(gradient[1:].isfinite().all() for gradient in found)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [(torch.float32, torch.nan), (torch.float32, 3e38), (torch.bfloat16, 3e38), (torch.float16, 3e4)],
+)
+def test_padding_of_any_value_reaches_no_gradient_beside_a_shared_expert(dtype, value):
+    """Finite rows too: they overflow inside."""
+    layer = MoE(8, 16, 4, TopKRouter(8, 4, k=2), shared_hidden=8, bias=True).to(dtype)
+    x, mask = torch.randn(3, 8, dtype=dtype), torch.tensor([True, False, True])
+    found = []
+    for filling in (value, 0.0):
+        x[1] = filling
+        y, routing = layer(x, padding_mask=mask)
+        loss = y.float().square().sum() + load_balancing_loss(routing) + router_z_loss(routing)
+        found.append(torch.autograd.grad(loss, list(layer.parameters())))
+        assert not y[1].any()
+    for got, wanted in zip(*found, strict=True):
+        assert got.equal(wanted) and got.isfinite().all()
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "biases"])
