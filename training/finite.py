@@ -1,6 +1,8 @@
 """Where a NaN or infinity came from."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -8,10 +10,23 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 NOT_SEEN = "not seen when the step was run again"
+# what the layers of moe say where they are compiled, by torch._assert_async
+_REFUSAL = re.compile("must be finite, got NaN or infinity|the variance of queries must be within their type")
 
 
 class NonFiniteError(ArithmeticError):
     """A loss or gradient is NaN or infinite; nothing was updated."""
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What a compiled layer refuses is the FloatingPointError that it is uncompiled, and not torch's RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _REFUSAL.search(str(error)) is None:
+            raise
+        raise FloatingPointError(str(error)) from error
 
 
 def first_non_finite(model: nn.Module, run: Callable[[], Any]) -> str:
@@ -19,7 +34,8 @@ def first_non_finite(model: nn.Module, run: Callable[[], Any]) -> str:
 
     In this order: a parameter; the first module to finish whose output is not finite (its own operations made it, as
     the modules inside it finished before); a gradient, the one of the latest parameter in the model, since the
-    backward pass starts from there. run(): the same forward and backward passes.
+    backward pass starts from there. run(): the same forward and backward passes; compiled layers run uncompiled, so
+    that the modules inside them are seen and a router's refusal names its layer.
     """
     for name, parameter in model.named_parameters():
         if not _finite(parameter):
@@ -46,8 +62,10 @@ def _outputs(model: nn.Module, run: Callable[[], Any]) -> list[str]:
         return hook
 
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
     try:
-        run()
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            run()
     except FloatingPointError as error:  # a router refuses logits that are not finite
         found.append(str(error))
     finally:

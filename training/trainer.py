@@ -21,7 +21,7 @@ from training.config import OptimConfig, TrainConfig
 from training.data import Batch, Batches, Data, Stream
 from training.durable import write_durably
 from training.evaluation import Evaluation, evaluate
-from training.finite import NonFiniteError, first_non_finite
+from training.finite import NonFiniteError, first_non_finite, refusals
 from training.metrics import Metrics, NoMetrics
 from training.moments import (
     Sparsifier,
@@ -303,7 +303,7 @@ class Trainer:
         return number > 0
 
     def _forward_backward(self, batch: Batch, *, diagnose: bool = False) -> StepOutput:
-        with passes(self.sparsifiers) as telling:
+        with refusals(), passes(self.sparsifiers) as telling:
             return accumulate(
                 self.model,
                 batch,

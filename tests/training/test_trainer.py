@@ -5,6 +5,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -193,6 +195,42 @@ def test_a_spoilt_parameter_is_named(tmp_path: Path) -> None:
         trainer.model.layers[0].attention.key.weight[0, 0] = math.inf
     with pytest.raises(NonFiniteError, match=r"parameter layers\.0\.attention\.key\.weight is not finite"):
         trainer.train_step()
+
+
+# In its own interpreter: dynamo would trace the type checker that the import hook of conftest.py puts around functions.
+COMPILED = """
+import sys
+from pathlib import Path
+import torch
+from tests.training.models import small_trainer
+
+trainer = small_trainer(Path(sys.argv[1]))
+for layer in trainer.model.layers:
+    layer.compile(backend="eager")
+norm = trainer.model.layers[1].feedforward_norm
+router = trainer.model.layers[1].feedforward.router
+for spoilt in (norm, router):
+    with torch.no_grad():
+        spoilt.weight.fill_(3e38)
+    try:
+        trainer.train_step()
+    except ArithmeticError as error:
+        print(error)
+    with torch.no_grad():
+        spoilt.weight.fill_(1.0)
+"""
+
+
+def test_what_a_compiled_router_refuses_is_diagnosed_as_uncompiled(tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILED, tmp_path], capture_output=True, text=True, env=environment, check=False
+    )
+    norm, router = run.stdout.splitlines()
+    assert norm.startswith("step 1: loss is nan, first in the output of layers.1.feedforward_norm; "), run.stderr
+    named = "first in the output of layers.1.feedforward: router logits must be finite, got NaN or infinity for "
+    assert router.startswith(f"step 1: loss is nan, {named}"), router
+    assert router.endswith("start again with a lower --optim.lr or --train.dtype float32")
 
 
 def test_other_data_or_sparsifiers_are_refused_on_resume(tmp_path: Path) -> None:
