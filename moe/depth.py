@@ -50,9 +50,9 @@ class DepthRouting:
         return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / max(logits.numel(), 1)
 
     def accuracy(self) -> Tensor:
-        """Share of the real tokens for which the predictor says what the routing did; 1 without tokens."""
-        right = ((self.predicted > 0) == self.selected) | ~self.real
-        return right.float().mean() if right.numel() else self.predicted.new_ones(())
+        """Share of the real tokens for which the predictor says what the routing did; 1 where there is none."""
+        wrong = ((self.predicted > 0) != self.selected) & self.real
+        return 1 - wrong.sum() / self.real.sum().clamp_min(1)
 
     def detach(self) -> "DepthRouting":
         """The same record without gradient history: what to keep for a replay."""

@@ -1,5 +1,6 @@
 """Mixture-of-Depths against a loop over tokens, its causal sampling, and the compute that it skips."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe.depth import MixtureOfDepths
+from moe.depth import DepthRouting, MixtureOfDepths
 from tests.tolerances import close
 from tests.typecheck import unchecked
 
@@ -159,6 +160,24 @@ def test_the_auxiliary_loss_by_hand():
         p = 1 / (1 + math.exp(-routing.predicted[0, i].item()))
         total -= math.log(p if routing.selected[0, i] else 1 - p)
     close(routing.aux_loss(), torch.tensor(total / 3))
+
+
+def test_padding_counts_in_no_share():
+    selected, real = torch.tensor([[True, False, True, False]]), torch.tensor([[True, True, True, False]])
+    predicted = torch.tensor([[1.0, 1.0, -1.0, 1.0]])
+    routing = DepthRouting(selected, predicted, predicted, real, torch.tensor([[0, 2]]), False)
+    close(routing.share(), torch.tensor(2 / 3))
+    close(routing.accuracy(), torch.tensor(1 / 3))
+    assert dataclasses.replace(routing, real=torch.zeros_like(real)).accuracy() == 1
+
+
+def test_a_replay_of_unequal_sequences_says_that_they_are():
+    depths = MixtureOfDepths(4).eval()
+    x, run = torch.randn(3, 9, 4), lambda rows, _: rows + 1
+    y, record = depths(x, run)
+    assert record.ragged and len(set(record.selected.sum(1).tolist())) > 1
+    again, routing = depths.train()(x, run, replay=record)
+    assert routing.ragged and again.equal(y)
 
 
 def test_no_tokens():
