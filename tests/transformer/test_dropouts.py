@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from moe import Noise
 from pruning import head_importance, prune_heads, prune_neurons
 from tests.tolerances import close
 from transformer import (
@@ -82,6 +83,14 @@ def test_a_path_is_dropped_for_a_whole_sample():
     assert 10 < kept.sum() < 54
     branch, _ = block.attention(block.attention_norm(x), angles)
     close(change[kept], 2 * branch[kept])
+
+
+def test_the_two_branches_of_a_layer_are_dropped_apart():
+    built, seen = model(layers=1, path_dropout=0.5).train(), []
+    built.layers[0].path.register_forward_hook(lambda module, args, out: seen.append(out.flatten(1).any(1)))
+    built.hidden_states(ids(64, 3), noise=Noise("7", 64))
+    attention, feedforward = seen
+    assert 10 < (attention & feedforward).sum() < 24 and 10 < (attention ^ feedforward).sum() < 54
 
 
 def test_a_head_is_dropped_for_a_whole_sample():

@@ -5,11 +5,12 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pruning import head_importance, prunable_axes, prune_heads, prune_neurons, shrink
 from tests.tolerances import close
 from tests.transformer.test_hf import ids, ours, peer, rewrite, theirs
-from transformer import Transformer, TransformerConfig, generate
+from transformer import MoEConfig, Transformer, TransformerConfig, generate
 from transformer.hf import from_hugging_face, to_hugging_face
 from transformer.rope import RopeScaling, frequencies
 
@@ -154,3 +155,25 @@ def test_layers_that_are_alike_again_lose_the_record_and_load_anywhere(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(theirs(again), theirs(model), rtol=0, atol=0)
     torch.testing.assert_close(ours(from_hugging_face(tmp_path)), theirs(model), rtol=1e-4, atol=1e-4)
+
+
+def test_every_second_layer_has_experts(tmp_path):
+    model = peer("qwen3_moe", decoder_sparse_step=2, mlp_only_layers=[], num_hidden_layers=4)
+    model.save_pretrained(tmp_path)
+    read = from_hugging_face(tmp_path)
+    kinds = [hasattr(layer.mlp, "experts") for layer in model.model.layers]
+    assert [isinstance(layer.feedforward, MoEConfig) for layer in read.config.layers] == kinds == [False, True] * 2
+    torch.testing.assert_close(ours(read), theirs(model), rtol=1e-4, atol=1e-4)
+
+
+def test_a_matrix_of_a_part_that_was_pruned_away_is_not_dropped(tmp_path):
+    """Only its norm and matrices without an entry may stay in the file."""
+    pruned_peer({"model.layers.0.self_attn.heads": []}).save_pretrained(tmp_path)
+    path, name = tmp_path / "model.safetensors", "model.layers.0.self_attn.q_proj.weight"
+    tensors = {**load_file(path), name: torch.ones(0, 24)}
+    assert "model.layers.0.input_layernorm.weight" in tensors
+    save_file(tensors, path)
+    assert from_hugging_face(tmp_path).config.layers[0].attention is None
+    save_file({**tensors, name: torch.ones(8, 24)}, path)
+    with pytest.raises(ValueError, match=f"unused: {name}"):
+        from_hugging_face(tmp_path)
