@@ -1,5 +1,6 @@
 """Side losses and statistics by hand, under padding and under drops."""
 
+import dataclasses
 import math
 
 import pytest
@@ -50,6 +51,14 @@ def test_values_and_gradient_against_the_formula_with_padding_and_drops():
     ))  # fmt: skip
     close(got, wanted)
     assert not got[7:].any()
+
+
+def test_of_first_choices_alone_the_best_of_those_made_counts():
+    """A replayed choice may leave out the expert of the largest score."""
+    logits = torch.tensor([[0.6, 0.3, 0.1]]).log()
+    routing = choose_top_k(logits, 2, renormalize=True)
+    routing = dataclasses.replace(routing, expert=torch.tensor([2, 1]), balance_first=True)
+    close(load_balancing_loss(routing), torch.tensor(3 * 0.3))
 
 
 def test_padding_of_any_value_leaves_the_gradient_finite():

@@ -69,6 +69,8 @@ def test_the_recall_threshold_is_the_largest_that_keeps_the_share():
     for recall, kept in ((1.0, 4), (0.75, 3), (0.74, 3), (0.5, 2), (0.25, 1)):
         limit = recall_threshold(logits, recall)
         assert (logits > limit).sum() == kept and limit > logits.sort().values[4 - kept] - 1e-5
+    # one of ten may be missed, though (1 - 0.9) * 10 is a little less than one in floats
+    assert (torch.arange(10.0) > recall_threshold(torch.arange(10.0), 0.9)).sum() == 9
 
 
 def test_predictors_are_put_into_a_model_by_name(network):
@@ -137,3 +139,18 @@ def test_what_predictors_of_a_model_tell_is_counted_over_all_its_networks():
     assert (told.recall, told.predicted, told.active) == pytest.approx((found / wanted, computed / 480, wanted / 480))
     with pytest.raises(ValueError, match="thresholds must name a, b, got a"):
         foresight(model, inputs, made, method="hard", thresholds={"a": Thresholds()})
+
+
+def test_the_last_tenth_of_the_rows_sets_the_threshold_and_nothing_else():
+    x, active = torch.randn(40, 4), torch.rand(40, 6) < 0.5
+    other = active.clone()
+    other[36:] = ~other[36:]
+    one, two = (
+        train_predictor(x, labels, rank=2, recall=0.5, steps=20, generator=torch.Generator().manual_seed(0))
+        for labels in (active, other)
+    )
+    for got, wanted in zip(two.parameters(), one.parameters(), strict=True):
+        assert got.equal(wanted), "training saw the labels of the last tenth"
+    for predictor, labels in ((one, active), (two, other)):
+        logits = predictor(x[36:])[labels[36:]].sort().values
+        assert predictor.threshold == pytest.approx(logits[len(logits) // 2].item(), abs=1e-6)

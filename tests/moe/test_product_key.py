@@ -381,3 +381,8 @@ def test_a_variance_beyond_its_type_is_refused_before_it_is_taken_in(build, dtyp
         layer((x * size).to(dtype))
     assert layer.keys.norm.running_var.equal(before) and before.isfinite().all()
     layer.eval()(x.to(dtype))
+
+
+def test_sub_keys_are_drawn_from_within_the_root_of_their_width():
+    keys = ProductKeys(6, num_keys=64, heads=2, k=2, key_dim=8)
+    assert 0.49 < keys.weight.max() <= 0.5 and -0.5 <= keys.weight.min() < -0.49

@@ -179,6 +179,11 @@ def test_the_loads_are_balanced_after_any_number_of_rounds_whatever_ties(values,
     assert (expert >= 0).all() and loads.max() - loads.min() <= 1
 
 
+def test_without_a_round_the_tokens_of_best_value_come_first():
+    values = torch.tensor([[1.0, 0.0], [4.0, 0.0], [3.0, 0.0], [2.0, 0.0]])
+    assert balanced_assignment(values, rounds=0).tolist() == [1, 0, 0, 1]
+
+
 def test_base_weighs_by_the_sigmoid_and_skips_padding():
     router = skew(BalancedAssignmentRouter(6, 4))
     x = skewed_inputs(10).requires_grad_()
