@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe import ProductKeyMemory
 from tests.tolerances import close
 from tests.training.models import small_batch, small_model
 from training.optim import (
@@ -41,6 +42,14 @@ def test_matrices_decay_and_norms_embeddings_biases_do_not() -> None:
     assert all(
         parameter.ndim == 1 or "embedding" in name for name, parameter in model.named_parameters() if name in spared
     )
+
+
+def test_a_table_of_memories_with_dense_gradients_does_not_decay() -> None:
+    memory = ProductKeyMemory(8, num_keys=4, heads=2, k=2, key_dim=4)
+    memory.values.sparse = False
+    groups = parameter_groups(memory, weight_decay=0.1)
+    assert any(memory.values.weight is p for g in groups for p in g["params"])
+    assert decayed_names(memory) == {"keys.weight", "keys.query.weight"}
 
 
 def test_every_trainable_parameter_is_in_one_group_and_routers_keep_their_factor() -> None:

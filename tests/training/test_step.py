@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moe.dispatch import limit_capacity
+from moe.routers.top_k import choose_top_k
 from tests.tolerances import close
 from tests.training.models import small_batch, small_data, small_model
 from training.data import IGNORED, Batch
@@ -55,6 +57,13 @@ def test_accumulated_gradient_equals_the_big_batch(experts: int, micro_batches: 
     for got, want in zip(gradients(model), expected, strict=True):
         close(got, want)
     assert routing_stats(parts.routings, layers=layers).loads == routing_stats(whole.routings, layers=layers).loads
+
+
+def test_drops_are_means_over_micro_batches_by_hand() -> None:
+    crowd, apart = torch.tensor([[1.0, 0.0]]).repeat(4, 1), torch.eye(2).repeat(2, 1)
+    routings = [limit_capacity(choose_top_k(logits, 1, renormalize=False), 1.0) for logits in (crowd, apart)]
+    stats = routing_stats((routings[0], routings[1], routings[1], routings[1]), layers=2)
+    assert stats.dropped == [0.25, 0.0] and stats.loads == [[4, 2], [4, 4]]
 
 
 def test_micro_batches_must_divide_the_batch() -> None:
