@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,10 +17,11 @@ import pytest
 import torch
 from rich.console import Console
 
+import moe
 from pruning import Sparsifier, cubic
 from tests.training.models import small_data, small_model, small_trainer
 from training.checkpoint import checkpoints, latest_checkpoint
-from training.finite import NonFiniteError
+from training.finite import NonFiniteError, refusals
 from training.trainer import Trainer, choose_device
 from transformer import MoEConfig, Transformer, TransformerConfig
 
@@ -231,6 +233,17 @@ def test_what_a_compiled_router_refuses_is_diagnosed_as_uncompiled(tmp_path: Pat
     named = "first in the output of layers.1.feedforward: router logits must be finite, got NaN or infinity for "
     assert router.startswith(f"step 1: loss is nan, {named}"), router
     assert router.endswith("start again with a lower --optim.lr or --train.dtype float32")
+
+
+def test_whatever_compiled_layers_refuse_is_known_as_that() -> None:
+    texts = [path.read_text() for path in Path(moe.__file__).parent.rglob("*.py")]
+    messages = [message for text in texts for message in re.findall(r'_assert_async\([^"]+"(.+?)"\)', text)]
+    assert len(messages) == sum(text.count("_assert_async(") for text in texts) > 0
+    for message in messages:
+        with pytest.raises(FloatingPointError, match=message), refusals():
+            raise RuntimeError(message)
+    with pytest.raises(RuntimeError, match="no memory"), refusals():
+        raise RuntimeError("no memory")
 
 
 def test_other_data_or_sparsifiers_are_refused_on_resume(tmp_path: Path) -> None:
