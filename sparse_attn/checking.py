@@ -74,7 +74,7 @@ def check_integers(name: str, given: Tensor) -> None:
 
 def check_least(name: str, given: object, least: int) -> None:
     """A whole number, which True is not, of at least ``least``."""
-    if isinstance(given, bool) or not isinstance(given, int) or given < least:
+    if isinstance(given, bool) or not isinstance(given, int | np.integer | torch.SymInt) or given < least:
         raise ValueError(f"{name} must be >= {least}, got {given!r}")
 
 

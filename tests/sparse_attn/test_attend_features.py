@@ -6,6 +6,7 @@ from collections import Counter
 from importlib import import_module
 from math import tanh
 
+import numpy as np
 import pytest
 import torch
 
@@ -197,6 +198,7 @@ def test_packed_sequences_get_what_they_get_alone():
     for sequence, packed in zip(sequences, unpack(out, [90, 1, 65, 130]), strict=True):
         alone = sequence.transpose(0, 1)[None]
         close(packed, attend(alone, alone, alone, pattern=causal())[0].transpose(0, 1))
+    assert [len(part) for part in inspect.unwrap(unpack)(row, list(np.array([90, 196])))] == [90, 196]
     with pytest.raises(ValueError, match=r"sum\(lengths\)=3, got \[1, 286\]"):
         unpack(row, [1, 2])
     with pytest.raises(ValueError, match="lengths must be >= 0, got -1"):
