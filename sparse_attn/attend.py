@@ -19,7 +19,7 @@ from sparse_attn.backends.sdpa import sdpa_masked, sdpa_unmasked
 from sparse_attn.backends.triton import triton_attend
 from sparse_attn.checking import check_least, check_options, check_pattern, check_tensor, check_tensors
 from sparse_attn.choice import Choice, attend_choice
-from sparse_attn.heads import over_heads
+from sparse_attn.heads import over_heads, side_by_side
 from sparse_attn.layout import BlockLayout
 from sparse_attn.patterns import Pattern, PerHead, causal, full, per_head
 from sparse_attn.patterns.documents import split_documents
@@ -177,7 +177,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scoring: Scoring,
     apart = _apart(pattern, q.shape[2], k.shape[2]) if call.bare and call.backend == "auto" else None
     if apart is not None:
         sizes, inside = apart
-        rows, keys, values = (x.split(list(sizes), dim=2) for x in (q, k, v))
+        rows, keys, values = (x.split(list(sizes), dim=2) for x in side_by_side(q, k, v))
         outs = [_attend(a, b, c, inside, scoring, call)[0] for a, b, c in zip(rows, keys, values, strict=True)]
         return [torch.cat(outs, dim=2)]
     out, lse = _by_pattern(q, k, v, pattern, scoring, call)

@@ -22,6 +22,15 @@ class HeadRun:
     kv_stop: int
 
 
+def side_by_side(*x: Float[Tensor, "_ _ _ _"]) -> list[Tensor]:
+    """The rows of each head in one stretch of memory: a copy where they are not, as where a model merges its heads.
+
+    There they lie a multiple of d apart, for 16 heads of 64 on the same cache lines: reading a head's blocks takes up
+    to a third longer.
+    """
+    return [one if one.stride(-2) == one.shape[-1] and one.stride(-1) == 1 else one.contiguous() for one in x]
+
+
 def head_runs(patterns: Sequence[Pattern], kv_heads: int) -> list[HeadRun]:
     """Runs of equal pattern, cut so that each reads whole key heads with all their query heads, or one key head."""
     group = len(patterns) // max(kv_heads, 1)

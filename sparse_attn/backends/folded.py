@@ -19,7 +19,8 @@ from sparse_attn.backends.pieces import Piece, tiles_of
 from sparse_attn.backends.plan import Plan
 from sparse_attn.backends.remainders import join, split
 from sparse_attn.backends.scoring import Scoring
-from sparse_attn.backends.work import BITS, Work
+from sparse_attn.backends.work import BITS, FEW, Work, written_faster
+from sparse_attn.heads import side_by_side
 from sparse_attn.once import differentiable_once
 
 
@@ -83,13 +84,19 @@ class _Folded(torch.autograd.Function):
         dropout: float,
         seed: int,
     ) -> tuple[Tensor, Tensor]:
+        like = q
+        q, k, v = side_by_side(q, k, v)
         work = Work(q, k, v, key_mask, plan, scoring, dropout, seed)
-        # As torch's own attention: the output keeps the strides of q, so that merging the heads afterwards is a view.
-        out = work.output(q) if v.shape[-1] == q.shape[-1] else work.k.new_zeros(*q.shape[:-1], v.shape[-1])
+        if v.shape[-1] != q.shape[-1]:
+            out = work.k.new_zeros(*q.shape[:-1], v.shape[-1])
+        else:  # where parts read and write it in turns, in one stretch for each head
+            out = work.output(q if plan.merges else like)
         lse = work.k.new_full((*q.shape[:-1], 1), -torch.inf)
         kernel, plain = (partial(run, work, q, out, lse) for run in (flash_forward, _forward))
         work.each(kernel if work.fused else plain, plain)
-        out = out.to(q.dtype)
+        # As torch's own attention: the output keeps the strides of q, so that merging the heads afterwards is a view.
+        alike = out.shape != like.shape or out.stride() == like.stride()
+        out = out.to(q.dtype) if alike else torch.empty_like(like).copy_(out)
         ctx.save_for_backward(q, k, v, key_mask, out, lse)
         ctx.settings = (plan, scoring, dropout, seed)
         ctx.set_materialize_grads(False)
@@ -99,7 +106,7 @@ class _Folded(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, key_mask, out, lse = ctx.saved_tensors
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        out, grad_out = side_by_side(out, torch.zeros_like(out) if grad_out is None else grad_out)
         with torch.autocast(q.device.type, enabled=False):
             work = Work(q, k, v, key_mask, *ctx.settings)
             # 2^(S - inf) is 0: what sees nothing has no probability, and no NaN.
@@ -108,7 +115,8 @@ class _Folded(torch.autograd.Function):
             # torch's kernel takes no gradient of the log-sum-exp.
             kernel = partial(flash_backward, work, q, out, lse, grad_out, grads)
             plain = partial(_backward, work, q, out, lse, grad_out, grad_lse, grads)
-            work.each(kernel if work.fused and grad_lse is None else plain, plain)
+            fused = work.fused and grad_lse is None
+            work.each(kernel if fused else plain, plain, few=FEW if fused and written_faster(q.shape[-1]) else 0)
         return grads[0].to(q.dtype), grads[1].to(k.dtype), grads[2].to(v.dtype), *[None] * 5
 
 
@@ -164,11 +172,9 @@ def _backward(
         keep = work.keep(tile, index, probability)
         tile.add(grads[2], work.product("keys", (probability if keep is None else probability * keep).mT, up))
         values = tile.keys(work.v)
-        if keep is None:
-            grad_s = torch.baddbmm(minus, up, values.mT, beta=-1, out=work.room("grad", *probability.shape))
-        else:
-            grad_s = work.product("grad", up, values.mT).mul_(keep).sub_(minus)
-        grad_s.mul_(probability)
+        grad_p = work.product("grad", up, values.mT)
+        grad_p = grad_p if keep is None else grad_p.mul_(keep)
+        grad_s = grad_p.sub_(minus).mul_(probability)
         grad_s = grad_s if slope is None else grad_s.mul_(slope)
         scale = work.scoring.scale
         tile.add(grads[1], work.product("keys", grad_s.mT, q_rows, scale))

@@ -112,6 +112,11 @@ class StripPiece:
         return self.batch, self.heads.start, 0, self.strip.first, self.row
 
     @property
+    def height(self) -> int:
+        """Queries of one head to a product."""
+        return self.strip.height
+
+    @property
     def width(self) -> int:
         """Keys that each query reads."""
         return self.strip.width
@@ -224,6 +229,11 @@ class GatherPiece:
         return self.batch, self.heads.start, 2 if self.late else 1, int(self.gather.rows[0, 0]), 0
 
     @property
+    def height(self) -> int:
+        """Queries of one head to a product."""
+        return self.gather.masks.shape[1] * self.block
+
+    @property
     def width(self) -> int:
         """Keys that each query reads."""
         return self.gather.blocks.shape[1] * self.block
@@ -257,33 +267,36 @@ def tiles_of(piece: Piece, groups: int) -> Sequence[Tile]:
     return piece.tiles(groups)
 
 
-def pieces(plan: Plan, batch: int, heads: slice, groups: int) -> Iterator[Piece]:
-    """All that a plan asks of some key heads of one sequence, in pieces of about ``PIECE`` scores, late ones last."""
+def pieces(plan: Plan, batch: int, heads: slice, groups: int, size: int) -> Iterator[Piece]:
+    """All that a plan asks of some key heads of one sequence, in pieces of at most about ``size`` scores, late ones
+    last."""
     block = plan.layout.block
     for strip in plan.strips:
-        for row, rows, some in _cut(strip.rows, heads, groups * strip.height * strip.width):
+        for row, rows, some in _cut(size, strip.rows, heads, groups * strip.height * strip.width):
             yield StripPiece(strip, batch, some, row, rows)
     for gather, late in (*((one, False) for one in plan.gathers), *((one, True) for one in plan.late)):
         each = groups * block**2 * gather.masks[0].numel()
         # Many heads first: they share the masks.
-        tall = max(1, PIECE // (each * (heads.stop - heads.start)))
-        for row, rows, some in _cut(min(tall, len(gather.rows)), heads, each, len(gather.rows)):
+        tall = max(1, size // (each * (heads.stop - heads.start)))
+        for row, rows, some in _cut(size, min(tall, len(gather.rows)), heads, each, len(gather.rows)):
             part = slice(row, row + rows)
             taken = Gather(gather.rows[part], gather.blocks[part], gather.masks[part])
             yield GatherPiece(taken, batch, some, block, late)
     for number, thin in enumerate(plan.thin):
-        wide = max(1, PIECE // (groups * thin.pairs))
+        wide = max(1, size // (groups * thin.pairs))
         for first in range(heads.start, heads.stop, wide):
             yield ThinPiece(thin, number, batch, slice(first, min(first + wide, heads.stop)))
 
 
-def _cut(rows: int, heads: slice, each: int, total: int | None = None) -> Iterator[tuple[int, int, slice]]:
+def _cut(size: int, rows: int, heads: slice, each: int, total: int | None = None) -> Iterator[tuple[int, int, slice]]:
     """Many query blocks first (at most ``rows``), then many heads."""
-    tall = min(rows, max(1, PIECE // each))
-    wide = max(1, PIECE // (each * tall))
+    total = rows if total is None else total
+    tall = min(rows, max(1, size // each))
+    tall = -(-total // -(-total // tall))  # as many pieces, of about equal size
+    wide = max(1, size // (each * tall))
     for first in range(heads.start, heads.stop, wide):
-        for row in range(0, rows if total is None else total, tall):
-            yield row, min(tall, (rows if total is None else total) - row), slice(first, min(first + wide, heads.stop))
+        for row in range(0, total, tall):
+            yield row, min(tall, total - row), slice(first, min(first + wide, heads.stop))
 
 
 def _blocks(x: Shaped[Tensor, "h S d"], block: int) -> Shaped[Tensor, "h n block d"]:

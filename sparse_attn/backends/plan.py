@@ -109,7 +109,12 @@ def _blocks(layout: BlockLayout) -> tuple[tuple[Strip, ...], tuple[Gather, ...]]
         elif counts[row]:
             scattered += range(row, stop)
         row = stop
-    return tuple(strips), tuple(gathers(layout, np.array(scattered, np.int64)))
+    loose: list[Gather] = []
+    for gather in gathers(layout, np.array(scattered, np.int64)):
+        strip = _as_strip(gather, layout.block)
+        loose += [gather] if strip is None else []
+        strips += [] if strip is None else [strip]
+    return tuple(strips), tuple(loose)
 
 
 def _run_starts(layout: BlockLayout) -> Bool[np.ndarray, "N"]:
@@ -184,6 +189,21 @@ def _run(layout: BlockLayout, block: int, step: int, masks: list[int]) -> Run:
         (0, size, place * size, min(size, length - place * size), mask) for place, mask in enumerate(masks) if mask >= 0
     )
     return Run(block * size, step, length, partial)
+
+
+def _as_strip(gather: Gather, block: int) -> Strip | None:
+    """A single cluster of neighbouring query blocks and neighbouring key blocks: its keys are a view."""
+    if len(gather.rows) > 1 or any(bool((x.diff() != 1).any()) for x in (gather.rows[0], gather.blocks[0])):
+        return None
+    height, width = gather.masks.shape[1:]
+    partial = tuple(
+        (row * block, block, column * block, block, mask)
+        for row, masks in enumerate(gather.masks[0].tolist())
+        for column, mask in enumerate(masks)
+        if mask != -1
+    )
+    run = Run(int(gather.blocks[0, 0]) * block, 0, width * block, partial)
+    return Strip(int(gather.rows[0, 0]) * block, 1, height * block, (run,))
 
 
 def _taller(strip: Strip) -> list[Strip]:

@@ -147,6 +147,11 @@ class ThinPiece:
         return self.batch, self.heads.start, 3, self.number, 0
 
     @property
+    def height(self) -> int:
+        """Queries of one head to a product."""
+        return self.thin.queries.index.shape[1]
+
+    @property
     def width(self) -> int:
         """Keys that each query reads, or queries that share them where those are fewer."""
         return min(self.thin.queries.index.shape[1], sum(shown.keys.index.shape[1] for shown in self.thin.shown))

@@ -142,9 +142,10 @@ def test_folded_equals_the_reference_over_many_blocks(text, q_len, kv_len, heads
 
 @pytest.mark.parametrize("budget", [1, 1 << 13, 1 << 30])
 def test_pieces_of_any_size_give_the_same(budget, monkeypatch):
-    from sparse_attn.backends import pieces
+    from sparse_attn.backends import pieces, work
 
     monkeypatch.setattr(pieces, "PIECE", budget)
+    monkeypatch.setattr(work, "PIECE", budget)
     q, k, v = inputs = tensors(2, 4, 2, 300, 300, 4)
     pattern = causal() & (sliding_window(70) | sinks(3))
     weight = torch.randn_like(q)
@@ -271,16 +272,16 @@ def test_no_two_tiles_drop_the_same():
     drawn = [
         hash((*tile.piece.place, index))
         for batch in range(2)
-        for piece in pieces(plan, batch, slice(0, 2), 1)
+        for piece in pieces(plan, batch, slice(0, 2), 1, 1 << 21)
         for index, tile in enumerate(tiles_of(piece, 1))
     ]
     assert len(set(drawn)) == len(drawn)
 
 
 def test_dropout_is_drawn_anew_for_every_batch_head_and_block(monkeypatch):
-    from sparse_attn.backends import pieces
+    from sparse_attn.backends import work
 
-    monkeypatch.setattr(pieces, "PIECE", 1)  # each head and query block by itself
+    monkeypatch.setattr(work, "PIECE", 1)  # each head and query block by itself
     zero, values = torch.zeros(2, 2, 320, 4), torch.randn(1, 1, 64, 4).repeat(2, 2, 5, 1)
     pattern = causal() & sliding_window(64)
     alike = (
