@@ -185,7 +185,7 @@ def _speeds(found: list[Line]) -> str:
 
 def layers(lines: list[Line]) -> str:
     """Whole self-attentions beside Hugging Face's."""
-    return speed([line for line in lines if line["name"].startswith("layer_")])
+    return by_machine([line for line in lines if line["name"].startswith("layer_")], speed)
 
 
 def selection_speeds(lines: list[Line]) -> str:
