@@ -129,25 +129,59 @@ def balanced_assignment(values: Float[Tensor, "T E"], *, rounds: int = 500, epsi
     largest possible if the auction ends within ``rounds``. Each round, every token without a place bids for the expert
     of best value − price, up to the price at which the second best were as good, plus epsilon; an expert keeps its
     highest bids, and its price is the lowest of them once it is full (Bertsekas & Castañon 1989). Prices start from 30
-    Sinkhorn iterations, which leaves tens of rounds instead of hundreds. Tokens that are still without a place after
-    the last round go, best value first, where there is room.
+    Sinkhorn iterations, which leaves tens of rounds instead of hundreds. Values further apart than 1,000 epsilon are
+    auctioned with larger ones first, a 200th of their range and then a fifth of the last, each from the prices that the
+    last left (epsilon scaling): so the rounds do not grow with the range. If they are used up, the assignment of the
+    last epsilon that came to its end stands; where none did, tokens without a place go, best value first, where there
+    is room.
     Raises: ValueError for rounds below 0 or an epsilon that is not finite and positive.
     """
     at_least("rounds", rounds, 0)
     positive("epsilon", epsilon)
     capacity = _capacities(values)
-    expert = capacity.new_full(values.shape[:1], -1)
-    bid = values.new_zeros(len(values))
-    price = start = _starting_price(values, 10 * epsilon)
+    steps = _epsilons(values, epsilon)
+    price = _starting_price(values, 10 * steps[0])
     values = values.masked_fill(capacity == 0, -torch.inf)
-    for _ in range(rounds):
+    ended: Tensor | None = None
+    for step in steps:
+        expert, price, rounds = _auction(values, capacity, price, step, rounds)
+        if bool((expert < 0).any()):
+            return _fill_up(values, expert, capacity) if ended is None else ended
+        ended = expert
+    return expert
+
+
+def _epsilons(values: Float[Tensor, "T E"], epsilon: float) -> list[float]:
+    """What bids are raised by, auction after auction: down to ``epsilon``, by fifths."""
+    if not values.numel():
+        return [epsilon]
+    apart = float(values.max()) - float(values.min())
+    if not 1000 * epsilon < apart < torch.inf:
+        return [epsilon]
+    steps = [apart / 200]
+    while steps[-1] > epsilon:
+        steps.append(max(steps[-1] / 5, epsilon))
+    return steps
+
+
+def _auction(
+    values: Float[Tensor, "T E"],
+    capacity: Int[Tensor, "E"],
+    start: Float[Tensor, "E"],
+    epsilon: float,
+    rounds: int,
+) -> tuple[Int[Tensor, "T"], Float[Tensor, "E"], int]:
+    """Expert of each token, −1 without one; the prices; the rounds that are left."""
+    expert, bid = capacity.new_full(values.shape[:1], -1), values.new_zeros(len(values))
+    price = start
+    while True:
         free = (expert < 0).nonzero()[:, 0]
-        if not len(free):
-            break
+        if not (rounds and len(free)):
+            return expert, price, rounds
         expert[free], bid[free] = _bids(values[free], price, epsilon)
         expert = _keep_highest(expert, bid, capacity)
         price = _lowest_kept(expert, bid, capacity, start)
-    return _fill_up(values, expert, capacity)
+        rounds -= 1
 
 
 def _bids(

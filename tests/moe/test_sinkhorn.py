@@ -169,6 +169,40 @@ def test_the_auction_of_a_large_skewed_problem_ends_in_few_rounds():
     assert torch.bincount(fine).tolist() == [32] * 16
 
 
+def gained_by_the_best_exchange(values, expert):
+    """What tokens that change places in a circle of experts can gain: an assignment is best if that is nothing."""
+    experts = values.shape[1]
+    gain = torch.full((experts, experts), -torch.inf, dtype=values.dtype)
+    for e in range(experts):
+        mine = values[expert == e]
+        if len(mine):
+            gain[e] = (mine - mine[:, e : e + 1]).amax(0)
+    for between in range(experts):
+        gain = torch.maximum(gain, gain[:, between : between + 1] + gain[between])
+    return gain.diagonal().max().item()
+
+
+@pytest.mark.parametrize("spread", ["one expert", "half of them", "all", "shifted"])
+@pytest.mark.parametrize(("tokens", "experts"), [(256, 8), (300, 32)])
+def test_values_far_apart_take_no_more_rounds_than_there_are(spread, tokens, experts):
+    values = torch.randn(tokens, experts, dtype=torch.float64)
+    some = {"one expert": slice(0, 1), "half of them": slice(0, experts // 2)}.get(spread, slice(None))
+    values[:, some] *= 1e4 if spread == "all" else 30
+    values[:, 0] += 100 * (spread == "shifted")
+    expert = balanced_assignment(values)
+    assert gained_by_the_best_exchange(values, expert) <= experts * 0.01
+    assert torch.bincount(expert, minlength=experts).max() <= -(-tokens // experts)
+
+
+def test_rounds_that_end_inside_a_finer_auction_leave_the_coarser_one():
+    torch.manual_seed(1)  # 20 and 50 rounds end inside the second and a later one, with tokens that have no place
+    values = 100 * torch.randn(300, 32, dtype=torch.float64)
+    short, longer, best = (
+        values.gather(1, balanced_assignment(values, rounds=rounds)[:, None]).sum() for rounds in (20, 50, 10_000)
+    )
+    assert short >= best - 20 and longer >= best - 1
+
+
 rows = st.lists(st.lists(st.sampled_from([0.0, 0.0, 1.0, -3.0, 50.0]), min_size=4, max_size=4), min_size=0, max_size=13)
 
 
