@@ -19,6 +19,7 @@ from torch import Tensor
 from sparse_attn.arrays import combined, distinct, starts, tensor
 from sparse_attn.candidates import Candidates
 from sparse_attn.frame import Frame
+from sparse_attn.once import untransformed
 from sparse_attn.reach import Positions, Reaches
 from sparse_attn.signature import Classes, Signature
 
@@ -110,6 +111,7 @@ class BlockLayout:
         return int((height * width).sum()) + int(in_mask[self.mask_index[~full]].sum())
 
 
+@untransformed
 def build_layout(
     pattern: Geometry, q_len: int, kv_len: int, *, block: int = 64, offset: int = 0, key_offset: int = 0
 ) -> BlockLayout:

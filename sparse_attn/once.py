@@ -1,8 +1,8 @@
-"""Backward passes without a derivative of their own: a second derivative through them is an error, never a zero."""
+"""What is differentiable once: a second derivative or a transform of torch.func is an error, never a zero."""
 
 import functools
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 
 Gradients = Tensor | None | tuple[Tensor | None, ...]
 Backward = Callable[..., Gradients]
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 
 def differentiable_once(backward: Backward) -> Backward:
@@ -35,6 +37,27 @@ def differentiable_once(backward: Backward) -> Backward:
         several = found if isinstance(found, tuple) else (found,)
         told = [None if x is None else _Refused.apply(x.detach(), ctx.name(), *sources) for x in several]
         return tuple(told) if isinstance(found, tuple) else told[0]
+
+    return run
+
+
+def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args). Raises: RuntimeError under torch.func's transforms, which would look into its steps."""
+    if torch._C._are_functorch_transforms_active():
+        name = function.__name__.removeprefix("_")
+        raise RuntimeError(
+            f"{name} cannot be transformed by torch.func: use torch.autograd, or attend by backend='reference'"
+        )
+    return function.apply(*args)
+
+
+def untransformed(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """For what counts blocks: under torch.func its tensors stay numbers that numpy can read."""
+
+    @functools.wraps(function)
+    def run(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        with torch._C._DisableFuncTorch():
+            return function(*args, **kwargs)
 
     return run
 

@@ -21,7 +21,7 @@ from sparse_attn.backends.remainders import join, split
 from sparse_attn.backends.scoring import Scoring
 from sparse_attn.backends.work import BITS, FEW, Work, written_faster
 from sparse_attn.heads import side_by_side
-from sparse_attn.once import differentiable_once
+from sparse_attn.once import applied, differentiable_once
 
 
 def folded(
@@ -43,7 +43,7 @@ def folded(
         return _by_remainder(q, k, v, *plan.inner, scoring=scoring, key_mask=key_mask, dropout=dropout)
     seed = int(torch.randint(2**62, ())) if dropout else 0
     with torch.autocast(q.device.type, enabled=False):
-        return _Folded.apply(q, k, v, key_mask, plan, scoring, dropout, seed)
+        return applied(_Folded, q, k, v, key_mask, plan, scoring, dropout, seed)
 
 
 def _by_remainder(

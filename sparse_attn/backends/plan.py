@@ -16,6 +16,7 @@ from sparse_attn.backends.remainders import by_remainder
 from sparse_attn.backends.thin import Thin
 from sparse_attn.backends.thinning import divide
 from sparse_attn.layout import BlockLayout
+from sparse_attn.once import untransformed
 
 # Query blocks of a strip that are read as one: torch's CPU kernel takes 32 queries at once, from 192 on 64 and a fifth
 # less time for a block. What they read in vain, as the window moves on, is at most a part in SPARE.
@@ -80,6 +81,7 @@ class Plan:
         return seen + sum(gather.rows.numel() for gather in self.gathers) * self.layout.block == self.layout.q_len
 
 
+@untransformed
 def make_plan(layout: BlockLayout) -> Plan:
     """Strips where a stretch of alike query blocks is longer than its runs are many, gathers for what is left.
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from sparse_attn.layout import BlockLayout
-from sparse_attn.once import differentiable_once
+from sparse_attn.once import applied, differentiable_once
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The tensor cores' smallest operand.
@@ -45,7 +45,7 @@ def triton_attend(
     if dropout:
         raise ValueError(f"backend='triton' has no dropout: dropout must be 0, got {dropout}")
     with torch.autocast(q.device.type, enabled=False):
-        return _Triton.apply(q, k, v, key_mask, layout, scale)
+        return applied(_Triton, q, k, v, key_mask, layout, scale)
 
 
 @dataclass(frozen=True)

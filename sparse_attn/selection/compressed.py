@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_attn.once import differentiable_once
+from sparse_attn.once import applied, differentiable_once
 from sparse_attn.selection.ranking import best_columns
 from sparse_attn.selection.scoring import PLAIN, Pairs, ScoreOptions
 
@@ -87,7 +87,7 @@ def attend_compressed(
     have, is that of the last key it stands for, the nearest of them; blocks are chosen before anything is dropped.
     """
     with torch.autocast(q.device.type, enabled=False):
-        out, blocks = _Compressed.apply(q, k, v, keys, geometry, scale, real, options)
+        out, blocks = applied(_Compressed, q, k, v, keys, geometry, scale, real, options)
     return out, blocks
 
 

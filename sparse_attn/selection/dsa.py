@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sparse_attn.checking import check_shapes
-from sparse_attn.once import differentiable_once
+from sparse_attn.once import applied, differentiable_once
 from sparse_attn.patterns import Pattern, causal
 from sparse_attn.selection.padding import without_padding
 from sparse_attn.selection.ranking import coarse
@@ -240,7 +240,7 @@ def indexer_kl(
     # the target has a score for every attention head, and gathered keys where tokens are listed
     share = -(-q.shape[1] // index_q.shape[2])
     width = keys * share if selection is None else selection.tokens.shape[3] * (share + q.shape[3])
-    loss: Tensor = _InParts.apply(index_q, index_k, weight, part_loss, list(_stretches(index_q, width)))
+    loss: Tensor = applied(_InParts, index_q, index_k, weight, part_loss, list(_stretches(index_q, width)))
     return loss
 
 

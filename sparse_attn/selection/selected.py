@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-from sparse_attn.once import differentiable_once
+from sparse_attn.once import applied, differentiable_once
 from sparse_attn.selection.record import BlockSelection
 from sparse_attn.selection.scoring import PLAIN, Pairs, ScoreOptions
 from sparse_attn.selection.visits import Chunks, Visits, turn_round
@@ -79,7 +79,7 @@ def attend_selected(
     selection.check(q, k, v, key_mask, once=False)
     factor = 1 / sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = _Selected.apply(q, k, v, selection, key_mask, factor, scoring.for_call(q))
+        out, lse = applied(_Selected, q, k, v, selection, key_mask, factor, scoring.for_call(q))
     return (out, lse) if return_lse else out
 
 

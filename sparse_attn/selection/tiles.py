@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_attn.once import differentiable_once
+from sparse_attn.once import applied, differentiable_once
 from sparse_attn.selection.scoring import PLAIN, Pairs, ScoreOptions
 
 # scores and gathered numbers of tiles that are worked on at once
@@ -58,7 +58,7 @@ def attend_tiles(
     outputs.
     """
     with torch.autocast(q.device.type, enabled=False):
-        return _Tiles.apply(q, k, v, tiles, visible, scale, options)
+        return applied(_Tiles, q, k, v, tiles, visible, scale, options)
 
 
 def merge_union(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_attn.backends.scoring import Scoring
 from sparse_attn.checking import check_dimensions, check_once, check_shapes, check_within
-from sparse_attn.once import differentiable_once
+from sparse_attn.once import applied, differentiable_once
 from sparse_attn.selection.scoring import PLAIN, Pairs, ScoreOptions
 
 # numbers of gathered keys and values that are held at once
@@ -136,7 +136,7 @@ def attend_tokens(
         # a list for each query head: the heads of a key head are further queries of it
         rows, tokens = (x.unflatten(1, (k.shape[1], -1)).flatten(2, 3) for x in (q, tokens))
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = _Tokens.apply(rows, k, v, tokens, factor, options, q.shape[2])
+        out, lse = applied(_Tokens, rows, k, v, tokens, factor, options, q.shape[2])
     out, lse = out.reshape(*q.shape[:3], v.shape[3]), lse.reshape(q.shape[:3])
     return (out, lse) if return_lse else out
 

@@ -5,6 +5,7 @@ import torch
 
 from sparse_attn import attend, causal, sliding_window
 from sparse_attn.selection import LSH, MoBA, TopKKeys
+from tests.tolerances import close
 
 WIDE = 8
 METHODS = {
@@ -32,3 +33,19 @@ def test_a_graph_of_the_first_that_nobody_asks_is_no_matter():
             torch.autograd.grad(method(*tensors).square().sum(), tensors, create_graph=graph) for graph in (False, True)
         )
         assert all(a.equal(b) for a, b in zip(plain, graphed, strict=True))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_transforms_of_torch_func_are_refused(name):
+    q, k, v = (torch.randn(1, 2, 700, WIDE) for _ in range(3))
+    with pytest.raises(RuntimeError, match="cannot be transformed by torch.func: use torch.autograd, or attend"):
+        torch.func.grad(lambda rows: METHODS[name](rows, k, v).sum())(q)
+
+
+def test_the_reference_may_be_transformed_at_a_length_that_nobody_asked_before():
+    q, k, v = (torch.randn(1, 2, 77, WIDE) for _ in range(3))
+    pattern = causal() & sliding_window(13)
+    with pytest.raises(RuntimeError, match="Folded cannot be transformed"):
+        torch.func.vmap(lambda rows: attend(rows, k, v, pattern=pattern, backend="folded"))(q[None])
+    (found,) = torch.func.vmap(lambda rows: attend(rows, k, v, pattern=pattern, backend="reference"))(q[None])
+    close(found, attend(q, k, v, pattern=pattern))
