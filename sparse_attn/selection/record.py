@@ -51,8 +51,11 @@ class BlockSelection:
             got = [*self.blocks.shape[:3], self.kv_len]
             raise ValueError(f"selection must be for [B, Hkv, L] and S = {[*wanted, k.shape[2]]}, got {got}")
         columns = -(-self.kv_len // self.block)
-        if self.blocks.numel() and int(self.blocks.max()) >= columns:
-            raise ValueError(f"selected blocks must be < {columns}, got {int(self.blocks.max())}")
+        if self.blocks.numel():
+            least, most = (int(end) for end in self.blocks.aminmax())
+            if least < -1 or most >= columns:
+                wrong = most if most >= columns else least
+                raise ValueError(f"selected blocks must be in [-1, {columns}), got {wrong}")
         if once:
             check_once("selected blocks", self.blocks)
 
