@@ -189,3 +189,5 @@ def check_options(
         return
     if (layout.q_len, layout.kv_len) != (q.shape[2], k.shape[2]):
         raise ValueError(f"layout must be for lengths {(q.shape[2], k.shape[2])}, got {(layout.q_len, layout.kv_len)}")
+    if not torch.compiler.is_compiling():
+        layout.check()

@@ -92,6 +92,32 @@ class BlockLayout:
         """The query block of each visit."""
         return tensor(np.arange(self.num_query_blocks).repeat(np.diff(self.row_start.numpy())))
 
+    def check(self) -> None:
+        """Raises: ValueError where the parts do not fit together, as in a layout that was made or changed by hand."""
+        rows, columns = (-(-length // self.block) if self.block > 0 else 0 for length in (self.q_len, self.kv_len))
+        masks, visits = self.masks, self.key_block.numel()
+        if self.block < 1 or masks.dtype != torch.bool or masks.shape[1:] != (self.block, self.block):
+            raise ValueError(
+                f"layout.masks must be bool [U, block, block] with block {self.block} >= 1, "
+                f"got {masks.dtype} {list(masks.shape)}"
+            )
+        ends = self.row_start
+        if len(ends) != rows + 1 or ends[0] != 0 or ends[-1] != visits or bool((ends.diff() < 0).any()):
+            raise ValueError(f"layout.row_start must rise from 0 to {visits} visits over {rows} query blocks")
+        if len(self.mask_index) != visits:
+            raise ValueError(f"layout.mask_index must name {visits} masks, got {len(self.mask_index)}")
+        for name, index, least, end in (
+            ("key_block", self.key_block, 0, columns),
+            ("mask_index", self.mask_index, -1, len(masks)),
+        ):
+            low, high = (int(x) for x in index.aminmax()) if visits else (least, least)
+            if low < least or (visits and high >= end):
+                raise ValueError(f"layout.{name} must be in [{least}, {end}), got {low if low < least else high}")
+        rising = self.key_block.diff() > 0
+        inside = self.query_block.diff() == 0
+        if bool((inside & ~rising).any()):
+            raise ValueError("layout.key_block must ascend inside each query block")
+
     def to_mask(self) -> Bool[Tensor, "L S"]:
         """The truth for every pair, dense: for the reference and for short sequences."""
         dense = torch.zeros(self.q_len, self.kv_len, dtype=torch.bool)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from sparse_attn.backends.pieces import Piece, tiles_of
 from sparse_attn.backends.plan import Plan
 from sparse_attn.backends.remainders import join, split
 from sparse_attn.backends.scoring import Scoring
-from sparse_attn.backends.work import BITS, FEW, Work, written_faster
+from sparse_attn.backends.work import BITS, CALM, FEW, Work, written_faster
 from sparse_attn.heads import side_by_side
 from sparse_attn.once import applied, differentiable_once
 
@@ -39,11 +40,24 @@ def folded(
     bf16 and fp16 are computed in float32 and rounded once. Dropout draws one seed from torch's generator, so it obeys
     ``torch.manual_seed`` and repeats under activation checkpointing.
     """
+    if 0 in (q.shape[1], q.shape[3], v.shape[3]):
+        return _without_numbers(q, k, v, plan, scoring=scoring, key_mask=key_mask, dropout=dropout)
     if plan.inner is not None:
         return _by_remainder(q, k, v, *plan.inner, scoring=scoring, key_mask=key_mask, dropout=dropout)
     seed = int(torch.randint(2**62, ())) if dropout else 0
     with torch.autocast(q.device.type, enabled=False):
         return applied(_Folded, q, k, v, key_mask, plan, scoring, dropout, seed)
+
+
+def _without_numbers(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scoring: Scoring, key_mask: Tensor | None, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """No heads, or heads of width 0, whose scores are 0."""
+    if not q.shape[1]:
+        return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_zeros(q.shape[:3])
+    rows, keys, values = (x if x.shape[3] else F.pad(x, (0, 1)) for x in (q, k, v))
+    out, lse = folded(rows, keys, values, plan, scoring=scoring, key_mask=key_mask, dropout=dropout)
+    return out[..., : v.shape[3]], lse
 
 
 def _by_remainder(
@@ -100,7 +114,7 @@ class _Folded(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, key_mask, out, lse)
         ctx.settings = (plan, scoring, dropout, seed)
         ctx.set_materialize_grads(False)
-        return out, lse.squeeze(-1)
+        return out, (lse / BITS if work.bits else lse).squeeze(-1)
 
     @staticmethod
     @differentiable_once
@@ -109,6 +123,7 @@ class _Folded(torch.autograd.Function):
         out, grad_out = side_by_side(out, torch.zeros_like(out) if grad_out is None else grad_out)
         with torch.autocast(q.device.type, enabled=False):
             work = Work(q, k, v, key_mask, *ctx.settings)
+            work.calm = bool(((lse.abs() <= CALM) | lse.isinf()).all())
             # 2^(S - inf) is 0: what sees nothing has no probability, and no NaN.
             lse = lse.masked_fill(lse == -torch.inf, torch.inf)
             grads = work.output(q), torch.zeros_like(work.k), torch.zeros_like(work.v)
@@ -116,7 +131,8 @@ class _Folded(torch.autograd.Function):
             kernel = partial(flash_backward, work, q, out, lse, grad_out, grads)
             plain = partial(_backward, work, q, out, lse, grad_out, grad_lse, grads)
             fused = work.fused and grad_lse is None
-            work.each(kernel if fused else plain, plain, few=FEW if fused and written_faster(q.shape[-1]) else 0)
+            written = fused and work.calm and written_faster(q.shape[-1])
+            work.each(kernel if fused else plain, plain, few=FEW if written else 0)
         return grads[0].to(q.dtype), grads[1].to(k.dtype), grads[2].to(v.dtype), *[None] * 5
 
 
@@ -146,7 +162,8 @@ def _forward(work: Work, q: Tensor, out: Tensor, lse: Tensor, piece: Piece) -> N
         return
     # A query that sees something has the term 2^0 in its total.
     value.div_(total.clamp(min=1))
-    work.store(piece, out, lse, value, total.log2().add_(top).div_(BITS))
+    total = total.log2().add_(top)
+    work.store(piece, out, lse, value, total if work.bits else total.div_(BITS))
 
 
 def _backward(
@@ -159,7 +176,8 @@ def _backward(
     grads: tuple[Tensor, Tensor, Tensor],
     piece: Piece,
 ) -> None:
-    rows, upstream, shift = work.queries(piece, q), work.queries(piece, grad_out), work.queries(piece, lse) * BITS
+    rows, upstream, shift = (work.queries(piece, x) for x in (q, grad_out, lse))
+    shift = shift if work.bits else shift * BITS
     inner = (upstream * work.queries(piece, out)).sum(-1, keepdim=True)
     if grad_lse is not None:
         inner = inner - work.queries(piece, grad_lse[..., None])
@@ -168,7 +186,8 @@ def _backward(
         q_rows, up, minus, less = (x.reshape(tile.batches, -1, x.shape[-1]) for x in (rows, upstream, inner, shift))
         keys = tile.keys(work.k)
         scores, slope = work.scores(tile, q_rows, keys, less)
-        probability = scores.exp2_()
+        # no score is above the log-sum-exp; rounded, large ones may be
+        probability = (scores if work.calm else scores.clamp_(max=0)).exp2_()
         keep = work.keep(tile, index, probability)
         tile.add(grads[2], work.product("keys", (probability if keep is None else probability * keep).mT, up))
         values = tile.keys(work.v)

@@ -21,6 +21,8 @@ from sparse_attn.once import untransformed
 # Query blocks of a strip that are read as one: torch's CPU kernel takes 32 queries at once, from 192 on 64 and a fifth
 # less time for a block. What they read in vain, as the window moves on, is at most a part in SPARE.
 TALL, SPARE = 3, 8
+# Pairs of a lone cluster that is read as a strip: the edge of a window of 256.
+SMALL = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -194,10 +196,15 @@ def _run(layout: BlockLayout, block: int, step: int, masks: list[int]) -> Run:
 
 
 def _as_strip(gather: Gather, block: int) -> Strip | None:
-    """A single cluster of neighbouring query blocks and neighbouring key blocks: its keys are a view."""
-    if len(gather.rows) > 1 or any(bool((x.diff() != 1).any()) for x in (gather.rows[0], gather.blocks[0])):
-        return None
+    """A single small cluster of neighbouring query blocks and neighbouring key blocks: its keys are a view.
+
+    A strip's row is computed at once, whereas the tiles of a gather may be cut.
+    """
     height, width = gather.masks.shape[1:]
+    if len(gather.rows) > 1 or height * width * block**2 > SMALL:
+        return None
+    if any(bool((x.diff() != 1).any()) for x in (gather.rows[0], gather.blocks[0])):
+        return None
     partial = tuple(
         (row * block, block, column * block, block, mask)
         for row, masks in enumerate(gather.masks[0].tolist())

@@ -16,6 +16,8 @@ from sparse_attn.backends.thin import Shown
 BITS = log2(e)
 # Keys or queries of a piece below which torch's attention kernel is slower than the products written out.
 NARROW = 32
+# Log-sum-exps up to which probabilities of scores that are computed once more are right to some 1e-5.
+CALM = 32.0
 # Queries of a product below which torch's attention kernel takes 32 of them at once, and from there on 64 or more.
 FEW = 192
 
@@ -64,9 +66,12 @@ class Work:
         # What torch's own CPU kernel computes: nothing is added to the scores but the pattern's masks.
         self.fused = self.k.device.type == "cpu" and scoring.plain and not dropout and key_mask is None
         self.fused = self.fused and 0 < k.shape[-1] == v.shape[-1]
+        # In which unit the log-sum-exp is kept: the backward has to get back the very number that large scores gave.
+        self.bits = not self.fused
+        self.calm = True
         self.zero = self.k.new_zeros(1, 1, 1)
         self.rooms: dict[str, Tensor] = {}
-        self.laid: dict[Run | Shown, Tensor | None] = {}
+        self.laid: dict[tuple[int, Run] | Shown, Tensor | None] = {}
 
     def each(self, run: Callable[[Piece], None], written: Callable[[Piece], None], few: int = 0) -> None:
         """Run every piece; by the products written out where torch's kernel is slower: narrow ones, and those of less
@@ -97,8 +102,9 @@ class Work:
         """Output and log-sum-exp of a piece. A late one is merged: out += (value - out) exp(total - lse')."""
         if piece.late:
             before, earlier = (piece.queries(x, self.groups).flatten(2, -2) for x in (out, lse))
-            higher = torch.logaddexp(earlier, total)
-            value = before.lerp_(value, (total - _finite(higher)).exp_())
+            higher = (torch.logaddexp2 if self.bits else torch.logaddexp)(earlier, total)
+            share = total - _finite(higher)
+            value = before.lerp_(value, share.exp2_() if self.bits else share.exp_())
             total = higher
         piece.write(out, value, self.groups)
         piece.write(lse, total, self.groups)
@@ -143,7 +149,7 @@ class Work:
         """The masks of a tile, laid out once for all rows of a strip and all heads of a thin part."""
         if isinstance(tile, GatherTile):
             return tile.wide_bias(self.bias, self.groups)
-        key = tile.run if isinstance(tile, StripTile) else tile.shown
+        key = (tile.piece.height, tile.run) if isinstance(tile, StripTile) else tile.shown
         if key not in self.laid:
             self.laid[key] = tile.wide_bias(self.bias, self.groups)
         return self.laid[key]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_attn import attend, causal, documents, explain_backend, full, sinks, sliding_window
-from sparse_attn.backends import pieces
+from sparse_attn.backends import pieces, plan, work
 from sparse_attn.backends.plan import make_plan
 
 
@@ -38,6 +38,8 @@ def test_no_two_blocks_of_pairs_drop_alike(pattern, monkeypatch):
     """Two draws of 256 are never equal: neither of the tiles of a piece, nor of a piece and one that is merged into it
     later, which here have tiles of one shape."""
     monkeypatch.setattr(pieces, "PIECE", 1)
+    monkeypatch.setattr(work, "PIECE", 1)
+    monkeypatch.setattr(plan, "SMALL", 0)  # no strips of what is gathered: late tiles have the shape of regular ones
     layout = pattern.layout(768, block=16)
     assert make_plan(layout).late and make_plan(layout).gathers
     q, values = torch.zeros(1, 1, 768, 4), torch.eye(768)[None, None]  # the output is the probabilities

@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 
-from sparse_attn import attend, causal, parse_pattern, sliding_window
+from sparse_attn import attend, block_sparse, causal, parse_pattern, sinks, sliding_window
 from sparse_attn.backends.plan import make_plan
 from tests.sparse_attn.test_attend import grads, tensors
 from tests.tolerances import close
@@ -104,3 +104,79 @@ def test_merged_heads_give_what_separate_ones_do(text):
         results.append((out, *torch.autograd.grad(out, (q, k, v), weight.detach())))
     for actual, expected in zip(*results, strict=True):
         close(actual, expected)
+
+
+def test_strips_of_other_heights_have_masks_of_their_own():
+    few, many = [0, 2, 3], [0, 1, 2, 3]
+    rows = [few, many, [], [], [], [], [], [], [], [], [], [], few, many, []]
+    inputs = tensors(1, 1, 1, 240, 240, 8)
+    results = []
+    for backend in ("folded", "reference"):
+        out = attend(*inputs, pattern=block_sparse(rows, 16), backend=backend)
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    for actual, expected in zip(*results, strict=True):
+        close(actual, expected)
+    pattern = parse_pattern(
+        "(sliding_window(160) | multiples(160)) & (sliding_window(80) | multiples(80))"
+        " & (same_row(112) | last_columns(112, 48))"
+    )
+    inputs = tensors(1, 1, 1, 492, 759, 4)
+    close(attend(*inputs, pattern=pattern, backend="folded"), attend(*inputs, pattern=pattern, backend="reference"))
+
+
+def test_few_queries_over_many_keys_stay_in_tiles():
+    """A chunk of a prefill: one row of a strip would be computed at once."""
+    plan = make_plan(causal().layout(512, 16384, block=64, offset=15872))
+    assert [gather.masks.shape for gather in plan.gathers] == [(1, 5, 253)]
+
+
+def test_dropout_is_drawn_for_the_same_pieces_in_both_passes_where_products_are_written_out(monkeypatch):
+    monkeypatch.setattr("sparse_attn.backends.work._has_tiles", lambda: True)
+    monkeypatch.setattr("sparse_attn.backends.work.PIECE", 1 << 14)
+    q, k, v = (torch.randn(1, 2, 1024, 64, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    out = attend(q, k, v, pattern=causal() & sliding_window(64), dropout=0.3)
+    (grad,) = torch.autograd.grad(out.sum(), v)
+    close((grad * v).sum(), out.sum())  # linear in the values
+
+
+@pytest.mark.parametrize("text", ["full()", "causal() & sliding_window(64)", "sliding_window(30) | sinks(100)"])
+def test_alibi_of_pieces_that_begin_inside_a_strip(text, monkeypatch):
+    monkeypatch.setattr("sparse_attn.backends.work.PIECE", 1 << 14)
+    inputs, pattern = tensors(1, 2, 2, 1024, 1024, 4), parse_pattern(text)
+    slopes = torch.tensor([0.5, 0.1], dtype=torch.float64)
+    folded, reference = (
+        attend(*inputs, pattern=pattern, backend=backend, alibi=slopes) for backend in ("folded", "reference")
+    )
+    close(folded, reference)
+
+
+def test_causal_keys_that_begin_before_the_queries_are_not_the_plain_triangle():
+    inputs = tensors(1, 2, 2, 300, 300, 8)
+    at = torch.arange(10, 310)
+    auto, reference = (
+        attend(*inputs, pattern=causal(), query_positions=at, backend=backend) for backend in ("auto", "reference")
+    )
+    close(auto, reference)
+
+
+@pytest.mark.parametrize("text", ["causal() & bigbird(64, 16, 2, 16, length=512)", "causal() & fixed(32, 8)"])
+def test_heads_in_pieces_of_their_own_drop_apart(text, monkeypatch):
+    monkeypatch.setattr("sparse_attn.backends.work.PIECE", 1)
+    monkeypatch.setattr("sparse_attn.backends.pieces.PIECE", 1)
+    layout = parse_pattern(text).layout(512, block=16)
+    zero = torch.zeros(1, 4, 512, 4)
+    shown = attend(zero, zero, torch.eye(512).expand(1, 4, -1, -1), layout=layout, dropout=0.5)[0] > 0
+    # by query block: each piece has one head of one block or list, and two heads draw the same for none of them
+    for one, other in ((0, 1), (1, 3)):
+        same = (shown[one] == shown[other]).view(32, -1).all(1)
+        assert not same[2:].any()
+    assert make_plan(layout).late or make_plan(layout).gathers
+
+
+def test_heads_in_thin_pieces_of_their_own_drop_apart(monkeypatch):
+    monkeypatch.setattr("sparse_attn.backends.work.PIECE", 1)
+    layout = (causal() & (sliding_window(32) | sinks(3))).layout(512, block=16)
+    assert make_plan(layout).thin
+    zero = torch.zeros(1, 2, 512, 4)
+    shown = attend(zero, zero, torch.eye(512).expand(1, 2, -1, -1), layout=layout, dropout=0.5)[0] > 0
+    assert not shown[0, 64:, :3].equal(shown[1, 64:, :3])

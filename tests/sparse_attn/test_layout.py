@@ -1,9 +1,11 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_attn import causal, parse_pattern, sliding_window
+from sparse_attn import attend, causal, parse_pattern, sliding_window
 from tests.sparse_attn.expressions import cases
 
 lengths = st.integers(0, 50)
@@ -84,3 +86,35 @@ def test_a_million_positions_take_no_million_squared():
     layout = (causal() & sliding_window(256)).layout(10**6)
     assert layout.visited_blocks == 15625 * 5 - (4 + 3 + 2 + 1)
     assert layout.row_start.dtype == torch.long
+
+
+DAMAGED = {
+    "key block beyond the end": ({"key_block": lambda x: x + 1}, r"layout.key_block must be in \[0, 13\), got 13"),
+    "key block before all": ({"key_block": lambda x: x - 1}, r"layout.key_block must be in \[0, 13\), got -1"),
+    "key blocks twice": ({"key_block": torch.zeros_like}, "layout.key_block must ascend inside each query block"),
+    "no such mask": ({"mask_index": lambda x: x + 9}, r"layout.mask_index must be in \[-1, \d\), got"),
+    "a hidden mask": ({"mask_index": lambda x: x - 2}, r"layout.mask_index must be in \[-1, \d\), got -"),
+    "too few masks named": ({"mask_index": lambda x: x[1:]}, r"layout.mask_index must name \d+ masks, got"),
+    "float masks": ({"masks": lambda x: x.float()}, "layout.masks must be bool .* block 8 >= 1, got torch.float32"),
+    "another block": (
+        {"block": lambda x: 4},
+        r"layout.masks must be bool .* block 4 >= 1, got torch.bool \[\d+, 8, 8\]",
+    ),
+    "no block": ({"block": lambda x: 0}, "block 0 >= 1"),
+    "rows that fall": ({"row_start": lambda x: x.flip(0)}, r"layout.row_start must rise from 0 to \d+ visits over 13"),
+    "a row less": ({"row_start": lambda x: x[[0, *range(2, len(x))]]}, "layout.row_start must rise .* over 13 query"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_layout_whose_parts_do_not_fit_is_refused(name, backend):
+    change, message = DAMAGED[name]
+    layout = (causal() & sliding_window(20)).layout(100, block=8)
+    damaged = copy.copy(layout)
+    for part, made in change.items():  # past the type checks that the tests add
+        object.__setattr__(damaged, part, made(getattr(layout, part)))
+    q = torch.randn(1, 1, 100, 4)
+    attend(q, q, q, layout=layout, backend=backend)
+    with pytest.raises(ValueError, match=message):
+        attend(q, q, q, layout=damaged, backend=backend)
