@@ -78,6 +78,9 @@ class MixtureOfDepths(nn.Module):
     [3, 3]
     """
 
+    # told to calibration: inside the block neither rows nor their places are the batch's
+    gathers_rows = True
+
     def __init__(
         self,
         dim: int,

@@ -29,13 +29,15 @@ def batch_size(batch: Batch) -> int:
 
 
 def samples_of(batch: Batch) -> Iterator[Batch]:
-    """The samples of a batch one by one, each a batch of size 1; what is no tensor goes with each."""
-    for index in range(batch_size(batch)):
+    """The samples of a batch one by one, each a batch of size 1; what is no tensor [B, ...] goes with each."""
+    count = batch_size(batch)
+    for index in range(count):
         one = slice(index, index + 1)
         if isinstance(batch, Tensor):
             yield batch[one]
         else:
-            yield {key: value[one] if isinstance(value, Tensor) else value for key, value in batch.items()}
+            cut = {key for key, value in batch.items() if isinstance(value, Tensor) and value.shape[:1] == (count,)}
+            yield {key: value[one] if key in cut else value for key, value in batch.items()}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -60,6 +62,29 @@ def model_batches(model: nn.Module, batches: Iterable[Batch], *, progress: Progr
         yield to_device(batch, device)
     if empty:
         raise ValueError("batches must hold at least one batch, got none")
+
+
+def row_batches(model: nn.Module, batches: Iterable[Batch], *, progress: Progress = None) -> Iterator[Batch]:
+    """`model_batches` for what observes rows inside the model, such as the inputs of its layers.
+
+    Of a model that `gathers_rows` the samples come one by one, and those of nothing but padding not at all: together,
+    the shorter ones would be filled up with rows that are no tokens, and a mask [B, L] would be taken for one of the
+    gathered rows where as many pass.
+    Raises: ValueError as there."""
+    apart = gathers_rows(model)
+    for batch in model_batches(model, batches, progress=progress):
+        yield from filter(_has_tokens, samples_of(batch)) if apart else [batch]
+
+
+def gathers_rows(model: nn.Module) -> bool:
+    """Whether a module says by ``gathers_rows`` that what it runs gets other rows than the batch's, as
+    Mixture-of-Depths: only some tokens, and filling."""
+    return any(getattr(module, "gathers_rows", False) for module in model.modules())
+
+
+def _has_tokens(batch: Batch) -> bool:
+    mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
+    return not isinstance(mask, Tensor) or bool(mask.any())
 
 
 def _check_filled(batch: Batch) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pruning.adapters.biases import give_bias, give_biases, takes_biases
 from pruning.axes import Axis, Slice
-from pruning.batches import Batch, Progress, evaluating, model_batches
+from pruning.batches import Batch, Progress, evaluating, row_batches
 from pruning.model_axes import axes_of
 from pruning.structure import removal_count
 from pruning.surgery import count_parameters, shrink
@@ -145,7 +145,7 @@ def activation_moments(
     Raises: ValueError without batches, if a module does not run, or for values that are not finite."""
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
     with evaluating(model), torch.no_grad():
-        for batch in model_batches(model, batches, progress=progress):
+        for batch in row_batches(model, batches, progress=progress):
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             with ExitStack() as hooks:
                 for axis in axes:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pruning.batches import Batch, Progress, evaluating, model_batches
+from pruning.batches import Batch, Progress, evaluating, row_batches
 from pruning.calibrated.blocks import run_model, without_cache
 from pruning.calibrated.capture import Moments, recording
 from pruning.calibrated.reconstruct import wanda_scores
@@ -27,7 +27,7 @@ def dense_moments(
     Raises: ValueError without batches, and for a matrix that no row reaches."""
     moments = Moments(diagonal=True)
     with evaluating(model), without_cache(model), recording(inputs, moments):
-        for batch in model_batches(model, batches, progress=progress):
+        for batch in row_batches(model, batches, progress=progress):
             mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
             moments.real = None if mask is None else mask.bool()
             run_model(model, batch)

@@ -104,6 +104,8 @@ def _outputs(
 def _add_squares(squares: dict[str, Tensor], found: _Pass, stacked: Sequence[Matrix], *, batch_loss: Tensor) -> None:
     calls = [(label, out) for label, outs in found.outputs.items() for out in outs if out.requires_grad]
     parameters = list({id(matrix.parameter): matrix.parameter for matrix in stacked}.values())
+    if not calls and not parameters:
+        return
     gradients = torch.autograd.grad(batch_loss, [*(out for _, out in calls), *parameters], allow_unused=True)
     for (label, _), gradient in zip(calls, gradients, strict=False):
         if gradient is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pruning.adapters import forget_file
 from pruning.allocation.counts import Allocation, uniform
-from pruning.batches import Batch, Loss, Progress, evaluating, model_batches
+from pruning.batches import Batch, Loss, Progress, evaluating, model_batches, row_batches
 from pruning.calibrated import reconstruct
 from pruning.calibrated.admm import admm
 from pruning.calibrated.blocks import Recorded, find_blocks, record_calls, run_model, without_cache
@@ -87,6 +87,7 @@ def prune_calibrated(
     check_shapes(inputs, plan)
     batches = list(model_batches(model, calibration))
     _check_tokens(batches)
+    batches = list(row_batches(model, batches))
     if allocation == "loss":
         plan = by_loss(plan, model, inputs, first_batches(batches, loss_tokens), loss)
     elif not isinstance(allocation, str) or plan.tiles is not None:

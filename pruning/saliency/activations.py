@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pruning.axes import Axis
-from pruning.batches import Batch, Loss, Progress, batch_size, evaluating, model_batches, scalar_loss
+from pruning.batches import Batch, Loss, Progress, batch_size, evaluating, model_batches, row_batches, scalar_loss
 from pruning.calibrated.blocks import run_model
 from pruning.saliency.record import AxisScores, Normalize, record
 
@@ -34,7 +34,8 @@ def activation_importance(
     ‖a_u − mean a_u‖², small where the unit could be a bias. "active": share of tokens with ‖a_u‖ > threshold (0 by
     default), which is 1 − APoZ: the average percentage of zeros runs the other way (Hu et al. 2016, arXiv:1607.03250).
     "firing": share of tokens with ‖a_u‖² > threshold (1 by default) times the mean over the layer's units and the
-    batch's tokens, so that units that fire rarely go first where no activation is exactly 0 either.
+    batch's tokens (each sequence's, of a model that gathers rows, as Mixture-of-Depths does), so that units that fire
+    rarely go first where no activation is exactly 0 either.
     batches: token ids or keyword dicts, run in evaluation mode; padding under ``attention_mask`` does not count.
     Raises: ValueError for another statistic, a threshold where none is taken or below 0, for stacked axes, without
     batches, or if a gate module sees no token."""
@@ -47,7 +48,7 @@ def activation_importance(
         for axis in axes:
             hook = _adder(sums[axis.name], statistic, limit, real)
             hooks.callback(axis.gate_module(model).register_forward_pre_hook(hook).remove)
-        for batch in model_batches(model, batches, progress=progress):
+        for batch in row_batches(model, batches, progress=progress):
             mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
             real[0] = None if mask is None else mask.bool()
             run_model(model, batch)

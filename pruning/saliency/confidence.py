@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from pruning.axes import Axis
-from pruning.batches import Batch, Progress, batch_size, evaluating, model_batches
+from pruning.batches import Batch, Progress, batch_size, evaluating, gathers_rows, row_batches
 from pruning.calibrated.blocks import run_model, without_cache
 from pruning.model_axes import axes_of
 from pruning.saliency.activations import units_of
@@ -40,10 +40,13 @@ def attention_confidence(
     costs one pass of the model and L/width passes of each attention. Padding under ``attention_mask`` does not count.
     The value projection is a module named value, v_proj or v, or the last third of a c_attn, in the nearest module
     around the axis' gate that has one; attention must not depend on the values in any other way.
-    Raises: ValueError without batches, for skip_first < 0, if no value projection is found, if an attention does not
-    run, or if no token is left."""
+    Raises: ValueError without batches, for skip_first < 0, for keys to skip in a model that gathers rows, if no value
+    projection is found, if an attention does not run, or if no token is left."""
     if skip_first < 0:
         raise ValueError(f"skip_first must be >= 0, got {skip_first}")
+    if (skip_first or skip_ids) and gathers_rows(model):
+        raise ValueError("skip_first and skip_ids must be 0 and () where attention is given gathered rows, not the "
+                         f"batch's (Mixture-of-Depths), got {skip_first} and {tuple(skip_ids)}")  # fmt: skip
     chosen = axes_of(model, "head", axes)
     sums = {axis.name: torch.zeros(axis.size + 1, dtype=torch.float64) for axis in chosen}
     samples = 0
@@ -54,7 +57,7 @@ def attention_confidence(
             owner, value = _attention(model, axis)
             hook = _reader(axis, axis.gate_module(model), value, sums[axis.name], real)
             hooks.callback(owner.register_forward_hook(hook, with_kwargs=True).remove)
-        for batch in model_batches(model, batches, progress=progress):
+        for batch in row_batches(model, batches, progress=progress):
             mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
             real[:] = None if mask is None else mask.bool(), _skipped(batch, skip_first, skip_ids)
             run_model(model, batch)
@@ -110,7 +113,8 @@ def _reader(
                 found = read.pop().amax(-1)
                 best = torch.maximum(best, found) if first else found
                 length, first = found.shape[1], first + axis.width
-        rows = best.flatten(0, 1) if real[0] is None else best[real[0]]
+        fits = real[0] is not None and real[0].shape == best.shape[:2]
+        rows = best[real[0]] if fits else best.flatten(0, 1)
         sums[:-1] += rows.double().sum(0).cpu()
         sums[-1] += len(rows)
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from pruning.batches import Batch, Progress, evaluating, model_batches
+from pruning.batches import Batch, Progress, evaluating, row_batches
 from pruning.calibrated.blocks import run_model
 from pruning.calibrated.targets import Inputs, find_inputs, hidden_rows, routed_rows
 from pruning.saliency.products import replaced_method
@@ -54,7 +54,7 @@ def correlation_scores(
     Raises: ValueError without batches, for weights of unknown modules, and for a matrix that no row reaches."""
     inputs, seen = find_inputs(model, weights), _Covariance()
     with evaluating(model), _watching(inputs, seen.add):
-        for batch in model_batches(model, batches, progress=progress):
+        for batch in row_batches(model, batches, progress=progress):
             mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
             seen.real = None if mask is None else mask.bool()
             run_model(model, batch)

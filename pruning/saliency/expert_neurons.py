@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from pruning.axes import Axis
-from pruning.batches import Batch, Progress, batch_size, evaluating, model_batches
+from pruning.batches import Batch, Progress, batch_size, evaluating, row_batches
 from pruning.calibrated.blocks import run_model
 from pruning.calibrated.targets import hidden_rows
 from pruning.model_axes import axes_of
@@ -39,7 +39,7 @@ def expert_neuron_importance(
     with evaluating(model), torch.no_grad(), ExitStack() as stack:
         for one in seen.values():
             stack.enter_context(one.watching())
-        for batch in model_batches(model, batches, progress=progress):
+        for batch in row_batches(model, batches, progress=progress):
             mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
             for one in seen.values():
                 one.real = None if mask is None else mask.bool().flatten()

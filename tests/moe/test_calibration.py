@@ -1,13 +1,15 @@
 """Thresholds from calibration batches: shares counted in sorted lists, errors measured by a hand-written network."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
 from moe.calibration import calibrate_thresholds, calibrate_to_perplexity, feedforward_inputs, thresholds_from_inputs
-from moe.recorded import _Reservoir
+from moe.depth import MixtureOfDepths
+from moe.recorded import _Reservoir, single_sequences
 from moe.sparsified import sparsify_activations
 from moe.thresholded import Thresholds
 from tests.tolerances import close
@@ -268,3 +270,63 @@ def test_rows_are_drawn_alike_from_the_first_batch_and_the_last():
         assert kept.sample.shape == (8, 1) and len(kept.sample.unique()) == 8
         drawn[kept.sample[:, 0].long()] += 1
     assert drawn.view(4, 10).mean(1).min() > 12 * 0.5 and drawn.view(4, 10).mean(1).max() < 12 * 1.5
+
+
+class Narrow(nn.Module):
+    """A network on gathered rows: the tokens above 0 in a causal predictor's eyes, here the sign of their first number.
+    Filling, rows of zeros, comes after the shorter sequences' tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.depth, self.feedforward = MixtureOfDepths(6), Gated()
+        self.depth.predictor = nn.Linear(6, 1, bias=False)
+        self.depth.predictor.weight.data = torch.eye(1, 6)
+
+    def forward(self, x, attention_mask=None, scale=None, gain=1.0):
+        mask = None if attention_mask is None else attention_mask.bool()
+        assert scale is None or len(scale) == len(x)
+        return self.depth(x, lambda rows, places: rows + gain * self.feedforward(rows), padding_mask=mask)[0]
+
+
+def narrow_case(side):
+    model = Narrow().double().eval()
+    x, mask = torch.randn(5, 4, 6).double(), torch.ones(5, 4, dtype=torch.long)
+    # as many as the batch is long pass in the first, whose mask's shape is then that of the gathered rows
+    x[0, :, 0], x[1, :, 0], x[2, :, 0] = 1.0, -1.0, 1.0
+    for sample, padding in ((2, 3), (3, 2), (4, 4)) if side != "none" else ():
+        mask[sample, -padding:] = 0
+    mask = mask.flip(1) if side == "left" else mask
+    real = x[mask.bool()]
+    return model, x, mask, real[real[:, 0] > 0]
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_filling_of_gathered_rows_is_not_sampled_and_no_token_is_lost(side):
+    model, x, mask, want = narrow_case(side)
+    batch = {"x": x} if side == "none" else {"x": x, "attention_mask": mask}
+    batch |= {"scale": torch.ones(5), "gain": 2.0}
+    rows = feedforward_inputs(model, [batch], rows=1000)["feedforward"]
+    assert sorted(rows.tolist()) == sorted(want.tolist())
+    for method, values in (("teal", want.abs()), ("cats", parts(model.feedforward, want)[0].abs())):
+        limits = calibrate_thresholds(model, [batch], method=method, sparsity=0.5, rows=1000)["feedforward"]
+        assert share(values, limits.gate) == round(0.5 * values.numel()) / values.numel()
+
+
+class Pair(NamedTuple):
+    name: str
+    ids: torch.Tensor
+    labels: torch.Tensor
+
+
+def test_batches_of_any_kind_are_cut_into_samples():
+    ids, labels = torch.arange(6).view(3, 2), torch.arange(3)
+    (first, *_, last) = single_sequences(Pair("text", ids, labels))
+    assert (first.name, first.ids.tolist(), first.labels.tolist()) == ("text", [[0, 1]], [0])
+    assert (last.name, last.ids.tolist(), last.labels.tolist()) == ("text", [[4, 5]], [2])
+    assert [one.tolist() for one in single_sequences(ids)] == [[[0, 1]], [[2, 3]], [[4, 5]]]
+    assert list(single_sequences("words")) == ["words"]
+    parts = list(single_sequences([{"places": torch.zeros(1, 2), "input_ids": ids}, torch.tensor(1.0)]))
+    assert [one[0]["input_ids"].tolist() for one in parts] == [[[0, 1]], [[2, 3]], [[4, 5]]]
+    assert all(one[0]["places"].shape == (1, 2) and one[1] == 1.0 for one in parts)
+    masked = single_sequences({"input_ids": ids, "attention_mask": torch.tensor([[1, 1], [0, 0], [0, 1]])})
+    assert [one["input_ids"].tolist() for one in masked] == [[[0, 1]], [[4, 5]]]

@@ -10,6 +10,7 @@ from tests.tolerances import close
 from transformer import (
     AttentionConfig,
     DenseConfig,
+    DepthConfig,
     LayerConfig,
     ThresholdedConfig,
     Transformer,
@@ -140,3 +141,20 @@ def test_a_model_without_predictors_is_refused():
         train_own_predictors(made(DenseConfig(24), ThresholdedConfig(24)), [ids(4, 16)])
     with pytest.raises(ValueError, match="model must have a layer with a predictor_rank, got none"):
         own_foresight(made(DenseConfig(24)), [ids(4, 16)])
+
+
+def test_predictors_behind_a_layer_that_some_tokens_pass_learn_from_those_alone():
+    layer = LayerConfig(AttentionConfig(4, 2, 4), KINDS["hard"], depth=DepthConfig(0.5))
+    config = TransformerConfig(vocab_size=31, dim=16, layers=(layer,), max_length=32)
+    model = Transformer(config, generator=torch.Generator().manual_seed(0)).eval()
+    mask = (torch.arange(9) < torch.tensor([9, 2, 5, 7])[:, None]).long()
+    padded = {"input_ids": ids(4, 9), "attention_mask": mask}
+    alone = [ids(4, 9)[i : i + 1, : int(mask[i].sum())] for i in range(4)]
+    found, want = (
+        train_own_predictors(model, batches, steps=3, generator=torch.Generator().manual_seed(0)).state_dict()
+        for batches in ([padded], alone)
+    )
+    told = [name for name in want if "feedforward.predictor" in name]
+    assert told
+    for name in told:
+        close(found[name], want[name], torch.float32)
