@@ -15,6 +15,9 @@ from moe.thresholded_linear import AttentionThresholds, ThresholdedLinear
 # names of the four maps of an attention: of Hugging Face's Llama and its kin, and of this library
 PROJECTIONS = (("q_proj", "k_proj", "v_proj", "o_proj"), ("query", "key", "value", "output"))
 
+# what method "relu" puts for the functions that are not zero below 0; the others stay
+RELU_FOR: Mapping[Activation, Activation] = {"swiglu": "reglu", "gelu": "relu"}
+
 
 @dataclass(frozen=True)
 class FeedForwardSite:
@@ -108,8 +111,9 @@ def sparsify_activations(
 ) -> SparsifiedActivations:
     """Replace, in place, every feed-forward network of the model by a thresholded one over the same weights.
 
-    method: as in :class:`ThresholdedFeedForward`; "relu" puts relu where silu was (arXiv:2310.04564), another function
-    that wants some training, and drops what is at most the threshold. thresholds: one for all, or one for each module
+    method: as in :class:`ThresholdedFeedForward`; "relu" puts relu where silu or gelu was (arXiv:2310.04564), another
+    function that wants some training, leaves reglu, drelu, relu and relu2 as they are, and drops what is at most the
+    threshold. thresholds: one for all, or one for each module
     name, as ``calibrate_thresholds`` returns them. top_k: instead, with method "hard", so many neurons of each token.
     predictors: for each module name, which neurons are computed at all (see ``train_predictor``); they become part of
     the model until it is restored. attention: with method "teal", also thresholds for the inputs of attention's four
@@ -127,11 +131,10 @@ def sparsify_activations(
             raise ValueError(f"{kind} must name {', '.join(sites)}, got {', '.join(named) or 'none'}")
     layers = {}
     for name, site in sites.items():
-        activation: Activation = "reglu" if method == "relu" and site.gate is not None else site.activation
-        if method == "relu" and activation == "gelu":
-            activation = "relu"
         layers[name] = ThresholdedFeedForward.from_linear(
-            site.gate, site.up, site.down, activation=activation, method="hard" if method == "relu" else method,
+            site.gate, site.up, site.down,
+            activation=RELU_FOR.get(site.activation, site.activation) if method == "relu" else site.activation,
+            method="hard" if method == "relu" else method,
             threshold=thresholds[name] if isinstance(thresholds, Mapping) else thresholds,
             top_k=top_k, predictor=None if predictors is None else predictors[name],
             execution=execution,

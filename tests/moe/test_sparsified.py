@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from moe.calibration import calibrate_thresholds
 from moe.sparsified import sparsify_activations
@@ -89,3 +90,28 @@ def test_smollm2_loses_little_at_a_quarter():
     prompt = evaluation[0][:, :12]
     expected = greedy_oracle(model, prompt, 4)
     assert torch.equal(model.generate(prompt, max_new_tokens=4, do_sample=False), expected)
+
+
+class Declared(nn.Module):
+    """A network with a gate that says what its activation is."""
+
+    def __init__(self, activation, gate, up=nn.functional.relu):
+        super().__init__()
+        self.activation, self.functions = activation, (gate, up)
+        self.gate, self.up = nn.Linear(4, 6, bias=False), nn.Linear(4, 6, bias=False)
+        self.down = nn.Linear(6, 4, bias=False)
+
+    def forward(self, x):
+        return self.down(self.functions[0](self.gate(x)) * self.functions[1](self.up(x)))
+
+
+def test_relu_is_put_where_silu_was_and_a_network_of_relu_stays_as_it_is():
+    x, same = torch.randn(9, 4), nn.Identity()
+    for activation, up in (("drelu", nn.functional.relu), ("reglu", same)):
+        model = nn.Sequential(Declared(activation, nn.functional.relu, up))
+        before = model(x)
+        sparse = sparsify_activations(model, method="relu")
+        close(model(x), before)
+        assert sparse.layers["0"].activation == activation
+    model = nn.Sequential(Declared("swiglu", nn.functional.silu, same))
+    assert sparsify_activations(model, method="relu").layers["0"].activation == "reglu"
