@@ -74,7 +74,8 @@ def _record(path: Path, *, batches: int, device: str) -> bool:
 def drawn_tokens(documents: Sequence[str], tokenizer: Tokenizer, *, count: int, seed: int = 0) -> np.ndarray:
     """At most ``count`` tokens of documents drawn at random, of which no more than needed is encoded.
 
-    Of a long document only the start is taken, so that 16 documents or all of them are there.
+    Of a long document only the start is taken, so that where tokens are as long as 8 characters 16 documents or all of
+    them are there, and of single bytes two.
     """
     budget = 8 * count  # characters: more than enough for all but the longest of tokens
     order = np.random.default_rng(seed).permutation(len(documents)).tolist()

@@ -40,6 +40,14 @@ def test_many_iterations_balance_the_columns_and_huge_logits_do_not_overflow():
     assert transport_plan(torch.zeros(0, 4), iterations=8).shape == (0, 4)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_logits_near_the_largest_numbers_have_a_finite_plan(sign):
+    logits = sign * 1e38 * torch.tensor([[1.0, 2.0], [1.5, 1.0], [3.0, 1.0]])
+    plan = transport_plan(logits, iterations=8, temperature=1e-3)
+    limit = transport_plan(logits.double(), iterations=8, temperature=1e8)
+    assert plan.isfinite().all() and plan.argmax(1).equal(limit.argmax(1))
+
+
 @pytest.mark.parametrize("temperature", [1e-12, 1e-38, 1e-300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_plan_of_a_tiny_temperature_is_the_limit_of_small_ones(temperature, dtype):

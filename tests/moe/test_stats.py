@@ -142,6 +142,15 @@ def test_pairs_over_more_tokens_than_a_chunk(monkeypatch: pytest.MonkeyPatch) ->
     assert whole.sum() == 50 * 9
 
 
+def test_dropped_pairs_count_in_the_chunk_of_their_token():
+    # drops come after all assignments, whatever their token
+    every = torch.arange(2 * stats.CHUNK + 5)
+    routing = routing_of(
+        [(t, 0) for t in every.tolist()], [[0.5, 0.5]] * len(every), dropped=[(t, 1) for t in every.tolist()]
+    )
+    assert count_together(routing).tolist() == [[len(every)] * 2] * 2
+
+
 @settings(max_examples=60, deadline=None)
 @given(routings(), routings())
 def test_a_meter_adds_batches_up(first, second) -> None:

@@ -124,6 +124,7 @@ def test_measured_routing_is_the_models(tmp_path: Path) -> None:
     lines = measure_routing(model, iter(batches), TOKENIZER)
     assert model.training and [(line["kind"], line["layer"]) for line in lines] == [("experts", 0), ("experts", 1)]
     model.eval()
+    assert measure_routing(model, iter(batches), TOKENIZER) == lines and not model.training
     meter = RoutingMeter(4)
     for batch in batches:
         meter.update(model.hidden_states(batch.inputs)[1][1])
@@ -181,8 +182,11 @@ def test_only_the_documents_needed_are_encoded() -> None:
     tokens = drawn_tokens(documents, TOKENIZER, count=50)
     assert len(tokens) == 50
     assert len(drawn_tokens(documents, TOKENIZER, count=10**6)) == 2010 + 4
+    # of 8 · 64 characters each of 16 documents has its 32, of which 64 bytes hold two
+    documents = [letter * 1000 for letter in "abcdefghijklmnop"]
     text = TOKENIZER.decode(drawn_tokens(documents, TOKENIZER, count=64).tolist())
-    assert max(len(run) for run in re.findall("a+|b+", text)) <= 8 * 64 // 3
+    runs = [len(run.group()) for run in re.finditer(r"([a-p])\1*", text)]
+    assert len(runs) == 2 and max(runs) == 32
 
 
 def test_a_run_is_measured_from_its_latest_checkpoint(tmp_path: Path) -> None:

@@ -41,6 +41,16 @@ def test_scaled_rotary_positions_both_ways(rope, family, tmp_path):
     assert (ours(from_hugging_face(tmp_path / "in")) - theirs(model)).abs().max() > 1e-2, "the scaling matters"
 
 
+def test_stored_frequencies_may_be_those_before_scaling(tmp_path):
+    model = peer("llama", rope_parameters=LINEAR, rope_theta=None)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors, plain = load_file(path), 50.0 ** -(torch.arange(0, 8, 2) / 8)
+    for stored in (plain, plain / LINEAR["factor"]):
+        save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": stored}, path)
+        torch.testing.assert_close(ours(from_hugging_face(tmp_path)), theirs(model), rtol=1e-4, atol=1e-4)
+
+
 def test_configs_before_version_5_and_the_lengths_they_leave_out(tmp_path):
     model = peer("llama", rope_parameters=LLAMA3, rope_theta=None)
     model.save_pretrained(tmp_path)
