@@ -1,10 +1,10 @@
 """What small subcommands do: saved models evaluated, sampled and upcycled."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -17,7 +17,7 @@ from training.folders import only_user
 from training.precision import DTypeName, choose_precision
 from training.run import CONFIG, load_data, model_folder, read_corpus, read_record
 from training.saved_model import open_model, save_made
-from training.start_words import undone
+from training.start_words import renumbered, undone
 from training.tokenizer import FILE_NAME as TOKENIZER
 from training.tokenizer import load_tokenizer
 from training.trainer import CHECKPOINTS, choose_device
@@ -215,12 +215,24 @@ def run_config_of(source: Path, folder: Path) -> RunConfig | None:
 def going_on(init: Path, *, out: Path | str, source: Path, folder: Path, config: TransformerConfig) -> list[str]:
     """The command that trains the model in ``init`` on: with the config of the run that made its source, if there is
     one, less the words of [model] that are no longer true of it."""
-    try:
-        run = run_config_of(source, folder)
-    except ValueError:  # a damaged record: what was made is whole
-        run = None
+    run = _readable_config_of(source, folder)
     words = [] if run is None else undone(run.model, config)
     return [PROGRAM, "train", "CONFIG.toml", "--init", str(init), "--out", str(out), *words]
+
+
+def tables_to_change(source: Path, folder: Path, units: Sequence[Mapping[str, Any]]) -> str:
+    """What to change in the [[model.layer]] tables of the source's config before :func:`going_on`'s command, after the
+    removals that ``units`` of prune.json records; empty where nothing."""
+    kept = [ids for one in units if one["kind"] == "layer" for ids in one["kept"].values()]
+    run = _readable_config_of(source, folder) if kept else None
+    return "" if run is None else renumbered(run.model, kept[0])
+
+
+def _readable_config_of(source: Path, folder: Path) -> RunConfig | None:
+    try:
+        return run_config_of(source, folder)
+    except ValueError:  # a damaged record: what was made is whole
+        return None
 
 
 def _load(source: Path, device: str) -> tuple[Transformer, Path]:

@@ -22,7 +22,7 @@ from pruning import Masks, save_compact
 from pruning.batches import Loss
 from pruning.weights import matrices
 from training.allocator import keep_freed_memory
-from training.commands import PROGRAM, going_on
+from training.commands import PROGRAM, going_on, tables_to_change
 from training.conditions import conditions, device_name
 from training.durable import sync_folder, write_durably
 from training.folders import only_user
@@ -202,6 +202,7 @@ def _pruned(job: Job) -> dict[str, Any]:
         "speed": asdict(forward_speed(dense, job.model, job.texts.inputs[:1].to(next(dense.parameters()).device))),
         "notes": notes,
         "recover": _recovery(job, weights),
+        "tables": tables_to_change(job.arguments.model, job.source.folder, units),
         "stock": not any(getattr(getattr(job.model, "config", None), name, None)
                          for name in ("pruned_layers", "pruned_width", "pruned_biases")),
         "resumed_blocks": resumed,
@@ -387,7 +388,8 @@ def _closing(arguments: PruneArguments, record: Mapping[str, Any], *, own: bool)
     out = arguments.folder
     saved = f"saved in {out}, with {out / REPORT}"
     if record["recover"] is not None:
-        return [f"{saved}; recover with:", f"  {record['recover']}"]
+        tables = [f"  after a change of CONFIG.toml's [[model.layer]] tables: {record['tables']}"]
+        return [f"{saved}; recover with:", *(tables if record["tables"] else []), f"  {record['recover']}"]
     reader = "transformers' from_pretrained" if record["stock"] else "pruning.load_pruned"
     if own:
         reader = "transformer.Transformer.from_pretrained"

@@ -235,4 +235,5 @@ def _again(record: Record) -> str:
     if record["recover"] is None:
         return ""
     words = "Train on, holding the zeros:" if "--sparsify." in record["recover"] else "Train on:"
-    return paragraph(words) + sample("", record["recover"])
+    first = f"Whole layers went, so change CONFIG.toml's [[model.layer]] tables first: {record['tables']}."
+    return paragraph(words) + sample("", record["recover"]) + (paragraph(first) if record["tables"] else "")

@@ -1,6 +1,7 @@
 """Which words of [model] a run says that starts from a trained model, and whether that model has them."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from training.model_owners import OWNERS, SIZE_OWNERS
@@ -77,6 +78,18 @@ def undone(model: "ModelConfig", config: TransformerConfig) -> list[str]:
     refused, base = _refused(model, config), said(model)
     fields = [field for field in dataclasses.fields(model) if field.name in refused and field.name in base]
     return [part for field in fields for part in _flag(field.name, field.default)]
+
+
+def renumbered(model: "ModelConfig", kept: Sequence[int]) -> str:
+    """What becomes of the [[model.layer]] tables where ``kept`` of the layers are left: no argument of `train` says it.
+    Empty where they stay as they are."""
+    places = {old: new for new, old in enumerate(sorted(kept))}
+    moves = [
+        f"at = {layer.at} becomes at = {places[layer.at]}" if layer.at in places else f"at = {layer.at} goes"
+        for layer in model.layer
+        if places.get(layer.at) != layer.at
+    ]
+    return ", ".join(moves)
 
 
 def _refused(model: "ModelConfig", config: TransformerConfig) -> dict[str, list[tuple[Any, Any]]]:

@@ -1,6 +1,7 @@
 """`prune` on what it made before: zeros that hold through recovery, and a command that holds them in training."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from pruning import Masks, prunable_weights, sparsify
 from tests.training.prune_folders import hf_folder, load, own_folder, texts_folder
 from tests.training.test_cli import config, sparse_transformers  # noqa: F401
 from tests.training.test_prune_recovery import llama, plan, recovered
+from training.layer_override import LayerOverride
+from training.model_config import ModelConfig
+from training.start_words import renumbered
 from transformer import Transformer
 
 FEW = ["--calibration-sequences", "4", "--eval-sequences", "3", "--batch", "2", "--calibration-length", "16"]
@@ -135,3 +139,43 @@ def test_no_command_where_a_matrix_has_nothing_left(root: Path, tmp_path: Path) 
     (tmp_path / "empty" / "tokenizer.json").write_bytes((root / "dense" / "tokenizer.json").read_bytes())
     record = prune(root, tmp_path / "empty", tmp_path / "out", "--neurons", "0.25")
     assert record["recover"] is None and "Train on" not in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ((0, 1, 2, 3), ""),
+        ((0, 1), "at = 2 goes, at = 3 goes"),
+        ((0, 2, 3), "at = 2 becomes at = 1, at = 3 becomes at = 2"),
+        ((1, 2), "at = 0 goes, at = 2 becomes at = 1, at = 3 goes"),
+    ],
+)
+def test_tables_of_layers_are_renumbered_in_words(kept: tuple[int, ...], said: str) -> None:
+    tables = tuple(LayerOverride(at=at, hidden=8) for at in (0, 2, 3))
+    assert renumbered(ModelConfig(layers=4, layer=tables), kept) == said
+
+
+def test_the_command_behind_lost_layers_runs_once_the_tables_are_changed_as_it_says(
+    config: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tables = [f"[[model.layer]]\nat = {at}\nhidden = {8 + 8 * at}\n" for at in (0, 2)]
+    text = config.read_text().replace("layers = 2\n", "layers = 3\n")
+    config.write_text(text + "".join(tables))
+    assert sparse_transformers("train", str(config), "--train.steps", "2") == 0
+    half = tmp_path / "half"
+    assert sparse_transformers("prune", str(tmp_path / "run"), str(half), "--layers", "0.4", "--batches", "1") == 0
+    *_, first, command = (line.strip() for line in capsys.readouterr().out.splitlines())
+    said = first.removeprefix("after a change of CONFIG.toml's [[model.layer]] tables: ")
+    assert said != first and said in (half / "report.html").read_text()
+    arguments = shlex.split(command)[3:]
+    assert sparse_transformers("train", str(config), *arguments) != 0
+    capsys.readouterr()
+    changes = dict(re.findall(r"at = (\d) (goes|becomes at = \d)", said))
+    for at, table in zip("02", tables, strict=True):
+        change = changes.get(at, "stays")
+        moved = table.replace(f"at = {at}", change.removeprefix("becomes "))
+        tables[tables.index(table)] = {"stays": table, "goes": ""}.get(change, moved)
+    config.write_text(text + "".join(tables))
+    assert sparse_transformers("train", str(config), *arguments) == 0
