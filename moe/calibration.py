@@ -36,7 +36,8 @@ def feedforward_inputs(
 
     run(model, batch) is the forward pass; by default model(**batch) for mappings, else model(batch). The rows of tokens
     that the batch's "attention_mask" marks 0 are left out. generator: a CPU generator for the draw.
-    The model runs in evaluation mode without gradients, and is then put back.
+    The model runs in evaluation mode without gradients, and is then put back. One with Mixture-of-Depths layers runs
+    sequence by sequence, and ``run`` gets those: there is no filling then that could pass for tokens.
     Raises: ValueError for rows < 1, a model without feed-forward networks, or batches that give no rows.
     """
     sites = feedforward_sites(model)
