@@ -1,12 +1,14 @@
 """Every kind of sparse pattern against causal SDPA, beside the speed-up that its visited blocks promise.
 
-python -m benchmarks.bench_patterns [--lengths 4096 16384] [--patterns window bigbird ...] [--rounds 5] [--peer]
+python -m benchmarks.bench_patterns [--lengths 4096 16384] [--patterns window bigbird ...] [--rounds 5] [--merged]
+                                    [--peer]
 
 promise = blocks of 64 that a causal mask would visit ÷ blocks that the pattern visits; share = measured speed-up over
 SDPA causal ÷ promise, on 4 heads of 64, float32, forward and forward + backward, interleaved; SDPA causal is timed as
 torch gives it. A row's "layout" is the time to build, once a shape, what attend walks (the block layout and its plan;
 for documents their lengths alone, each being dense inside), as a share of the row's pass. --peer adds local-attention
-(window; it sees between one and two windows) where it is installed, projections left out. Freed memory is kept in the
+(window; it sees between one and two windows) where it is installed, projections left out. --merged: heads lie as a
+model has them, [B, L, H, d] in memory, for every contender; otherwise each in one stretch. Freed memory is kept in the
 heap for every contender, as in training.
 """
 
@@ -101,12 +103,12 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
     return lambda: module(q, k, v)
 
 
-def bench(length: int, names: list[str], *, rounds: int, peer: bool) -> None:
+def bench(length: int, names: list[str], *, rounds: int, peer: bool, merged: bool) -> None:
     """Gates, then every pattern and SDPA in turns, then the rows."""
     torch.manual_seed(0)
-    inputs = [torch.randn(1, HEADS, length, HEAD_DIM, requires_grad=True) for _ in range(3)]
-    grad = torch.randn(1, HEADS, length, HEAD_DIM)
-    q, k, v = inputs
+    shape = (1, length, HEADS, HEAD_DIM) if merged else (1, HEADS, length, HEAD_DIM)
+    *inputs, grad = (torch.randn(shape).transpose(1, 2) if merged else torch.randn(shape) for _ in range(4))
+    q, k, v = (x.requires_grad_() for x in inputs)
     chosen = {name: pattern for name, pattern in patterns(length).items() if name in names}
     errors = {name: gate(name, inputs, grad) for name in chosen}
     runs: dict[str, Callable[[], Tensor]] = {"sdpa_causal": lambda: sdpa(q, k, v, is_causal=True)}
@@ -122,6 +124,7 @@ def bench(length: int, names: list[str], *, rounds: int, peer: bool) -> None:
         floor = median(seconds["sdpa_causal"])
         for name, times in seconds.items():
             conditions = {"passes": passes, "B": 1, "L": length, "H": HEADS, "d": HEAD_DIM, "dtype": "float32"}
+            conditions |= {"heads": "merged"} if merged else {}
             if name in chosen:
                 promise, speedup = promised(chosen[name], length), floor / median(times)
                 conditions |= {"promise": round(promise, 2), "speedup": round(speedup, 2)}
@@ -142,11 +145,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--peer", action="store_true", help="time local-attention too, where it is installed")
+    parser.add_argument("--merged", action="store_true", help="heads side by side in each row, as a model has them")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     for length in options.lengths:
-        bench(length, options.patterns, rounds=options.rounds, peer=options.peer)
+        bench(length, options.patterns, rounds=options.rounds, peer=options.peer, merged=options.merged)
 
 
 if __name__ == "__main__":
